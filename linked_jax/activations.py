@@ -1,0 +1,121 @@
+"""The named activations and their mirror links, one line each, and the table of names for command lines.
+
+Plain activations are links with one member; `lk_` is the mirror link (g(z), g(-z)). The derivative of a plain
+activation at its kink is JAX's own; an `lk_` link takes the limit z -> 0+ there (see `linked_jax.linking.Link`).
+
+    name         g(z)                              g'(0) plain    Jacobian of lk_ at 0
+    relu         max(z, 0)                         0              (1, 0)
+    leaky_relu   z if z >= 0 else 0.01 z           1              (1, -0.01)
+    prelu        z if z > 0 else slope * z         slope          (1, -slope)
+    elu          z if z > 0 else exp(z) - 1        1              (1, -1)
+    selu         1.0507 elu(z, 1.6733)             1.7581         (1.0507, -1.7581)
+    swish        z sigmoid(z)                      0.5            (0.5, -0.5)
+    gelu         z Phi(z), tanh form               0.5            (0.5, -0.5)
+    softplus     log(1 + exp(z))                   0.5            (0.5, -0.5)
+    tanh         tanh(z)                           1              (1, -1)
+    sigmoid      1 / (1 + exp(-z))                 0.25           (0.25, -0.25)
+
+`lk_tanh` and `lk_sigmoid` are mirror links but NOT linked in floating point: both members saturate. All the others
+hold their certificate (`linked_jax.certify`) in float32, bfloat16 and float16.
+"""
+
+import difflib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+from linked_jax.linking import Link, fourier, linked, min_max
+
+
+def prelu(z: Float[Array, "..."], negative_slope: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
+    """Parametric ReLU: z where z > 0, else negative_slope * z (equation 3).
+
+    Args:
+      z: pre-activations, (..., C).
+      negative_slope: broadcast against z: a scalar, (C,) or one slope an element.
+
+    Returns:
+      An array like z. The derivative at z = 0 is negative_slope; inside a mirror link it is 1.
+
+    Reference: He et al., Delving deep into rectifiers, 2015.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax import prelu
+      >>> prelu(jnp.array([-2.0, 3.0]), 0.25)
+      Array([-0.5,  3. ], dtype=float32)
+    """
+    return jnp.where(z > 0, z, jnp.asarray(negative_slope, z.dtype) * z)
+
+
+def _gelu(z: Array) -> Array:
+    # Beyond |z| = 10 the tanh is exactly +-1, so gelu is exactly max(z, 0); jax.nn.gelu computes z**3 there and its
+    # derivative becomes 0 * inf.
+    inside = jnp.abs(z) < 10
+    return jnp.where(inside, jax.nn.gelu(jnp.where(inside, z, 0)), jnp.where(z > 0, z, 0))
+
+
+relu = Link((jax.nn.relu,))
+leaky_relu = Link((jax.nn.leaky_relu,))
+elu = Link((jax.nn.elu,))
+selu = Link((jax.nn.selu,))
+swish = Link((jax.nn.silu,))  # the paper prints a piecewise form; its authors' code is z * sigmoid(z), and so is this
+gelu = Link((_gelu,))
+softplus = Link((jax.nn.softplus,))
+tanh = Link((jnp.tanh,))
+sigmoid = Link((jax.nn.sigmoid,))
+
+lk_relu = crelu = linked(relu)
+lk_leaky_relu = linked(leaky_relu)
+lk_elu = linked(elu)
+lk_selu = linked(selu)
+lk_swish = linked(swish)
+lk_gelu = linked(gelu)
+lk_softplus = linked(softplus)
+lk_tanh = linked(tanh)
+"""(tanh(z), tanh(-z)). NOT linked in floating point: both members are flat beyond |z| of about 10 (float32)."""
+lk_sigmoid = linked(sigmoid)
+"""(sigmoid(z), sigmoid(-z)). NOT linked in floating point: both members are flat beyond |z| of about 90 (float32)."""
+
+ACTIVATIONS: dict[str, Any] = {
+    "relu": relu, "leaky_relu": leaky_relu, "elu": elu, "selu": selu, "swish": swish, "gelu": gelu,
+    "softplus": softplus, "tanh": tanh, "sigmoid": sigmoid,
+    "lk_relu": lk_relu, "crelu": crelu, "lk_leaky_relu": lk_leaky_relu, "lk_elu": lk_elu, "lk_selu": lk_selu,
+    "lk_swish": lk_swish, "lk_gelu": lk_gelu, "lk_softplus": lk_softplus, "lk_tanh": lk_tanh,
+    "lk_sigmoid": lk_sigmoid, "min_max": min_max, "fourier": fourier,
+}  # fmt: skip
+"""Name -> link. `linked_jax.layers` adds the two with parameters: prelu and lk_prelu name module classes."""
+
+_SYNONYMS = {"silu": "swish", "lk_silu": "lk_swish", "minmax": "min_max", "lk_crelu": "lk_relu"}
+
+
+def get_activation(name: str) -> Any:
+    """The activation of that name: a `Link`, or for prelu and lk_prelu a Flax NNX module class.
+
+    Both have an `.arity` and, once a module is built with its number of features, are called on z alike.
+
+    Args:
+      name: a key of `ACTIVATIONS`, or a synonym (silu is swish).
+
+    Returns:
+      A `Link` or a module class.
+
+    Raises:
+      ValueError: if there is no such name; the message has the nearest one and the list.
+
+    Example:
+      >>> from linked_jax import get_activation
+      >>> get_activation("lk_silu") is get_activation("lk_swish")
+      True
+      >>> get_activation("lk_prelu").arity
+      2
+    """
+    known = _SYNONYMS.get(name, name)
+    if known in ACTIVATIONS:
+        return ACTIVATIONS[known]
+    nearest = difflib.get_close_matches(name, [*ACTIVATIONS, *_SYNONYMS], n=1, cutoff=0.0)
+    raise ValueError(
+        f"no activation {name!r}; did you mean {nearest[0]!r}? The names are: {', '.join(sorted(ACTIVATIONS))}"
+    )

@@ -1,0 +1,253 @@
+"""The idea: several activation functions on one pre-activation.
+
+    f(z) = (g_1(z), ..., g_d(z)),   for every z some g_i'(z) != 0.
+
+Every activation of this library is a `Link`: a tuple of members that all see the same z.
+A plain activation is a link with one member, so no other file asks "linked or plain?".
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+Member = Callable[[Any], Any]
+Layout = Literal["blocked", "interleaved"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Link:
+    """Members that share one pre-activation: z -> (g_1(z), ..., g_d(z)).
+
+    Values are exactly those of the members. Derivatives are those of the members too, except at a kink at z = 0
+    (and -0.0): there a link of two or more members takes the limit z -> 0+ of its Jacobian, where that differs from
+    what JAX would use. So relu mirrored has the Jacobian (1, 0) at 0 and not (0, 0). A link with one member keeps its
+    function's own derivative everywhere.
+
+    A link is frozen and hashable: it can be a static argument of `jax.jit`, a closure or a dictionary key. Two links
+    with equal members, axis and layout are equal; `functools.partial`s are compared by function and arguments.
+
+    Args:
+      members: the functions g_i. Each is elementwise: shape in, shape out.
+      axis: the channel axis of z; members are laid along it.
+      layout: "blocked" puts all of member 1 before all of member 2: (d, C) flattened. "interleaved" puts a unit's
+        members side by side: (C, d) flattened, which keeps a link on its shard when channels are sharded.
+
+    Raises:
+      TypeError: if a member is not callable or the axis is not an integer.
+      ValueError: if there is no member or the layout is unknown.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from linked_jax import Link
+      >>> link = Link((jax.nn.relu, jnp.sin), layout="interleaved")
+      >>> link.arity, link(jnp.zeros((8, 3))).shape
+      (2, (8, 6))
+    """
+
+    members: tuple[Member, ...]
+    axis: int = -1
+    layout: Layout = "blocked"
+
+    def __post_init__(self):
+        object.__setattr__(self, "members", tuple(self.members))
+        if not self.members:
+            raise ValueError("a link needs at least one member, got none; pass a function such as jax.nn.relu")
+        for member in self.members:
+            if not callable(member):
+                raise TypeError(f"every member of a link is a function of z, got {member!r}; pass e.g. jax.nn.relu")
+        if isinstance(self.axis, bool) or not isinstance(self.axis, int):
+            raise TypeError(f"axis is an integer, got {self.axis!r}; channels are last by default (axis=-1)")
+        if self.layout not in ("blocked", "interleaved"):
+            raise ValueError(f"layout is 'blocked' or 'interleaved', got {self.layout!r}")
+
+    @property
+    def arity(self) -> int:
+        """The number of members d."""
+        return len(self.members)
+
+    def __call__(self, z: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """Apply every member to z: (..., C) -> (..., d*C), and () -> (d,). The dtype stays."""
+        z = jnp.asarray(z)
+        if not jnp.issubdtype(z.dtype, jnp.floating):
+            raise TypeError(f"a link needs a floating-point z, got {z.dtype}; pass z.astype(jnp.float32)")
+        return join([self._apply(member, z) for member in self.members], self.axis, self.layout)
+
+    def _apply(self, member: Member, z: Array) -> Array:
+        g = from_the_right(member) if self.arity > 1 and _jumps_at_zero(member) else member
+        value = jnp.asarray(g(z))
+        if value.shape != z.shape:
+            raise ValueError(f"a member maps shape {z.shape} to itself, got {value.shape} from {member!r}")
+        return value.astype(z.dtype)
+
+    def _key(self) -> Hashable:
+        return tuple(map(_member_key, self.members)), self.axis, self.layout
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, Link) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mirrored:
+    """The mirrored member z -> g(-z) of equation (6); equal to another one over an equal g."""
+
+    g: Member
+
+    def __call__(self, z: Any) -> Any:
+        return self.g(-z)
+
+    def __eq__(self, other: object) -> bool:
+        return _member_key(self.g) == _member_key(other.g) if isinstance(other, Mirrored) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((Mirrored, _member_key(self.g)))
+
+
+def linked(*members: Member, axis: int = -1, layout: Layout = "blocked") -> Link:
+    """Link activation functions; a single function is linked with its mirror image.
+
+        linked(g)           f(z) = (g(z), g(-z))             equation (6)
+        linked(g_1, g_2)    f(z) = (g_1(z), g_2(z))          the general form
+
+    At z = 0 the derivative is the limit z -> 0+: for the mirror g'(0+) and -g'(0-). See `Link`. A link made here need
+    not keep its promise: linked(jnp.tanh) is flat on both sides. `linked_jax.certify` tells.
+
+    Args:
+      members: one or more elementwise functions.
+      axis: the channel axis of z.
+      layout: "blocked" or "interleaved", see `Link`.
+
+    Returns:
+      A `Link`: z of shape (..., C) to (..., d*C).
+
+    Raises:
+      TypeError: if a member is not callable.
+      ValueError: if no member is given, or one is itself a link of two or more members.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from linked_jax import linked
+      >>> crelu = linked(jax.nn.relu)
+      >>> crelu(jnp.array([-2.0, 3.0]))
+      Array([0., 3., 2., 0.], dtype=float32)
+      >>> jax.jacobian(crelu)(0.0)  # jax.nn.relu's own derivative here is 0, twice
+      Array([1., 0.], dtype=float32, weak_type=True)
+
+    Reference: Riera and Pujol, Solving internal covariate shift in deep learning with linked neurons, 2017.
+    """
+    members = tuple(_single_member(member) for member in members)
+    if len(members) == 1:
+        members = (members[0], Mirrored(members[0]))
+    return Link(members, axis=axis, layout=layout)
+
+
+def join(parts: Sequence[Array], axis: int, layout: Layout) -> Array:
+    """Lay equal arrays along one axis, in blocks or interleaved; scalars are stacked.
+
+    >>> import jax.numpy as jnp
+    >>> from linked_jax.linking import join
+    >>> a, b = jnp.array([1, 2]), jnp.array([3, 4])
+    >>> join([a, b], -1, "blocked").tolist(), join([a, b], -1, "interleaved").tolist()
+    ([1, 2, 3, 4], [1, 3, 2, 4])
+    """
+    ndim = parts[0].ndim
+    if ndim == 0:
+        return jnp.stack(parts)
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"the link's axis {axis} is outside z with {ndim} axes, shape {parts[0].shape}")
+    if len(parts) == 1:
+        return parts[0]
+    if layout == "blocked":
+        return jnp.concatenate(parts, axis=axis)
+    axis %= ndim
+    shape = parts[0].shape
+    return jnp.stack(parts, axis=axis + 1).reshape(*shape[:axis], -1, *shape[axis + 1 :])
+
+
+def from_the_right(g: Member) -> Member:
+    """The function g with the same values, whose derivatives at z = 0 are the limits z -> 0+.
+
+    The derivative is taken at z + where(z == 0, tiny, 0). The shift is added, not substituted, so that the chain
+    rule still sees z and second derivatives survive.
+    """
+
+    def shifted(z: Array) -> Array:
+        tiny = jnp.finfo(z.dtype).tiny
+        return _value_of_derivative_of(g(z), g(z + jnp.where(z == 0, tiny, 0).astype(z.dtype)))
+
+    return shifted
+
+
+@jax.custom_jvp
+def _value_of_derivative_of(value: Array, carrier: Array) -> Array:
+    """The first argument's value with the second one's derivative."""
+    del carrier
+    return value
+
+
+_value_of_derivative_of.defjvps(None, lambda tangent, _out, _value, _carrier: tangent)
+
+
+@functools.lru_cache(maxsize=4096)
+def _limits_differ(member: Member) -> bool:
+    def derivative(z: float) -> Array:
+        z32 = jnp.float32(z)
+        return jax.jvp(member, (z32,), (jnp.ones_like(z32),))[1]
+
+    tiny, eps = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).eps)
+    with jax.ensure_compile_time_eval():
+        # A true jump looks the same from 1e-38 and from 1e-32; z**2 and |z|**1.1 only tend to their value at 0.
+        at_zero, near, further = (float(derivative(z)) for z in (0.0, tiny, 2.0**20 * tiny))
+    jump = abs(near - at_zero)
+    return jump > 8 * eps * max(abs(near), abs(at_zero)) and abs(near - further) <= 0.01 * jump
+
+
+def _jumps_at_zero(member: Member) -> bool:
+    """Whether the limit z -> 0+ of the derivative is another one than JAX uses at 0, by more than rounding."""
+    try:
+        return _limits_differ(member)
+    except (jax.errors.ConcretizationTypeError, TypeError):
+        # g closes over traced values or is not hashable: nothing can be measured now. The shift is right for a jump
+        # and changes a smooth derivative by less than rounding.
+        return True
+
+
+def _member_key(member: Member) -> Hashable:
+    if not isinstance(member, functools.partial):
+        return member
+    key = (member.func, member.args, tuple(sorted(member.keywords.items())))
+    try:
+        hash(key)
+    except TypeError:  # arrays as arguments: only the very same partial is equal
+        return member
+    return key
+
+
+def _single_member(member: Member) -> Member:
+    if not isinstance(member, Link):
+        return member
+    if member.arity > 1:
+        raise ValueError(f"a link's members are plain functions, got a link of {member.arity}; pass its members")
+    return member.members[0]
+
+
+def _positive_part(z: Array) -> Array:
+    return jnp.maximum(z, 0)
+
+
+def _negative_part(z: Array) -> Array:
+    return jnp.minimum(z, 0)
+
+
+min_max = linked(_positive_part, _negative_part)
+"""(max(z, 0), min(z, 0)): figure 1a of the paper. Jacobian (1, 0) at 0. The members sum to z."""
+
+fourier = linked(jnp.sin, jnp.cos)
+"""(sin z, cos z): never both flat, since sin^2 + cos^2 = 1."""
