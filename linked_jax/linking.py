@@ -87,6 +87,10 @@ class Link:
     def _key(self) -> Hashable:
         return tuple(map(_member_key, self.members)), self.axis, self.layout
 
+    def __repr__(self) -> str:
+        options = [f"axis={self.axis}"] * (self.axis != -1) + [f"layout={self.layout!r}"] * (self.layout != "blocked")
+        return f"Link({', '.join([*map(_formula, self.members), *options])})"
+
     def __eq__(self, other: object) -> bool:
         return self._key() == other._key() if isinstance(other, Link) else NotImplemented
 
@@ -197,14 +201,14 @@ _value_of_derivative_of.defjvps(None, lambda tangent, _out, _value, _carrier: ta
 
 @functools.lru_cache(maxsize=4096)
 def _limits_differ(member: Member) -> bool:
-    def derivative(z: float) -> Array:
-        z32 = jnp.float32(z)
-        return jax.jvp(member, (z32,), (jnp.ones_like(z32),))[1]
+    @jax.jit  # a bare custom_jvp, as jax.nn.relu is, would still join a vmap around us
+    def derivative(z: Array) -> Array:
+        return jax.jvp(member, (z,), (jnp.ones_like(z),))[1]
 
     tiny, eps = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).eps)
     with jax.ensure_compile_time_eval():
         # A true jump looks the same from 1e-38 and from 1e-32; z**2 and |z|**1.1 only tend to their value at 0.
-        at_zero, near, further = (float(derivative(z)) for z in (0.0, tiny, 2.0**20 * tiny))
+        at_zero, near, further = (float(derivative(jnp.float32(z))) for z in (0.0, tiny, 2.0**20 * tiny))
     jump = abs(near - at_zero)
     return jump > 8 * eps * max(abs(near), abs(at_zero)) and abs(near - further) <= 0.01 * jump
 
@@ -228,6 +232,15 @@ def _member_key(member: Member) -> Hashable:
     except TypeError:  # arrays as arguments: only the very same partial is equal
         return member
     return key
+
+
+def _formula(member: Member) -> str:
+    if isinstance(member, Mirrored):
+        return _formula(member.g).replace("(z", "(-z")
+    if isinstance(member, functools.partial):
+        arguments = [*map(repr, member.args), *(f"{name}={value!r}" for name, value in member.keywords.items())]
+        return f"{getattr(member.func, '__name__', member.func)}({', '.join(['z', *arguments])})"
+    return f"{getattr(member, '__name__', member)}(z)"
 
 
 def _single_member(member: Member) -> Member:

@@ -1,0 +1,1 @@
+"""What the experiments share: data, the training loop, records, plots."""

@@ -1,0 +1,40 @@
+"""What a run says on a terminal: lines, one progress bar, a closing table."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Console:
+    """Lines and tables on standard output; the bar only where that is a terminal."""
+
+    def __init__(self):
+        self._console = rich.console.Console(highlight=False)
+
+    def say(self, text: str) -> None:
+        """Print plain text, never wrapped or styled."""
+        self._console.print(text, soft_wrap=True, markup=False)
+
+    @contextlib.contextmanager
+    def progress(self, description: str, steps: int) -> Iterator[Callable[[int], None]]:
+        """A bar over a number of steps; call what it gives with the steps just done."""
+        columns: tuple[Any, ...] = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bar:
+            task = bar.add_task(description, total=steps)
+            yield lambda done: bar.advance(task, done)
+
+    def table(self, rows: list[dict[str, str]]) -> None:
+        """Rows with the same keys, as a table."""
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+        for name in rows[0]:
+            table.add_column(name)
+        for row in rows:
+            table.add_row(*row.values())
+        self._console.print(table)

@@ -1,0 +1,200 @@
+"""Image sets as device arrays: uint8 pixels and int32 labels, read once and cached.
+
+`digits` is scikit-learn's set of 8x8 handwritten digits and comes with it. Every other name is a TensorFlow Datasets
+image-classification set, read through `tfds.data_source` without TensorFlow.
+"""
+
+import dataclasses
+import hashlib
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+from rich.progress import track
+
+from experiments.engine.errors import UsageError
+
+DIGITS_TEST_SIZE = 360
+_READ_AT_ONCE = 1000
+_HOW_TO_PREPARE = "prepare it with tensorflow-datasets (`tfds build {name} --file_format=array_record`), or name its folder"
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """An image-classification set, whole, in device memory.
+
+    Attributes:
+      name: digits, or the TFDS name.
+      classes: the number of classes.
+      train_images: (N, H, W, C) uint8.
+      train_labels: (N,) int32.
+      test_images: (M, H, W, C) uint8.
+      test_labels: (M,) int32.
+      fingerprint: SHA-256 over shapes and decoded pixels and labels, 16 hexadecimal digits. Two copies of a set whose
+        pixels differ, such as one that went through JPEG, have different fingerprints.
+    """
+
+    name: str
+    classes: int
+    train_images: UInt8[Array, "n h w c"]
+    train_labels: Int[Array, " n"]
+    test_images: UInt8[Array, "m h w c"]
+    test_labels: Int[Array, " m"]
+    fingerprint: str
+
+    def __str__(self) -> str:
+        n, height, width, channels = self.train_images.shape
+        size = f"{height}x{width}x{channels}"
+        return f"{self.name}: {n:,} train and {len(self.test_labels):,} test images of {size}, {self.classes} classes"
+
+
+def load(name: str, data_dir: str | None = None) -> Dataset:
+    """Load a set into device memory.
+
+    Args:
+      name: "digits"; a TFDS name such as "cifar10"; or "auto": cifar10 where it is prepared, else digits.
+      data_dir: the TFDS folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+    Returns:
+      A `Dataset`.
+
+    Raises:
+      UsageError: if there is no such set, it is not prepared, damaged, or not an image-classification set.
+
+    Example:
+      >>> from experiments.engine import data
+      >>> print(data.load("digits"))
+      digits: 1,437 train and 360 test images of 8x8x1, 10 classes
+    """
+    folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    if name == "auto":
+        name = "cifar10" if (folder / "cifar10").is_dir() else "digits"
+        if name == "digits":
+            print(f"cifar10 is not in {folder}: taking the embedded digits. To get it, {_HOW_TO_PREPARE.format(name='cifar10')}"
+                  " with --data-dir.")  # fmt: skip
+    classes, arrays = _digits() if name == "digits" else _cached_tfds(name, folder)
+    return Dataset(name, classes, **{key: jnp.asarray(value) for key, value in arrays.items()}, fingerprint=_fingerprint(arrays))
+
+
+def scale(images: UInt8[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+    """Pixels divided by 255, as in the paper: float32 in [0, 1], not standardised. Call it inside jit."""
+    return images.astype(jnp.float32) / 255
+
+
+def _digits() -> tuple[int, dict[str, np.ndarray]]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits: Any = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # its pixels are 0 to 16
+    train, test, train_labels, test_labels = train_test_split(
+        images, digits.target.astype(np.int32), test_size=DIGITS_TEST_SIZE, random_state=0, stratify=digits.target
+    )
+    return 10, {"train_images": train, "train_labels": train_labels, "test_images": test, "test_labels": test_labels}
+
+
+def _cached_tfds(name: str, folder: Path) -> tuple[int, dict[str, np.ndarray]]:
+    builder = _tfds_builder(name, folder)
+    files = sorted(path for path in Path(builder.data_path).iterdir() if path.is_file())
+    state = repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+    key = hashlib.sha256(f"{builder.data_path}{state}".encode()).hexdigest()[:16]
+    cache_root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "linked_jax"
+    cache = cache_root / f"{name.replace('/', '-')}-{key}.npz"
+    classes = builder.info.features["label"].num_classes
+    if cache.is_file():
+        try:
+            with np.load(cache) as stored:
+                return classes, dict(stored)
+        except (OSError, ValueError, EOFError, KeyError) as error:
+            print(f"the cache {cache} is damaged ({error}): reading {name} again", file=sys.stderr)
+    arrays = _read_tfds(builder, name)
+    try:
+        cache_root.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache_root, suffix=".tmp", delete=False) as partial:
+            np.savez(partial, allow_pickle=False, **arrays)
+        Path(partial.name).replace(cache)
+    except OSError as error:
+        print(f"no cache written ({error.strerror}): the next start will be as slow", file=sys.stderr)
+    return classes, arrays
+
+
+def _tfds_builder(name: str, folder: Path) -> Any:
+    if not folder.is_dir():
+        raise UsageError(f"the data folder {folder} does not exist; pass --data-dir, or use --dataset digits")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tensorflow_datasets as tfds
+
+        try:
+            builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            known = f"no data set {name!r} in TensorFlow Datasets" if "not found" in reason.lower() else f"cannot open {name!r}"
+            raise UsageError(f"{known} ({reason}); use --dataset digits or a TFDS name such as cifar10") from error
+    if not (Path(builder.data_path) / "dataset_info.json").is_file():
+        raise UsageError(f"{name} is not prepared in {folder}; {_HOW_TO_PREPARE.format(name=name)} with --data-dir")
+    features = builder.info.features
+    if features is None or not {"image", "label"} <= set(features) or not {"train", "test"} <= set(builder.info.splits):
+        raise UsageError(f"{name} is no image-classification set with train and test splits; use e.g. cifar10 or mnist")
+    return builder
+
+
+def _read_tfds(builder: Any, name: str) -> dict[str, np.ndarray]:
+    arrays = {}
+    try:
+        for split in ("train", "test"):
+            source = builder.as_data_source(split=split)
+            expected = builder.info.splits[split].num_examples
+            if len(source) != expected:
+                raise ValueError(f"{len(source)} of {expected} {split} examples")
+            examples = list(track(_examples(source), description=f"reading {name} {split}", total=len(source), transient=True))
+            arrays[f"{split}_images"] = np.stack([image for image, _ in examples])
+            arrays[f"{split}_labels"] = np.asarray([label for _, label in examples], np.int32)
+    except Exception as error:  # array_record, Pillow and protobuf raise whatever they like on a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"{name} in {builder.data_path} cannot be read ({reason}); delete that folder and prepare it again"
+        ) from error
+    return arrays
+
+
+def _examples(source: Any) -> Iterator[tuple[np.ndarray, int]]:
+    for start in range(0, len(source), _READ_AT_ONCE):
+        batch: Iterable[Any] = source.__getitems__(range(start, min(start + _READ_AT_ONCE, len(source))))
+        yield from ((example["image"], int(example["label"])) for example in batch)
+
+
+def _fingerprint(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(arrays):
+        digest.update(f"{key}{arrays[key].shape}{arrays[key].dtype}".encode())
+        digest.update(np.ascontiguousarray(arrays[key]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def batches(key: jax.Array | None, size: int, batch_size: int) -> list[np.ndarray]:
+    """The indices of one epoch, every example once; the last batch may be smaller.
+
+    Args:
+      key: shuffles; None keeps the stored order.
+      size: the number of examples.
+      batch_size: of all but the last batch.
+
+    Returns:
+      int32 index arrays.
+
+    Example:
+      >>> from experiments.engine import data
+      >>> [batch.tolist() for batch in data.batches(None, 5, 2)]
+      [[0, 1], [2, 3], [4]]
+    """
+    order = np.arange(size, dtype=np.int32) if key is None else np.asarray(jax.random.permutation(key, size), np.int32)
+    return np.split(order, range(batch_size, size, batch_size))

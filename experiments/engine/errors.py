@@ -1,0 +1,29 @@
+"""Mistakes of the person at the command line: one clear line, exit code 2, no traceback."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UsageError(ValueError):
+    """Says what is wrong, what was received and what to do."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became infinite or NaN; exit code 3."""
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Call main and end the process: 0, 2 on a usage error, 3 on a non-finite loss, 130 on Ctrl-C."""
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except NonFiniteLossError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(3)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

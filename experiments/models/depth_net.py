@@ -1,0 +1,121 @@
+"""The paper's very deep and narrow network (table 2).
+
+    stem 7x7 stride 2 -> [conv 3x3 -> norm? -> activation] x depth -> flatten -> dense
+
+Each layer here is link-then-layer, so the stem and the first 3x3 layer are plain and the read-out is linked: the same
+network, cut before the activations instead of after them.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from linked_jax import Link, LinkedConv, LinkedLinear
+from linked_jax.initializers import Initializer
+from linked_jax.layers import Activation
+
+Norm = Literal["none", "batch"]
+Tap = Callable[[Activation, Array], Any]
+
+identity = Link((lambda z: z,))
+
+
+class DepthNet(nnx.Module):
+    """The network of table 2; the 3x3 layers after the first are stacked on a leading axis and scanned.
+
+    Args:
+      image_shape: (H, W, C) of one image.
+      classes: the number of outputs.
+      depth: the number of 3x3 layers, each followed by the activation.
+      width: the number of units of every layer.
+      activation: the number of features -> a link or a module, called once for every activation.
+      stem_init: init(key, shape, dtype) of the stem and of the first layer, by its stride.
+      kernel_init: link -> init(key, shape, dtype), for all other layers.
+      norm: "batch" puts batch norm between each 3x3 layer and its activation (Keras' defaults).
+      unroll: run the stacked layers unrolled: a faster step on a CPU, and a longer compile.
+      rngs: Flax random streams.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        classes: int,
+        *,
+        depth: int,
+        width: int,
+        activation: Callable[[int], Activation],
+        stem_init: Callable[[int], Initializer],
+        kernel_init: Callable[[Link], Initializer],
+        norm: Norm = "none",
+        unroll: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        def block(rngs: nnx.Rngs) -> _Block:
+            return _Block(width, activation(width), kernel_init, norm, rngs=rngs)
+
+        height, width_px, channels = image_shape
+        positions = -(-height // 2) * -(-width_px // 2)
+        self.depth, self.width, self.unroll = depth, width, unroll
+        self.stem = nnx.Conv(channels, width, (7, 7), strides=2, kernel_init=stem_init(2), rngs=rngs)
+        self.first = nnx.Conv(width, width, (3, 3), kernel_init=stem_init(1), rngs=rngs)
+        self.first_norm = _norm(width, norm, rngs)
+        self.blocks = nnx.data(nnx.vmap(block)(rngs.fork(split=depth - 1)) if depth > 1 else None)
+        link = activation(positions * width)
+        self.read_out = LinkedLinear(
+            positions * width, classes, link=link, kernel_init=kernel_init(at_start(link)), rngs=rngs
+        )
+
+    def __call__(
+        self, images: Float[Array, "n h w c"], *, train: bool = False, tap: Tap | None = None
+    ) -> tuple[Float[Array, "n classes"], Any]:
+        """Logits, and what `tap(link, z)` returned for each of the `depth` activations, stacked; None without a tap."""
+        tap = tap or (lambda _link, _z: None)
+
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=(nnx.Carry, 0), unroll=self.depth - 1 if self.unroll else 1)
+        def layers(block: _Block, z: Array) -> tuple[Array, Any]:
+            return block(z, train=train), tap(block.conv.link, z)
+
+        z = _normalised(self.first(self.stem(images)), self.first_norm, train)
+        taps = []
+        if self.blocks is not None:
+            z, inner = layers(self.blocks, z)
+            taps.append(inner)
+        z = z.reshape(len(z), -1)
+        taps.append(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tap(self.read_out.link, z)))
+        return self.read_out(z), jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *taps)
+
+
+class _Block(nnx.Module):
+    """activation -> conv 3x3 -> norm."""
+
+    def __init__(
+        self,
+        width: int,
+        link: Activation,
+        kernel_init: Callable[[Link], Initializer],
+        norm: Norm,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.conv = LinkedConv(width, width, (3, 3), link=link, kernel_init=kernel_init(at_start(link)), rngs=rngs)
+        self.norm = _norm(width, norm, rngs)
+
+    def __call__(self, z: Array, *, train: bool) -> Array:
+        return _normalised(self.conv(z), self.norm, train)
+
+
+def at_start(link: Any) -> Link:
+    """The link itself, or the one that a module with parameters starts as."""
+    return link if isinstance(link, Link) else link.link
+
+
+def _norm(width: int, norm: Norm, rngs: nnx.Rngs) -> nnx.BatchNorm | None:
+    return nnx.BatchNorm(width, momentum=0.99, epsilon=1e-3, rngs=rngs) if norm == "batch" else None
+
+
+def _normalised(z: Array, norm: nnx.BatchNorm | None, train: bool) -> Array:
+    return z if norm is None else norm(z, use_running_average=not train)

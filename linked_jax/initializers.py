@@ -1,0 +1,247 @@
+"""Kernels for the layer after a link: at the start, signals and gradients keep their size at any depth.
+
+A linked layer computes z' = f(z) K with f(z) in R^(d*C) and K of shape (*window, d*C_in, C_out). Worth more than the
+link alone: 50 mirror-ReLU layers with Glorot kernels shrink the signal by 1e-13, with `looks_linear` by nothing.
+
+What each init does to the mean square of white signals, forward and of gradients backward, for one layer with C_in
+and C_out pre-activations and stride s in each of n spatial axes:
+
+    init                   forward    backward               in words
+    looks_linear           1          C_out / (C_in s^n)     exactly linear; isometric where C_in = C_out and s = 1
+    variance_preserving    1          about C_out / C_in     on average over kernels; correlations grow with depth
+
+So square layers at stride 1 keep both. Widening (C_out > C_in) keeps the forward signal and enlarges gradients;
+narrowing and read-outs keep the forward signal (for white inputs) and shrink gradients. At a stride the linear kernel
+covers s x s pixels in blocks that tile the image, so no pixel is dropped; one pixel of each block, the usual delta
+kernel, would throw away three quarters at s = 2. With VALID padding, border pixels take no part in the gradient. A
+stem has no link before it: give it the link of one member `Link((lambda z: z,))`, for which variance_preserving is
+orthogonal initialisation.
+
+Every function here returns an init(key, shape, dtype) for the whole kernel of the layer, as Flax wants it.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from linked_jax.linking import Link, join
+from linked_jax.moments import evaluate, mean_square
+
+Initializer = Callable[..., Array]
+
+_READ_OUT_TOLERANCE = 1e-6
+
+
+def gain(link: Link) -> float:
+    """The kernel scale that keeps the mean square of a standard normal pre-activation.
+
+        gain = 1 / sqrt(mean_i E[g_i(z)^2]),   kernel entries of variance gain^2 / fan_in,   fan_in = d * C_in * window
+
+    Args:
+      link: any `Link`; sqrt(2) for relu and for lk_relu.
+
+    Returns:
+      A float.
+
+    Raises:
+      ValueError: if the members vanish or explode, so that no scale does it.
+
+    Reference: He et al., Delving deep into rectifiers, 2015, for relu.
+
+    Example:
+      >>> from linked_jax import gain, lk_relu
+      >>> round(gain(lk_relu) ** 2, 9)
+      2.0
+    """
+    size = sum(mean_square(member) for member in link.members) / link.arity
+    if size <= 0:
+        raise ValueError(f"no gain exists for {link}: its Gaussian mean square is {size}; pass a link that is not zero")
+    return size**-0.5
+
+
+def variance_preserving(link: Link) -> Initializer:
+    """An orthogonal kernel scaled by the link's gain: the forward mean square stays 1 on average.
+
+        K = gain(link) * Q,   Q of shape (fan_in, C_out), its columns orthonormal (C_out <= fan_in) or of norm 1 on average
+
+    Args:
+      link: any link of `linked_jax`.
+
+    Returns:
+      init(key, shape, dtype) for a kernel of shape (*window, d*C_in, C_out).
+
+    Raises:
+      ValueError: by the init, if d does not divide the input channels.
+
+    Example:
+      >>> import jax
+      >>> from linked_jax import lk_selu, variance_preserving
+      >>> variance_preserving(lk_selu)(jax.random.key(0), (3, 3, 8, 4)).shape
+      (3, 3, 8, 4)
+    """
+    scale = gain(link)
+
+    def init(key: PRNGKeyArray, shape: Sequence[int], dtype=jnp.float32) -> Float[Array, "*window c_linked c_out"]:
+        _check_shape(shape, link)
+        return scale * _unit_columns(key, math.prod(shape[:-1]), shape[-1], dtype).reshape(shape)
+
+    return init
+
+
+@functools.lru_cache(maxsize=1024)
+def read_out(link: Link) -> tuple[float, ...]:
+    """The coefficients that read z back from its link: sum_i a_i g_i(z) = z.
+
+    Minimum-norm least squares over |z| from 1e-3 to 1e3, so that a saturating link is refused. For the mirror of relu,
+    swish, gelu and softplus a = (1, -1); for leaky relu that over 1 + negative_slope; for min_max (1, 1).
+
+    Args:
+      link: any `Link`.
+
+    Returns:
+      d floats.
+
+    Raises:
+      ValueError: if there are none, with the measured deviation.
+
+    Example:
+      >>> from linked_jax import lk_swish, read_out
+      >>> [round(a, 6) for a in read_out(lk_swish)]
+      [1.0, -1.0]
+    """
+    size = np.geomspace(1e-3, 1e3, 601)
+    z = np.concatenate([-size[::-1], size])
+    scale = np.maximum(np.abs(z), 1)  # absolute errors below 1, relative ones above
+    members = np.stack([evaluate(member, z) for member in link.members], axis=1) / scale[:, None]
+    deviation = np.inf
+    coefficients = np.zeros(link.arity)
+    if np.isfinite(members).all():
+        coefficients = np.linalg.lstsq(members, z / scale, rcond=1e-9)[0]
+        deviation = float(np.abs(members @ coefficients - z / scale).max())
+    if deviation > _READ_OUT_TOLERANCE:
+        raise ValueError(
+            f"looks_linear needs a link whose members sum to z with some weights; the best weights of {link} miss z by "
+            f"{deviation:.2g} (relative, allowed {_READ_OUT_TOLERANCE:g}); use variance_preserving(link)"
+        )
+    return tuple(float(round(a, 12)) for a in coefficients)
+
+
+def looks_linear(link: Link, *, strides: int | Sequence[int] = 1) -> Initializer:
+    """A kernel that undoes its link: the layer starts linear and, at C_in = C_out and stride 1, isometric.
+
+        K = (a_1 O, ..., a_d O),   sum_i a_i g_i(z) = z   =>   f(z) K = z O
+
+    O is orthogonal between pre-activations and a delta in space (at a stride s: orthogonal on the s x s pixels of a
+    block). O is drawn first and mirrored after. See the table at the top of this file for other shapes.
+
+    Args:
+      link: a link that has a `read_out`; both layouts.
+      strides: those of the convolution, an integer or one per spatial axis.
+
+    Returns:
+      init(key, shape, dtype) for a kernel of shape (*window, d*C_in, C_out).
+
+    Raises:
+      ValueError: if the link has no read-out (elu, selu, tanh, relu unlinked), or, by the init, if the shape does not fit.
+
+    Reference: Balduzzi et al., The shattered gradients problem, 2017; Xiao et al., Dynamical isometry and a mean field
+    theory of CNNs, 2018 (the delta in space). The treatment of strides is ours.
+
+    Example:
+      >>> import jax
+      >>> from linked_jax import lk_relu, looks_linear
+      >>> kernel = looks_linear(lk_relu)(jax.random.key(0), (8, 4))
+      >>> bool((kernel[:4] == -kernel[4:]).all())
+      True
+    """
+    coefficients = read_out(link)
+
+    def init(key: PRNGKeyArray, shape: Sequence[int], dtype=jnp.float32) -> Float[Array, "*window c_linked c_out"]:
+        half = _check_shape(shape, link)
+        window = tuple(shape[:-2])
+        steps = (strides,) * len(window) if isinstance(strides, int) else tuple(strides)
+        if len(steps) != len(window):
+            raise ValueError(f"strides {strides} do not fit a kernel of shape {tuple(shape)}; pass one per spatial axis")
+        block = tuple(min(step, size) for step, size in zip(steps, window, strict=True))
+        core = _unit_columns(key, math.prod(block) * half, shape[-1], dtype).reshape(*block, half, shape[-1])
+        # SAME padding puts (size - stride) // 2 rows before the first one: there the blocks tile the image.
+        before = [(size - width) // 2 for size, width in zip(window, block, strict=True)]
+        after = [size - width - low for size, width, low in zip(window, block, before, strict=True)]
+        orthogonal = jnp.pad(core, [*zip(before, after, strict=True), (0, 0), (0, 0)])
+        return join([jnp.asarray(a, dtype) * orthogonal for a in coefficients], -2, link.layout)
+
+    return init
+
+
+def default_kernel_init(link: Link, *, strides: int | Sequence[int] = 1) -> Initializer:
+    """`looks_linear` where the link has a read-out, else `variance_preserving`.
+
+    Args:
+      link: any `Link`.
+      strides: those of the convolution, see `looks_linear`.
+
+    Returns:
+      init(key, shape, dtype) for a kernel of shape (*window, d*C_in, C_out).
+
+    Example:
+      >>> import jax
+      >>> from linked_jax import default_kernel_init, selu
+      >>> default_kernel_init(selu)(jax.random.key(0), (3, 3, 4, 4)).shape
+      (3, 3, 4, 4)
+    """
+    try:
+        return looks_linear(link, strides=strides)
+    except ValueError:
+        return variance_preserving(link)
+
+
+def embed_plain_kernel(
+    kernel: Float[Array, "*window c_in c_out"], link: Link, *, member: int = 0
+) -> Float[Array, "*window c_linked c_out"]:
+    """The linked kernel that computes what a plain layer after g_member did: zeros for all other members.
+
+        f(z) K' = g_member(z) K
+
+    Args:
+      kernel: of the plain layer, (*window, C_in, C_out).
+      link: the link that replaces the plain activation; one of its members is that activation.
+      member: which one, from 0.
+
+    Returns:
+      A kernel of shape (*window, d*C_in, C_out) in the link's layout.
+
+    Raises:
+      ValueError: if the link has no such member or the kernel has fewer than two axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax import embed_plain_kernel, lk_relu
+      >>> embed_plain_kernel(jnp.ones((1, 2)), lk_relu).tolist()
+      [[1.0, 1.0], [0.0, 0.0]]
+    """
+    if kernel.ndim < 2:
+        raise ValueError(f"a kernel has shape (*window, c_in, c_out), got {kernel.shape}; pass the weights of a layer")
+    if not 0 <= member < link.arity:
+        raise ValueError(f"{link} has members 0 to {link.arity - 1}, got member={member}")
+    parts = [kernel if i == member else jnp.zeros_like(kernel) for i in range(link.arity)]
+    return join(parts, -2, link.layout)
+
+
+def _unit_columns(key: PRNGKeyArray, rows: int, columns: int, dtype) -> Float[Array, "rows columns"]:
+    """Orthonormal columns, or if there are more columns than rows orthogonal rows, with columns of norm 1 on average."""
+    scale = max(1.0, columns / rows) ** 0.5
+    return jax.nn.initializers.orthogonal(scale)(key, (rows, columns), dtype)
+
+
+def _check_shape(shape: Sequence[int], link: Link) -> int:
+    """The number of pre-activations C_in of a linked kernel's shape."""
+    if len(shape) < 2 or shape[-2] % link.arity:
+        raise ValueError(
+            f"a kernel after a link of {link.arity} has shape (*window, {link.arity} * c_in, c_out), got {tuple(shape)}"
+        )
+    return shape[-2] // link.arity

@@ -1,0 +1,291 @@
+"""Flax NNX layers for linked networks: link, then layer.
+
+    z' = f(z) K + b
+
+They take the pre-activation z, so `in_features` counts pre-activations and nobody doubles widths by hand. For the
+backward pass only z is kept: the link is computed again there, so a linked net needs less memory than a plain one
+that keeps its activations.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from linked_jax.activations import ACTIVATIONS, lk_relu, prelu
+from linked_jax.initializers import Initializer, default_kernel_init
+from linked_jax.linking import Layout, Link, from_the_right, join, linked
+
+
+@runtime_checkable
+class Activation(Protocol):
+    """What a layer needs of a link: a `Link`, or a module with parameters such as `LinkedPReLU`."""
+
+    @property
+    def arity(self) -> int:
+        """The number of members d."""
+        ...
+
+    def __call__(self, z: Any) -> Any:
+        """z (..., C) -> (..., d*C)."""
+        ...
+
+
+class LinkedLinear(nnx.Module):
+    """A dense layer on linked pre-activations: z (..., in_features) -> f(z) K + b (..., out_features).
+
+    Args:
+      in_features: the number of pre-activations C; the kernel has shape (d*C, out_features).
+      out_features: the number of outputs.
+      link: a `Link`, or a module such as `LinkedPReLU`.
+      use_bias: whether to add b, zeros at the start.
+      kernel_init: init(key, shape, dtype) for the whole kernel; `default_kernel_init(link)` if None.
+      dtype: of the computation; that of z and the parameters if None.
+      param_dtype: of the parameters.
+      rngs: Flax random streams; `params` is used.
+
+    Raises:
+      ValueError: if a number of features is below 1.
+      TypeError: if link is not a link.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from linked_jax import LinkedLinear, lk_swish
+      >>> net = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), LinkedLinear(16, 3, link=lk_swish, rngs=nnx.Rngs(1)))
+      >>> net(jnp.ones((2, 8))).shape
+      (2, 3)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        link: Activation = lk_relu,
+        use_bias: bool = True,
+        kernel_init: Initializer | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        _check_features(in_features, out_features)
+        self.link = _check_link(link)
+        self.linear = nnx.Linear(
+            link.arity * in_features,
+            out_features,
+            use_bias=use_bias,
+            kernel_init=kernel_init or default_kernel_init(_link_at_start(link)),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
+        """z (..., in_features) -> (..., out_features)."""
+        return _keeping_only(z, lambda z: self.linear(self.link(z)))
+
+
+class LinkedConv(nnx.Module):
+    """A convolution on linked pre-activations: z (N, *space, in_features) -> f(z) * K + b (N, *space', out_features).
+
+    Args:
+      in_features: the number of pre-activation channels C; the kernel has shape (*kernel_size, d*C, out_features).
+      out_features: the number of output channels.
+      kernel_size: an integer (one spatial axis) or a sequence, one size per spatial axis.
+      link: a `Link` with axis -1, or a module such as `LinkedPReLU`.
+      strides: an integer or one per spatial axis.
+      padding: "SAME", "VALID", "CIRCULAR" or explicit pairs, as in `flax.nnx.Conv`.
+      use_bias: whether to add b, zeros at the start.
+      kernel_init: init(key, shape, dtype) for the whole kernel; `default_kernel_init(link, strides=strides)` if None.
+      dtype: of the computation; that of z and the parameters if None.
+      param_dtype: of the parameters.
+      rngs: Flax random streams; `params` is used.
+
+    Raises:
+      ValueError: if a number of features is below 1.
+      TypeError: if link is not a link.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from linked_jax import LinkedConv
+      >>> conv = LinkedConv(4, 8, (3, 3), strides=2, rngs=nnx.Rngs(0))
+      >>> conv(jnp.ones((2, 8, 8, 4))).shape
+      (2, 4, 4, 8)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        *,
+        link: Activation = lk_relu,
+        strides: int | Sequence[int] = 1,
+        padding: Any = "SAME",
+        use_bias: bool = True,
+        kernel_init: Initializer | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        _check_features(in_features, out_features)
+        self.link = _check_link(link)
+        self.conv = nnx.Conv(
+            link.arity * in_features,
+            out_features,
+            kernel_size,
+            strides=strides,
+            padding=padding,
+            use_bias=use_bias,
+            kernel_init=kernel_init or default_kernel_init(_link_at_start(link), strides=strides),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
+        """z (N, *space, in_features) -> (N, *space', out_features)."""
+        return _keeping_only(z, lambda z: self.conv(self.link(z)))
+
+
+class ChannelPReLU(nnx.Module):
+    """PReLU with learned slopes: z where z > 0, else a * z (equation 3).
+
+    Args:
+      features: the number of channels C; with share="element" the whole shape (*space, C) of one example.
+      negative_slope: the slopes' initial value. 0.25 is He's; do not apply weight decay to slopes.
+      share: "channel" (a slope per channel, He's), "layer" (one) or "element" (Keras' default).
+      param_dtype: of the slopes.
+      rngs: not used; there so that all layers are built alike.
+
+    Raises:
+      ValueError: if share is unknown or features do not fit it.
+
+    Reference: He et al., Delving deep into rectifiers, 2015.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax import ChannelPReLU
+      >>> ChannelPReLU(2)(jnp.array([-4.0, 4.0]))
+      Array([-1.,  4.], dtype=float32)
+    """
+
+    arity: ClassVar[int] = 1
+    layout: ClassVar[Layout] = "blocked"
+
+    def __init__(
+        self,
+        features: int | Sequence[int],
+        *,
+        negative_slope: float = 0.25,
+        share: Literal["layer", "channel", "element"] = "channel",
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ):
+        del rngs
+        shape = (features,) if isinstance(features, int) else tuple(features)
+        if share not in ("layer", "channel", "element"):
+            raise ValueError(f"share is 'layer', 'channel' or 'element', got {share!r}")
+        if share == "channel" and len(shape) != 1:
+            raise ValueError(f"share='channel' takes the number of channels, got features={features}; pass its last number")
+        if min(shape, default=0) < 1:
+            raise ValueError(f"features is at least 1, got {features}")
+        self.negative_slope_init = float(negative_slope)
+        self.negative_slope = nnx.Param(jnp.full(() if share == "layer" else shape, negative_slope, param_dtype))
+
+    @property
+    def link(self) -> Link:
+        """The link that this module is at the start; initialisers read it."""
+        return Link((functools.partial(prelu, negative_slope=self.negative_slope_init),))
+
+    def __call__(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        """z (..., C) -> (..., C)."""
+        return prelu(z, self.negative_slope[...])
+
+
+class LinkedPReLU(nnx.Module):
+    """Two PReLUs, each with its own slopes, on z and on -z; at z = 0 the Jacobian is that of z -> 0+.
+
+        f(z) = (prelu(z, a), prelu(-z, b))
+
+    Args:
+      features: the number of channels C; with share="element" the whole shape (*space, C) of one example.
+      negative_slope: the slopes' initial value; 0.25 is He's, 0 starts as lk_relu.
+      share: "channel", "layer" or "element", see `ChannelPReLU`.
+      layout: "blocked" or "interleaved", see `Link`.
+      param_dtype: of the slopes.
+      rngs: not used; there so that all layers are built alike.
+
+    Raises:
+      ValueError: if share or layout is unknown, or features do not fit.
+
+    Reference: the authors' code, github.com/blauigris/linked_neurons.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax import LinkedPReLU
+      >>> LinkedPReLU(1)(jnp.array([-4.0]))
+      Array([-1.,  4.], dtype=float32)
+    """
+
+    arity: ClassVar[int] = 2
+
+    def __init__(
+        self,
+        features: int | Sequence[int],
+        *,
+        negative_slope: float = 0.25,
+        share: Literal["layer", "channel", "element"] = "channel",
+        layout: Layout = "blocked",
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ):
+        self.positive, self.mirrored = (
+            ChannelPReLU(features, negative_slope=negative_slope, share=share, param_dtype=param_dtype, rngs=rngs)
+            for _ in range(2)
+        )
+        self.layout: Layout = linked(self.positive.link, layout=layout).layout  # linked() checks it
+
+    @property
+    def link(self) -> Link:
+        """The link that this module is at the start; initialisers read it."""
+        return linked(self.positive.link, layout=self.layout)
+
+    def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_linked"]:
+        """z (..., C) -> (..., 2*C)."""
+        members = (self.positive, lambda z: self.mirrored(-z))
+        return join([from_the_right(member)(z) for member in members], -1, self.layout)
+
+
+ACTIVATIONS.update(prelu=ChannelPReLU, lk_prelu=LinkedPReLU)
+
+
+def _keeping_only(z: Array, layer: Callable[[Array], Array]) -> Array:
+    """layer(z), with nothing but z (and the parameters) kept for the backward pass."""
+    return jax.checkpoint(layer)(z)
+
+
+def _link_at_start(link: Activation) -> Link:
+    start = link if isinstance(link, Link) else getattr(link, "link", None)
+    if not isinstance(start, Link):
+        raise TypeError(f"the default kernel_init needs a Link or a module with a .link, got {link!r}; pass kernel_init")
+    return start
+
+
+def _check_link(link: Activation) -> Activation:
+    if isinstance(link, type) or not isinstance(link, Activation):
+        raise TypeError(f"link is a Link or a built module with an arity, got {link!r}; pass e.g. linked(jax.nn.relu)")
+    if isinstance(link, Link) and link.axis != -1:
+        raise ValueError(f"Flax layers have channels last, got a link with axis={link.axis}; pass one with axis=-1")
+    return link
+
+
+def _check_features(in_features: int, out_features: int) -> None:
+    if min(in_features, out_features) < 1:
+        raise ValueError(f"in_features and out_features are at least 1, got {in_features} and {out_features}")
