@@ -87,7 +87,15 @@ class Settings:
 PRESETS = {
     "quick": Settings(),
     "paper": Settings(
-        preset="paper", dataset="cifar10", init="glorot", epochs=200, batch_size=32, lr=1e-3, decay=1e-6, shuffle=False, seed=100
+        preset="paper",
+        dataset="cifar10",
+        init="glorot",
+        epochs=200,
+        batch_size=32,
+        lr=1e-3,
+        decay=1e-6,
+        shuffle=False,
+        seed=100,
     ),
 }
 
@@ -114,7 +122,9 @@ def main() -> None:
         console.say(f"network  {describe(settings, act, depth, data)}")
     config = {
         "experiment": "depth",
-        "settings": {key: value for key, value in records.as_config(settings).items() if key not in ("data_dir", "out")},
+        "settings": {
+            key: value for key, value in records.as_config(settings).items() if key not in ("data_dir", "out")
+        },
         "data": {"name": data.name, "fingerprint": data.fingerprint, "description": str(data)},
         "parameters": {f"{act} {depth}": parameter_count(settings, act, depth, data) for act, depth in nets},
     }
@@ -129,7 +139,12 @@ def main() -> None:
                     lines.append(line)
     finally:
         record.close()
-    console.table(summary(settings, lines))
+    seeds = f"mean ± standard deviation of {settings.seeds} seeds" if settings.seeds > 1 else f"seed {settings.seed}"
+    console.table(
+        f"Test accuracy on {data.name}, {seeds}; dead units (no output on any test image) and the first layer with one; "
+        "mean square of the pre-activations of the first and the last layer.",
+        summary(settings, lines),
+    )
     picture = plots.depth_picture(lines, folder / "depth.png", title=str(data))
     console.say(f"record   {folder}\npicture  {picture}")
 
@@ -247,9 +262,7 @@ def describe(settings: Settings, act: str, depth: int, data: data_lib.Dataset) -
     )
 
 
-def run(
-    settings: Settings, data: data_lib.Dataset, act: str, depth: int, seed: int, optimizer: Any, console: Console
-):
+def run(settings: Settings, data: data_lib.Dataset, act: str, depth: int, seed: int, optimizer: Any, console: Console):
     """Train one network; yields a line of metrics for each epoch."""
     epochs, batch_size = settings.epochs or 1, settings.batch_size or 1
     steps = epochs * -(-len(data.train_labels) // batch_size)
@@ -278,17 +291,19 @@ def summary(settings: Settings, lines: list[dict[str, Any]]) -> list[dict[str, s
         ]
         last = [run[-1] for run in runs]
         dead = np.mean([line["dead_units"] for line in last])
-        first_dead = min((layer for line in last for layer, n in enumerate(line["dead_by_layer"], 1) if n), default=None)
+        first_dead = min(
+            (layer for line in last for layer, n in enumerate(line["dead_by_layer"], 1) if n), default=None
+        )
         rows.append(
             {
-                "activation": act,
+                "act": act,
                 "layers": f"{depth:,}",
-                "test accuracy, last epoch": spread([line["test_accuracy"] for line in last]),
-                "best epoch": spread([max(line["test_accuracy"] for line in run) for run in runs]),
-                "dead units": f"{dead:.4g} of {depth * units(settings):,}",
-                "first dead layer": str(first_dead or "none"),
-                "signal, first to last layer": f"{_mean(last, 0):.2g} to {_mean(last, -1):.2g}",
-                "seconds": f"{np.mean([sum(line['seconds'] for line in run) for run in runs]):.0f}",
+                "last epoch": spread([line["test_accuracy"] for line in last]),
+                "best": f"{np.mean([max(line['test_accuracy'] for line in run) for run in runs]):.4f}",
+                "dead": f"{dead:.4g} of {depth * units(settings):,}",
+                "from": f"layer {first_dead}" if first_dead else "",
+                "signal": f"{_mean(last, 0):.2g} to {_mean(last, -1):.2g}",
+                "time": f"{np.mean([sum(line['seconds'] for line in run) for run in runs]):.0f} s",
             }
         )
     return rows

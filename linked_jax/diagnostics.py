@@ -4,15 +4,12 @@ A unit is one pre-activation channel. It is scored by its whole link and never b
 a mirrored relu are zero by construction.
 """
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from linked_jax.linking import Layout
 
 
-def live_units(
-    h: Float[Array, "... c_linked"], *, arity: int = 1, layout: Layout = "blocked"
-) -> Bool[Array, " c"]:
+def live_units(h: Float[Array, "... c_linked"], *, arity: int = 1, layout: Layout = "blocked") -> Bool[Array, " c"]:
     """Which units have a non-zero output for at least one sample and position of this batch.
 
         live_c = any over samples, positions n and members i of g_i(z_nc) != 0

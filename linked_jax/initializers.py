@@ -166,7 +166,9 @@ def looks_linear(link: Link, *, strides: int | Sequence[int] = 1) -> Initializer
         window = tuple(shape[:-2])
         steps = (strides,) * len(window) if isinstance(strides, int) else tuple(strides)
         if len(steps) != len(window):
-            raise ValueError(f"strides {strides} do not fit a kernel of shape {tuple(shape)}; pass one per spatial axis")
+            raise ValueError(
+                f"strides {strides} do not fit a kernel of shape {tuple(shape)}; pass one per spatial axis"
+            )
         block = tuple(min(step, size) for step, size in zip(steps, window, strict=True))
         core = _unit_columns(key, math.prod(block) * half, shape[-1], dtype).reshape(*block, half, shape[-1])
         # SAME padding puts (size - stride) // 2 rows before the first one: there the blocks tile the image.

@@ -193,7 +193,9 @@ class ChannelPReLU(nnx.Module):
         if share not in ("layer", "channel", "element"):
             raise ValueError(f"share is 'layer', 'channel' or 'element', got {share!r}")
         if share == "channel" and len(shape) != 1:
-            raise ValueError(f"share='channel' takes the number of channels, got features={features}; pass its last number")
+            raise ValueError(
+                f"share='channel' takes the number of channels, got features={features}; pass its last number"
+            )
         if min(shape, default=0) < 1:
             raise ValueError(f"features is at least 1, got {features}")
         self.negative_slope_init = float(negative_slope)
@@ -274,7 +276,9 @@ def _keeping_only(z: Array, layer: Callable[[Array], Array]) -> Array:
 def _link_at_start(link: Activation) -> Link:
     start = link if isinstance(link, Link) else getattr(link, "link", None)
     if not isinstance(start, Link):
-        raise TypeError(f"the default kernel_init needs a Link or a module with a .link, got {link!r}; pass kernel_init")
+        raise TypeError(
+            f"the default kernel_init needs a Link or a module with a .link, got {link!r}; pass kernel_init"
+        )
     return start
 
 

@@ -58,9 +58,13 @@ def awkward(dtype):
 
 def finite_arrays(dtype, size=24):
     """The awkward values, and random bit patterns: as many denormals and huge values as ordinary ones."""
-    bits = hnp.arrays(np.dtype(f"uint{jnp.finfo(dtype).bits}"), size)
-    values = bits.map(lambda bits: bits.view(jnp.dtype(dtype)))
-    return values.map(lambda z: np.concatenate([awkward(dtype), np.where(np.isfinite(z), z, z.dtype.type(1))]))
+
+    def finite(bits):
+        z = bits.view(jnp.dtype(dtype))
+        with np.errstate(invalid="ignore"):  # bfloat16 warns of signalling NaNs
+            return np.concatenate([awkward(dtype), np.where(np.isfinite(z), z, z.dtype.type(1))])
+
+    return hnp.arrays(np.dtype(f"uint{jnp.finfo(dtype).bits}"), size).map(finite)
 
 
 # --- values -------------------------------------------------------------------------------------------------------
@@ -80,7 +84,7 @@ def test_values_are_exactly_the_formulas(transform, dtype):
     with jax.enable_x64(dtype == jnp.float64):
         links, formulas = (transform(values_of(table, NAMED)) for table in (NAMED, FORMULAS))
 
-        @hypothesis.settings(max_examples=4 if transform is not jax.jit else 25)
+        @hypothesis.settings(max_examples=25 if transform is jax.jit else 3)
         @hypothesis.given(finite_arrays(dtype))
         def check(z):
             actual, expected = links(jnp.asarray(z)), formulas(jnp.asarray(z))
@@ -108,7 +112,7 @@ def test_plain_activation_keeps_the_derivative_of_its_function_at_zero(name):
 
 
 class LinkedPropertyTest(chex.TestCase):
-    def skipTest(self, reason):  # noqa: N802
+    def skipTest(self, reason):
         self.fail(f"a variant was skipped: {reason}")
 
     @chex.all_variants
@@ -174,7 +178,9 @@ def test_unknown_name_without_a_near_one_still_gets_the_list(name):
 # --- prelu --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slope", [np.float32(0.25), np.array([0.25, 0.0, -1.5], np.float32)], ids=["scalar", "channel"])
+@pytest.mark.parametrize(
+    "slope", [np.float32(0.25), np.array([0.25, 0.0, -1.5], np.float32)], ids=["scalar", "channel"]
+)
 def test_prelu_values(slope):
     z = np.array([[-2.0, -0.5, 3.0], [1.0, -4.0, 0.0]], np.float32)
     np.testing.assert_array_equal(prelu(jnp.asarray(z), slope), np.where(z > 0, z, slope * z))

@@ -30,9 +30,10 @@ class Console:
             task = bar.add_task(description, total=steps)
             yield lambda done: bar.advance(task, done)
 
-    def table(self, rows: list[dict[str, str]]) -> None:
-        """Rows with the same keys, as a table."""
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+    def table(self, title: str, rows: list[dict[str, str]]) -> None:
+        """Rows with the same keys, as a table below a title."""
+        self.say(f"\n{title}")
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in rows[0]:
             table.add_column(name)
         for row in rows:

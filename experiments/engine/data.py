@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +25,10 @@ from experiments.engine.errors import UsageError
 
 DIGITS_TEST_SIZE = 360
 _READ_AT_ONCE = 1000
-_HOW_TO_PREPARE = "prepare it with tensorflow-datasets (`tfds build {name} --file_format=array_record`), or name its folder"
+_PIXELS = {"c955d4fefffbec93": "JPEG pixels"}  # fingerprint of a CIFAR-10 whose pixels went through JPEG once
+_HOW_TO_PREPARE = (
+    "prepare it with tensorflow-datasets (`tfds build {name} --file_format=array_record`), or name its folder"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Dataset:
     def __str__(self) -> str:
         n, height, width, channels = self.train_images.shape
         size = f"{height}x{width}x{channels}"
-        return f"{self.name}: {n:,} train and {len(self.test_labels):,} test images of {size}, {self.classes} classes"
+        pixels = f" ({_PIXELS[self.fingerprint]})" if self.fingerprint in _PIXELS else ""
+        return f"{self.name}{pixels}: {n:,} train and {len(self.test_labels):,} test images of {size}, {self.classes} classes"
 
 
 def load(name: str, data_dir: str | None = None) -> Dataset:
@@ -81,7 +86,9 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
             print(f"cifar10 is not in {folder}: taking the embedded digits. To get it, {_HOW_TO_PREPARE.format(name='cifar10')}"
                   " with --data-dir.")  # fmt: skip
     classes, arrays = _digits() if name == "digits" else _cached_tfds(name, folder)
-    return Dataset(name, classes, **{key: jnp.asarray(value) for key, value in arrays.items()}, fingerprint=_fingerprint(arrays))
+    return Dataset(
+        name, classes, **{key: jnp.asarray(value) for key, value in arrays.items()}, fingerprint=_fingerprint(arrays)
+    )
 
 
 def scale(images: UInt8[Array, "n h w c"]) -> Float[Array, "n h w c"]:
@@ -137,7 +144,11 @@ def _tfds_builder(name: str, folder: Path) -> Any:
             builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            known = f"no data set {name!r} in TensorFlow Datasets" if "not found" in reason.lower() else f"cannot open {name!r}"
+            known = (
+                f"no data set {name!r} in TensorFlow Datasets"
+                if "not found" in reason.lower()
+                else f"cannot open {name!r}"
+            )
             raise UsageError(f"{known} ({reason}); use --dataset digits or a TFDS name such as cifar10") from error
     if not (Path(builder.data_path) / "dataset_info.json").is_file():
         raise UsageError(f"{name} is not prepared in {folder}; {_HOW_TO_PREPARE.format(name=name)} with --data-dir")
@@ -148,6 +159,7 @@ def _tfds_builder(name: str, folder: Path) -> Any:
 
 
 def _read_tfds(builder: Any, name: str) -> dict[str, np.ndarray]:
+    absl.logging.set_verbosity(absl.logging.ERROR)  # it advises to install OpenCV
     arrays = {}
     try:
         for split in ("train", "test"):
@@ -155,7 +167,9 @@ def _read_tfds(builder: Any, name: str) -> dict[str, np.ndarray]:
             expected = builder.info.splits[split].num_examples
             if len(source) != expected:
                 raise ValueError(f"{len(source)} of {expected} {split} examples")
-            examples = list(track(_examples(source), description=f"reading {name} {split}", total=len(source), transient=True))
+            examples = list(
+                track(_examples(source), description=f"reading {name} {split}", total=len(source), transient=True)
+            )
             arrays[f"{split}_images"] = np.stack([image for image, _ in examples])
             arrays[f"{split}_labels"] = np.asarray([label for _, label in examples], np.int32)
     except Exception as error:  # array_record, Pillow and protobuf raise whatever they like on a damaged file

@@ -49,7 +49,8 @@ def depth_picture(lines: Sequence[dict[str, Any]], path: Path, *, title: str) ->
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     accuracy.legend(frameon=False, loc="best")
-    figure.suptitle(title)
+    seeds = len({line["seed"] for line in lines})
+    figure.suptitle(title + (f"; lines are means of {seeds} seeds, bands span them" if seeds > 1 else ""))
     figure.savefig(path, dpi=110)
     return path
 

@@ -112,5 +112,6 @@ def _commit() -> str:
 
 
 def _cannot_write(folder: Path, error: OSError) -> UsageError:
-    return UsageError(f"cannot write the record {folder} ({error.strerror}); pass --out with a folder that you can write")
-
+    return UsageError(
+        f"cannot write the record {folder} ({error.strerror}); pass --out with a folder that you can write"
+    )

@@ -55,7 +55,9 @@ def fit(
     carry = jax.tree.map(jnp.copy, (parameters, state, optimizer.init(parameters)))  # the step donates its input
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
-        order = data_lib.batches(jax.random.fold_in(key, epoch) if shuffle else None, len(data.train_labels), batch_size)
+        order = data_lib.batches(
+            jax.random.fold_in(key, epoch) if shuffle else None, len(data.train_labels), batch_size
+        )
         losses: list[Array] = []
         reported = 0
         for done, index in enumerate(order, start=1):
