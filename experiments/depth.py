@@ -16,13 +16,12 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import optax
 import tyro
 from flax import nnx
 
 from experiments.engine import data as data_lib
-from experiments.engine import plots, records, training
+from experiments.engine import plots, records, tables, training
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
 from experiments.engine.optimizers import OPTIMIZERS
@@ -45,7 +44,7 @@ class Settings:
     """A very deep, very narrow network, with each activation and its link (table 2 of the paper)."""
 
     preset: Literal["quick", "paper"] = "quick"
-    """quick: minutes on 2 cores. paper: the paper's exact protocol on CIFAR-10 (hours). Explicit options win over it."""
+    """quick: minutes on 2 cores. paper: the paper's protocol on CIFAR-10 (hours). Explicit options win over it."""
     act: tuple[str, ...] = ("lk_relu",)
     """One or several activations, such as relu or lk_relu; a wrong name lists them all."""
     depth: tuple[int, ...] = (50,)
@@ -127,6 +126,7 @@ def main() -> None:
         },
         "data": {"name": data.name, "fingerprint": data.fingerprint, "description": str(data)},
         "parameters": {f"{act} {depth}": parameter_count(settings, act, depth, data) for act, depth in nets},
+        "learning_rate": {str(depth): learning_rate(settings, depth) for depth in settings.depth},
     }
     record = records.Record(folder, config)
     lines: list[dict[str, Any]] = []
@@ -141,9 +141,9 @@ def main() -> None:
         record.close()
     seeds = f"mean ± standard deviation of {settings.seeds} seeds" if settings.seeds > 1 else f"seed {settings.seed}"
     console.table(
-        f"Test accuracy on {data.name}, {seeds}; dead units (no output on any test image) and the first layer with one; "
+        f"Test accuracy on {data.name}, {seeds}; dead units (zero on all test images) and the first layer with one; "
         "mean square of the pre-activations of the first and the last layer.",
-        summary(settings, lines),
+        tables.depth_table(lines, width=units(settings)),
     )
     picture = plots.depth_picture(lines, folder / "depth.png", title=str(data))
     console.say(f"record   {folder}\npicture  {picture}")
@@ -255,10 +255,11 @@ def parameter_count(settings: Settings, act: str, depth: int, data: data_lib.Dat
 def describe(settings: Settings, act: str, depth: int, data: data_lib.Dataset) -> str:
     """One line on what runs."""
     norm = ", batch norm" if settings.norm == "batch" else ""
+    rate = learning_rate(settings, depth)
     return (
         f"{act}, {depth:,} layers of {units(settings)} units{norm}, "
         f"{parameter_count(settings, act, depth, data):,} parameters, init {settings.init}, "
-        f"{settings.optimizer} at {learning_rate(settings, depth):g}, batch {settings.batch_size}, {settings.epochs} epochs"
+        f"{settings.optimizer} at {rate:g}, batch {settings.batch_size}, {settings.epochs} epochs"
     )
 
 
@@ -274,54 +275,12 @@ def run(settings: Settings, data: data_lib.Dataset, act: str, depth: int, seed: 
             shuffle=settings.shuffle, on_steps=advance,
         )  # fmt: skip
         for metrics in fitting:
+            seconds = time.perf_counter() - start
             console.say(
                 f"{act} {depth} seed {seed}  epoch {metrics['epoch']:>3}/{epochs}  loss {metrics['train_loss']:.4f}  "
-                f"test {metrics['test_accuracy']:.4f}  dead {metrics['dead_units']}  {time.perf_counter() - start:.0f} s"
+                f"test {metrics['test_accuracy']:.4f}  dead {metrics['dead_units']}  {seconds:.0f} s"
             )
             yield {"act": act, "depth": depth, "seed": seed, **metrics}
-
-
-def summary(settings: Settings, lines: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The closing table: a row for each net, mean and standard deviation over seeds."""
-    rows = []
-    for act, depth in dict.fromkeys((line["act"], line["depth"]) for line in lines):
-        runs = [
-            [line for line in lines if (line["act"], line["depth"], line["seed"]) == (act, depth, seed)]
-            for seed in range(settings.seed, settings.seed + settings.seeds)
-        ]
-        last = [run[-1] for run in runs]
-        dead = np.mean([line["dead_units"] for line in last])
-        first_dead = min(
-            (layer for line in last for layer, n in enumerate(line["dead_by_layer"], 1) if n), default=None
-        )
-        rows.append(
-            {
-                "act": act,
-                "layers": f"{depth:,}",
-                "last epoch": spread([line["test_accuracy"] for line in last]),
-                "best": f"{np.mean([max(line['test_accuracy'] for line in run) for run in runs]):.4f}",
-                "dead": f"{dead:.4g} of {depth * units(settings):,}",
-                "from": f"layer {first_dead}" if first_dead else "",
-                "signal": f"{_mean(last, 0):.2g} to {_mean(last, -1):.2g}",
-                "time": f"{np.mean([sum(line['seconds'] for line in run) for run in runs]):.0f} s",
-            }
-        )
-    return rows
-
-
-def spread(values: list[float]) -> str:
-    """Mean and, from two values on, sample standard deviation.
-
-    >>> from experiments.depth import spread
-    >>> spread([0.9]), spread([0.8, 1.0])
-    ('0.9000', '0.9000 ± 0.1414')
-    """
-    mean = f"{np.mean(values):.4f}"
-    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.4f}"
-
-
-def _mean(lines: list[dict[str, Any]], layer: int) -> float:
-    return float(np.mean([line["signal_by_layer"][layer] for line in lines]))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def gain(link: Link) -> float:
 def variance_preserving(link: Link) -> Initializer:
     """An orthogonal kernel scaled by the link's gain: the forward mean square stays 1 on average.
 
-        K = gain(link) * Q,   Q of shape (fan_in, C_out), its columns orthonormal (C_out <= fan_in) or of norm 1 on average
+        K = gain(link) * Q,   Q of shape (fan_in, C_out), columns orthonormal, or of norm 1 on average
 
     Args:
       link: any link of `linked_jax`.
@@ -147,7 +147,8 @@ def looks_linear(link: Link, *, strides: int | Sequence[int] = 1) -> Initializer
       init(key, shape, dtype) for a kernel of shape (*window, d*C_in, C_out).
 
     Raises:
-      ValueError: if the link has no read-out (elu, selu, tanh, relu unlinked), or, by the init, if the shape does not fit.
+      ValueError: if the link has no read-out (elu, selu, tanh, relu unlinked); by the init, if the shape does
+        not fit.
 
     Reference: Balduzzi et al., The shattered gradients problem, 2017; Xiao et al., Dynamical isometry and a mean field
     theory of CNNs, 2018 (the delta in space). The treatment of strides is ours.
@@ -235,7 +236,7 @@ def embed_plain_kernel(
 
 
 def _unit_columns(key: PRNGKeyArray, rows: int, columns: int, dtype) -> Float[Array, "rows columns"]:
-    """Orthonormal columns, or if there are more columns than rows orthogonal rows, with columns of norm 1 on average."""
+    """Orthonormal columns; if there are more columns than rows, orthogonal rows, and columns of norm 1 on average."""
     scale = max(1.0, columns / rows) ** 0.5
     return jax.nn.initializers.orthogonal(scale)(key, (rows, columns), dtype)
 

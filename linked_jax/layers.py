@@ -56,7 +56,8 @@ class LinkedLinear(nnx.Module):
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax import LinkedLinear, lk_swish
-      >>> net = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), LinkedLinear(16, 3, link=lk_swish, rngs=nnx.Rngs(1)))
+      >>> rngs = nnx.Rngs(0)
+      >>> net = nnx.Sequential(nnx.Linear(8, 16, rngs=rngs), LinkedLinear(16, 3, link=lk_swish, rngs=rngs))
       >>> net(jnp.ones((2, 8))).shape
       (2, 3)
     """

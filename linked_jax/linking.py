@@ -105,6 +105,7 @@ class Mirrored:
     g: Member
 
     def __call__(self, z: Any) -> Any:
+        """g(-z)."""
         return self.g(-z)
 
     def __eq__(self, other: object) -> bool:
@@ -172,7 +173,7 @@ def join(parts: Sequence[Array], axis: int, layout: Layout) -> Array:
         return jnp.concatenate(parts, axis=axis)
     axis %= ndim
     shape = parts[0].shape
-    return jnp.stack(parts, axis=axis + 1).reshape(*shape[:axis], -1, *shape[axis + 1 :])
+    return jnp.stack(parts, axis=axis + 1).reshape(*shape[:axis], len(parts) * shape[axis], *shape[axis + 1 :])
 
 
 def from_the_right(g: Member) -> Member:
@@ -217,21 +218,20 @@ def _jumps_at_zero(member: Member) -> bool:
     """Whether the limit z -> 0+ of the derivative is another one than JAX uses at 0, by more than rounding."""
     try:
         return _limits_differ(member)
-    except (jax.errors.ConcretizationTypeError, TypeError):
-        # g closes over traced values or is not hashable: nothing can be measured now. The shift is right for a jump
-        # and changes a smooth derivative by less than rounding.
+    except Exception:
+        # g closes over traced values, is not hashable or takes no scalar: nothing can be measured now. The shift is
+        # right for a jump and changes a smooth derivative by less than rounding. An error of g's own comes up in use.
         return True
 
 
 def _member_key(member: Member) -> Hashable:
     if not isinstance(member, functools.partial):
         return member
-    key = (member.func, member.args, tuple(sorted(member.keywords.items())))
-    try:
-        hash(key)
+    arguments = {**dict(enumerate(member.args)), **member.keywords}
+    try:  # with types: 1, 1.0 and True are equal and yet other arguments
+        return member.func, frozenset((name, type(value), value) for name, value in arguments.items())
     except TypeError:  # arrays as arguments: only the very same partial is equal
         return member
-    return key
 
 
 def _formula(member: Member) -> str:

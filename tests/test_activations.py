@@ -18,7 +18,7 @@ flags.FLAGS["chex_assert_multiple_cpu_devices"].value = True
 flags.FLAGS["chex_skip_pmap_variant_if_single_device"].value = False
 
 NAMED = {name: link for name, link in ACTIVATIONS.items() if isinstance(link, Link)}
-LINKED = {n: link for n, link in NAMED.items() if link.arity > 1 and n not in ("lk_tanh", "lk_sigmoid")}
+LINKED = {n: f for n, f in NAMED.items() if f.arity > 1 and n not in ("lk_tanh", "lk_sigmoid")}
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 PLAIN = {
@@ -84,7 +84,7 @@ def test_values_are_exactly_the_formulas(transform, dtype):
     with jax.enable_x64(dtype == jnp.float64):
         links, formulas = (transform(values_of(table, NAMED)) for table in (NAMED, FORMULAS))
 
-        @hypothesis.settings(max_examples=25 if transform is jax.jit else 3)
+        @hypothesis.settings(max_examples=25 if transform is jax.jit else 2)
         @hypothesis.given(finite_arrays(dtype))
         def check(z):
             actual, expected = links(jnp.asarray(z)), formulas(jnp.asarray(z))
@@ -116,27 +116,26 @@ class LinkedPropertyTest(chex.TestCase):
         self.fail(f"a variant was skipped: {reason}")
 
     @chex.all_variants
-    @parameterized.product(name=list(LINKED), dtype=DTYPES)
-    def test_some_member_has_a_gradient(self, name, dtype):
-        link = LINKED[name]
-
+    @parameterized.parameters(*DTYPES)
+    def test_some_member_has_a_gradient(self, dtype):
         @self.variant
         def gradients(z):
-            return jax.jvp(link, (z,), (jnp.ones_like(z),))[1].reshape(link.arity, -1)
+            return {n: jax.jvp(f, (z,), (jnp.ones_like(z),))[1].reshape(f.arity, -1) for n, f in LINKED.items()}
 
-        @hypothesis.settings(max_examples=3)
+        @hypothesis.settings(max_examples=4)
         @hypothesis.given(finite_arrays(dtype))
         def check(z):
-            actual = np.asarray(gradients(z), np.float64)
-            self.assertTrue(np.isfinite(actual).all(), z[~np.isfinite(actual).all(0)])
-            self.assertTrue((actual != 0).any(0).all(), z[(actual == 0).all(0)])
+            for name, actual in gradients(z).items():
+                actual = np.asarray(actual, np.float64)
+                assert np.isfinite(actual).all(), (name, z[~np.isfinite(actual).all(0)])
+                assert (actual != 0).any(0).all(), (name, z[(actual == 0).all(0)])
 
         check()
 
 
 def test_every_chex_variant_runs():
     suite = unittest.defaultTestLoader.loadTestsFromTestCase(LinkedPropertyTest)
-    assert suite.countTestCases() == 5 * len(LINKED) * len(DTYPES)
+    assert suite.countTestCases() == 5 * len(DTYPES)
     assert jax.device_count("cpu") == 2
 
 

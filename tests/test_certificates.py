@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 import subprocess
 import sys
@@ -11,12 +12,13 @@ import pytest
 from linked_jax import certificates
 from linked_jax.activations import ACTIVATIONS
 from linked_jax.certificates import certify
+from linked_jax.certificates.__main__ import main
 from linked_jax.linking import Link, linked
 
-LINKS = {name: link for name, link in ACTIVATIONS.items() if isinstance(link, Link) and link.arity > 1}
+LINKS = {n: f for n, f in ACTIVATIONS.items() if isinstance(f, Link) and f.arity > 1 and n != "crelu"}  # lk_relu again
 LINKED = {name: link for name, link in LINKS.items() if name not in ("lk_tanh", "lk_sigmoid")}
 
-over_linked = pytest.mark.parametrize("link", LINKED.values(), ids=LINKED)
+over_linked = pytest.mark.parametrize("name", LINKED)
 half_precision = pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 
 
@@ -29,24 +31,24 @@ def staircase(z):
 
 
 CASES = {
-    "lk_relu": LINKS["lk_relu"],
-    "lk_selu": LINKS["lk_selu"],
     "lk_swish": LINKS["lk_swish"],
     "lk_tanh": LINKS["lk_tanh"],
-    "lk_sigmoid": LINKS["lk_sigmoid"],
     "fourier": LINKS["fourier"],
     "relu": ACTIVATIONS["relu"],
     "relu6": linked(jax.nn.relu6),
     "jax_gelu": linked(jax.nn.gelu),
     "square": linked(jnp.square),
     "reciprocal": linked(jnp.reciprocal),
-    "three": linked(jnp.tanh, jax.nn.sigmoid, jnp.sin),
-    "interleaved": linked(jnp.tanh, layout="interleaved"),
-    "channels_first": linked(jnp.tanh, axis=1),
-    "function": jax.nn.relu,
+    "channels_first": linked(jnp.tanh, jax.nn.sigmoid, jnp.sin, axis=1, layout="interleaved"),
+    "function": jax.nn.relu6,
     "pair": pair_on_last_axis,
     "staircase": staircase,
 }
+
+
+@functools.cache
+def certificate_of(name, dtype):
+    return certify({**LINKS, **CASES}[name], dtype)
 
 
 def brute_force(link, dtype):
@@ -70,11 +72,14 @@ def runs(z, mask):
     return tuple((run[0], run[-1]) for run in members)
 
 
-@half_precision
-@pytest.mark.parametrize("link", CASES.values(), ids=CASES)
-def test_certificate_agrees_with_brute_force(link, dtype):
-    certificate = certify(link, dtype)
-    z, largest = brute_force(link, dtype)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, jnp.float16) for name in CASES]
+    + [(name, jnp.bfloat16) for name in ("lk_swish", "relu6", "reciprocal", "square")],
+)
+def test_certificate_agrees_with_brute_force(name, dtype):
+    certificate = certificate_of(name, dtype)
+    z, largest = brute_force(CASES[name], dtype)
     dead, bad = runs(z, largest == 0), np.isnan(largest)
     assert certificate.num_inputs == z.size
     assert certificate.min_gradient == np.nanmin(largest)
@@ -84,7 +89,8 @@ def test_certificate_agrees_with_brute_force(link, dtype):
     assert certificate.dead_interval_count == len(dead)
     assert certificate.nonfinite_count == bad.sum()
     if bad.any():
-        assert abs(certificate.first_nonfinite) == np.abs(z[bad]).min()
+        # The CPU takes denormals for zeros, so that among them none is nearer to zero.
+        assert abs(certificate.first_nonfinite) == pytest.approx(np.abs(z[bad]).min(), abs=float(jnp.finfo(dtype).tiny))
         assert certificate.first_nonfinite in z[bad]
     else:
         assert certificate.first_nonfinite is None
@@ -95,8 +101,8 @@ def test_certificate_agrees_with_brute_force(link, dtype):
 
 @half_precision
 @over_linked
-def test_linked_link_holds_its_certificate(link, dtype):
-    certificate = certify(link, dtype)
+def test_linked_link_holds_its_certificate(name, dtype):
+    certificate = certificate_of(name, dtype)
     assert certificate.linked
     assert certificate.min_gradient > 0
 
@@ -104,44 +110,56 @@ def test_linked_link_holds_its_certificate(link, dtype):
 @half_precision
 def test_mirror_of_relu6_is_dead_exactly_beyond_its_clip(dtype):
     below, largest = -6.0, float(jnp.finfo(dtype).max)
-    assert certify(linked(jax.nn.relu6), dtype).dead_intervals == ((-largest, below), (-below, largest))
+    assert certificate_of("relu6", dtype).dead_intervals == ((-largest, below), (-below, largest))
 
 
 @half_precision
 @pytest.mark.parametrize("name", ["lk_tanh", "lk_sigmoid"])
 def test_saturating_mirrors_are_not_linked(name, dtype):
-    certificate = certify(LINKS[name], dtype)
+    certificate = certificate_of(name, dtype)
     assert not certificate.linked
     assert certificate.dead_interval_count == 2
 
 
 def test_jax_gelu_breaks_in_float16_and_lk_gelu_does_not():
-    broken = certify(linked(jax.nn.gelu), jnp.float16)
+    broken = certificate_of("jax_gelu", jnp.float16)
     assert not broken.linked
-    assert abs(broken.first_nonfinite) == 256
-    assert certify(LINKS["lk_gelu"], jnp.float16).nonfinite_count == 0
+    assert broken.first_nonfinite == 256
+    assert certificate_of("lk_gelu", jnp.float16).nonfinite_count == 0
 
 
-@pytest.mark.parametrize(("g", "dtype"), [(jnp.square, jnp.bfloat16), (jnp.cos, jnp.bfloat16), (jnp.cos, jnp.float16)])
-def test_smooth_flat_mirrors_are_dead_around_zero(g, dtype):
-    certificate = certify(linked(g), dtype)
-    assert not certificate.linked
+@pytest.mark.parametrize("g", [jnp.square, jnp.cos])
+def test_smooth_flat_mirrors_are_dead_at_exactly_zero(g):
+    assert repr(certify(linked(g), jnp.float16).dead_intervals) == "((-0.0, 0.0),)"
+
+
+@pytest.mark.parametrize("g", [jnp.square, jnp.cos])
+def test_smooth_flat_mirrors_are_dead_at_zero_and_flushed_denormals(g):
+    certificate = certify(linked(g), jnp.bfloat16)
     assert certificate.dead_interval_count == 1
     low, high = certificate.dead_intervals[0]
     assert low <= 0 <= high
-    assert high == -low < float(jnp.finfo(dtype).tiny)
+    assert high == -low < float(jnp.finfo(jnp.bfloat16).tiny)
 
 
 def test_many_dead_intervals_are_all_counted_and_the_first_64_kept():
-    certificate = certify(staircase, jnp.float16)
+    certificate = certificate_of("staircase", jnp.float16)
     assert certificate.dead_interval_count > 1000
     assert len(certificate.dead_intervals) == 64
     assert certificate.dead_intervals == tuple(sorted(certificate.dead_intervals))
 
 
-@pytest.mark.parametrize("name", ["relu6", "lk_tanh", "jax_gelu", "staircase", "lk_swish"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "relu6",
+        "staircase",
+        "lk_swish",
+        "jax_gelu",
+    ],
+)
 def test_the_chunk_size_changes_nothing(name, monkeypatch):
-    whole = certify(CASES[name], jnp.float16)
+    whole = certificate_of(name, jnp.float16)
     monkeypatch.setattr(certificates, "_CHUNK", 2**10)
     chunked = certify(CASES[name], jnp.float16)
     assert dataclasses.replace(chunked, seconds=0.0) == dataclasses.replace(whole, seconds=0.0)
@@ -171,7 +189,7 @@ def test_a_link_that_is_not_callable_is_refused():
 
 
 def test_text_tells_the_findings():
-    text = str(certify(linked(jax.nn.relu6), jnp.bfloat16))
+    text = str(certificate_of("relu6", jnp.bfloat16))
     for words in ("NO", "65,280", "dead intervals   2", "[6, 3.38953e+38]", "non-finite       0"):
         assert words in text
 
@@ -179,30 +197,37 @@ def test_text_tells_the_findings():
 # --- the command line ---------------------------------------------------------------------------------------------
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "linked_jax.certificates", *arguments], capture_output=True, text=True, check=False
-    )
+@pytest.fixture(scope="module")
+def command_lines():
+    """Real processes, side by side: most of their time is importing JAX."""
+    arguments = {"linked": ("lk_swish", "--dtype", "bfloat16"), "unknown": ("lk_swosh",)}
+    command = [sys.executable, "-m", "linked_jax.certificates"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = {name: subprocess.Popen([*command, *words], **pipe) for name, words in arguments.items()}
+    return {name: (*process.communicate(timeout=120), process.returncode) for name, process in started.items()}
 
 
-def test_command_for_a_linked_activation():
-    done = command("lk_swish", "--dtype", "bfloat16")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "lk_swish" in done.stdout
-    assert "yes" in done.stdout
+def test_command_for_a_linked_activation(command_lines):
+    out, _, code = command_lines["linked"]
+    assert code == 0
+    assert "activation       lk_swish\nlinked           yes\n" in out
 
 
-def test_command_for_one_that_is_not_linked():
-    done = command("lk_tanh", "--dtype", "float16")
-    assert done.returncode == 1
-    assert "NO" in done.stdout
+def test_command_for_one_that_is_not_linked(capsys):
+    assert main(["lk_tanh", "--dtype", "float16"]) == 1
+    assert "activation       lk_tanh\nlinked           NO\n" in capsys.readouterr().out
 
 
-def test_command_for_an_unknown_name():
-    done = command("lk_swosh")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert len(done.stderr.splitlines()) == 1
-    assert "lk_swish" in done.stderr
+def test_command_for_an_unknown_name(command_lines):
+    out, err, code = command_lines["unknown"]
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    assert "did you mean 'lk_swish'" in err.splitlines()[-1]
+
+
+def test_command_prints_one_line_of_error_and_no_warning(command_lines):
+    assert command_lines["linked"][1] == ""
+    assert len(command_lines["unknown"][1].splitlines()) == 1
 
 
 # --- every float32 ------------------------------------------------------------------------------------------------
@@ -213,8 +238,8 @@ FLOAT32_MAX = float(jnp.finfo(jnp.float32).max)
 
 @pytest.mark.slow
 @over_linked
-def test_linked_link_holds_its_certificate_in_float32(link):
-    certificate = certify(link)
+def test_linked_link_holds_its_certificate_in_float32(name):
+    certificate = certify(LINKED[name])
     assert certificate.linked
     assert certificate.min_gradient > 0
     assert certificate.num_inputs == EVERY_FLOAT32

@@ -11,7 +11,7 @@ import pytest
 from linked_jax.activations import ACTIVATIONS, prelu
 from linked_jax.linking import Link, Mirrored, linked
 
-LINKS = {name: link for name, link in ACTIVATIONS.items() if isinstance(link, Link) and link.arity > 1}
+LINKS = {n: f for n, f in ACTIVATIONS.items() if isinstance(f, Link) and f.arity > 1 and n != "crelu"}  # lk_relu again
 
 
 def where_relu(z):
@@ -65,7 +65,7 @@ def test_rebuilt_link_is_equal_and_the_same_key(link):
 
 
 def test_named_links_differ_from_one_another():
-    assert len(set(LINKS.values())) == len(LINKS) - 1  # crelu is lk_relu
+    assert len(set(LINKS.values())) == len(LINKS)
 
 
 def test_equal_partials_give_equal_links_and_mirrors():
@@ -150,7 +150,7 @@ def test_axis_and_layout_match_numpy(axis, layout):
     "layout",
     [
         "blocked",
-        pytest.param("interleaved", marks=pytest.mark.xfail(reason="join reshapes with -1", raises=ZeroDivisionError)),
+        "interleaved",
     ],
 )
 def test_empty_batch_keeps_its_shape(layout):
@@ -240,11 +240,12 @@ def test_jacobian_at_zero_is_the_limit_from_the_right():
     """Against finite differences in float64 of the members, without autodiff, at 0.0 and -0.0."""
     with jax.enable_x64(True):
         limits = for_all(AT_ZERO, lambda link, z: jnp.stack([slope_at(g, z, 1e-9) for g in link.members]), 0.0)
-    for jacobian in (jax.jacfwd, jax.jacrev):
-        actual = for_all(AT_ZERO, lambda link, z, jacobian=jacobian: jax.vmap(jacobian(link))(z), ZEROS)
-        for name, limit in limits.items():
-            assert np.any(limit), name
-            np.testing.assert_allclose(actual[name], [limit, limit], rtol=1e-5, err_msg=name)
+    forward = for_all(AT_ZERO, lambda link, z: jax.vmap(jax.jacfwd(link))(z), ZEROS)
+    reverse = for_all(AT_ZERO, lambda link, z: jax.vmap(jax.jacrev(link))(z), ZEROS)
+    for name, limit in limits.items():
+        assert np.any(limit), name
+        np.testing.assert_allclose(forward[name], [limit, limit], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(reverse[name], [limit, limit], rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float64])
@@ -270,10 +271,8 @@ def test_jacobian_at_zero_of_an_eager_call():
 
 
 def test_second_derivatives_at_zero_are_finite():
-    for second in (jax.hessian, lambda link: jax.jacrev(jax.jacrev(link))):
-        actual = for_all(AT_ZERO, lambda link, z, second=second: jax.vmap(second(link))(z), ZEROS)
-        for name, values in actual.items():
-            assert np.isfinite(values).all(), name
+    for name, hessian in for_all(AT_ZERO, lambda link, z: jax.vmap(jax.hessian(link))(z), ZEROS).items():
+        assert np.isfinite(hessian).all(), name
 
 
 @pytest.mark.parametrize(("g", "second"), [(jax.nn.silu, 0.5), (jax.nn.gelu, 0.7978846), (jnp.square, 2.0)])
@@ -302,7 +301,6 @@ def test_plain_relu_keeps_derivative_zero_at_zero():
     assert jax.grad(lambda z: Link((jax.nn.relu,))(z).sum())(0.0) == 0
 
 
-@pytest.mark.xfail(reason="the measurement at zero calls the member on a scalar", raises=ValueError)
 def test_member_that_needs_an_axis():
     gradient = jax.grad(lambda z: linked(jax.vmap(jax.nn.relu))(z)[:2].sum())(ZEROS)
     np.testing.assert_array_equal(gradient, [1, 1])
@@ -334,6 +332,11 @@ def test_member_over_a_vmapped_value_has_both_gradients():
 # --- transformations ----------------------------------------------------------------------------------------------
 
 
+def by_jit(f):
+    f = jax.jit(f)
+    return lambda rows: jnp.stack([f(rows[0]), f(rows[1])])
+
+
 def by_shard_map(f):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("x")
@@ -341,7 +344,7 @@ def by_shard_map(f):
 
 
 TRANSFORMS = {
-    "jit": lambda f: lambda rows, f=jax.jit(f): jnp.stack([f(rows[0]), f(rows[1])]),
+    "jit": by_jit,
     "vmap": lambda f: jax.jit(jax.vmap(f)),
     "scan": lambda f: lambda rows: jax.lax.scan(lambda _, row: (None, f(row)), None, rows)[1],
     "checkpoint": lambda f: jax.jit(jax.checkpoint(jax.vmap(f))),
@@ -370,12 +373,14 @@ def test_there_are_two_devices():
 
 @over_transforms
 def test_gradient_through_a_transformation(transform):
+    names = ("lk_relu", "lk_elu", "lk_swish", "min_max", "fourier")  # kinked in each way, smooth, and not a mirror
+
     def losses(z):
-        return jnp.stack([loss(link, z) for link in LINKS.values()])
+        return jnp.stack([loss(LINKS[name], z) for name in names])
 
     actual = jax.jacrev(lambda rows: transform(losses)(rows).sum(0))(ROWS)
-    for link, gradient in zip(LINKS, actual, strict=True):
-        np.testing.assert_allclose(gradient, expected_gradients()[link], rtol=1e-5, atol=1e-6, err_msg=link)
+    for name, gradient in zip(names, actual, strict=True):
+        np.testing.assert_allclose(gradient, expected_gradients()[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @over_transforms
@@ -419,7 +424,6 @@ def test_jacobian_matches_finite_differences():
 
 
 def test_gradient_is_finite_far_out():
-    for jacobian in (jax.jacfwd, jax.jacrev):
-        far = for_all(LINKS, lambda link, z, jacobian=jacobian: jacobian(link)(z), jnp.array([-1e3, 1e3]))
-        for name, values in far.items():
-            assert np.isfinite(values).all(), name
+    far = for_all(LINKS, lambda link, z: jax.grad(functools.partial(loss, link))(z), jnp.array([-1e3, 1e3]))
+    for name, gradient in far.items():
+        assert np.isfinite(gradient).all(), name

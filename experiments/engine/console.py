@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import rich.box
 import rich.console
@@ -23,10 +22,9 @@ class Console:
     @contextlib.contextmanager
     def progress(self, description: str, steps: int) -> Iterator[Callable[[int], None]]:
         """A bar over a number of steps; call what it gives with the steps just done."""
-        columns: tuple[Any, ...] = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn(),
-        )  # fmt: skip
-        with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bar:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
+        hidden = not self._console.is_terminal
+        with Progress(*columns, TimeRemainingColumn(), console=self._console, transient=True, disable=hidden) as bar:
             task = bar.add_task(description, total=steps)
             yield lambda done: bar.advance(task, done)
 

@@ -10,6 +10,8 @@ import os
 import sys
 import tempfile
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,8 @@ class Dataset:
         n, height, width, channels = self.train_images.shape
         size = f"{height}x{width}x{channels}"
         pixels = f" ({_PIXELS[self.fingerprint]})" if self.fingerprint in _PIXELS else ""
-        return f"{self.name}{pixels}: {n:,} train and {len(self.test_labels):,} test images of {size}, {self.classes} classes"
+        images = f"{n:,} train and {len(self.test_labels):,} test images of {size}"
+        return f"{self.name}{pixels}: {images}, {self.classes} classes"
 
 
 def load(name: str, data_dir: str | None = None) -> Dataset:
@@ -83,8 +86,8 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     if name == "auto":
         name = "cifar10" if (folder / "cifar10").is_dir() else "digits"
         if name == "digits":
-            print(f"cifar10 is not in {folder}: taking the embedded digits. To get it, {_HOW_TO_PREPARE.format(name='cifar10')}"
-                  " with --data-dir.")  # fmt: skip
+            how = _HOW_TO_PREPARE.format(name="cifar10")
+            print(f"cifar10 is not in {folder}: taking the embedded digits. To get it, {how} with --data-dir.")
     classes, arrays = _digits() if name == "digits" else _cached_tfds(name, folder)
     return Dataset(
         name, classes, **{key: jnp.asarray(value) for key, value in arrays.items()}, fingerprint=_fingerprint(arrays)
@@ -118,16 +121,20 @@ def _cached_tfds(name: str, folder: Path) -> tuple[int, dict[str, np.ndarray]]:
     classes = builder.info.features["label"].num_classes
     if cache.is_file():
         try:
-            with np.load(cache) as stored:
+            with cache.open("rb") as file, np.load(file) as stored:  # np.load leaves a file it cannot read open
                 return classes, dict(stored)
-        except (OSError, ValueError, EOFError, KeyError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             print(f"the cache {cache} is damaged ({error}): reading {name} again", file=sys.stderr)
     arrays = _read_tfds(builder, name)
     try:
         cache_root.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=cache_root, suffix=".tmp", delete=False) as partial:
-            np.savez(partial, allow_pickle=False, **arrays)
-        Path(partial.name).replace(cache)
+            try:
+                np.savez(partial, allow_pickle=False, **arrays)
+                partial.flush()
+                Path(partial.name).replace(cache)
+            finally:
+                Path(partial.name).unlink(missing_ok=True)
     except OSError as error:
         print(f"no cache written ({error.strerror}): the next start will be as slow", file=sys.stderr)
     return classes, arrays
@@ -155,6 +162,8 @@ def _tfds_builder(name: str, folder: Path) -> Any:
     features = builder.info.features
     if features is None or not {"image", "label"} <= set(features) or not {"train", "test"} <= set(builder.info.splits):
         raise UsageError(f"{name} is no image-classification set with train and test splits; use e.g. cifar10 or mnist")
+    if not hasattr(features["label"], "num_classes"):
+        raise UsageError(f"the labels of {name} are no classes; use an image-classification set, e.g. cifar10 or mnist")
     return builder
 
 
@@ -168,7 +177,13 @@ def _read_tfds(builder: Any, name: str) -> dict[str, np.ndarray]:
             if len(source) != expected:
                 raise ValueError(f"{len(source)} of {expected} {split} examples")
             examples = list(
-                track(_examples(source), description=f"reading {name} {split}", total=len(source), transient=True)
+                track(
+                    _examples(source),
+                    description=f"reading {name} {split}",
+                    total=len(source),
+                    transient=True,
+                    disable=not sys.stdout.isatty(),
+                )
             )
             arrays[f"{split}_images"] = np.stack([image for image, _ in examples])
             arrays[f"{split}_labels"] = np.asarray([label for _, label in examples], np.int32)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a folder with config.json and metrics.jsonl. Tables and pictures are made from these alone."""
+"""What a run leaves: a folder with config.json and metrics.jsonl. Tables and pictures are made from these alone."""
 
 import dataclasses
 import datetime
@@ -31,13 +31,13 @@ class Record:
 
     def __init__(self, folder: Path, config: Mapping[str, Any]):
         self.folder = folder
+        text = json.dumps({**config, **environment()}, indent=2)  # before the folder is made: it may fail
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
             raise UsageError(f"the record {folder} exists; pass another --out, or delete it") from None
         except OSError as error:
             raise _cannot_write(folder, error) from error
-        text = json.dumps({**config, **environment()}, indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
@@ -59,7 +59,11 @@ def new_folder(out: str | None, name: str) -> Path:
     """
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
     folder = Path(out) if out else Path("runs") / f"{time}-{name}"
-    if folder.exists():
+    try:
+        exists = folder.exists()
+    except OSError as error:  # a name that is too long
+        raise _cannot_write(folder, error) from error
+    if exists:
         raise UsageError(f"the record {folder} exists; pass another --out, or delete it")
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

@@ -6,7 +6,7 @@ Each layer here is link-then-layer, so the stem and the first 3x3 layer are plai
 network, cut before the activations instead of after them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -42,7 +42,7 @@ class DepthNet(nnx.Module):
 
     def __init__(
         self,
-        image_shape: tuple[int, int, int],
+        image_shape: Sequence[int],
         classes: int,
         *,
         depth: int,
@@ -63,7 +63,7 @@ class DepthNet(nnx.Module):
         self.stem = nnx.Conv(channels, width, (7, 7), strides=2, kernel_init=stem_init(2), rngs=rngs)
         self.first = nnx.Conv(width, width, (3, 3), kernel_init=stem_init(1), rngs=rngs)
         self.first_norm = _norm(width, norm, rngs)
-        self.blocks = nnx.data(nnx.vmap(block)(rngs.fork(split=depth - 1)) if depth > 1 else None)
+        self.blocks = nnx.data(nnx.vmap(block)(rngs.split(depth - 1)) if depth > 1 else None)
         link = activation(positions * width)
         self.read_out = LinkedLinear(
             positions * width, classes, link=link, kernel_init=kernel_init(at_start(link)), rngs=rngs

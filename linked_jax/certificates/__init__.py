@@ -7,10 +7,8 @@ A float32 has 2^32 bit patterns, so all of them can be tried. Sampling cannot pr
     python -m linked_jax.certificates lk_swish --dtype bfloat16
 """
 
-import argparse
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,12 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from linked_jax.activations import get_activation
 from linked_jax.linking import Link
 
 _CHUNK = 2**20  # values tried at once: their temporaries fit a CPU's cache, three times as fast as 2**22
 _KEPT_INTERVALS = 64
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Certificate:
         the first 64.
       dead_interval_count: how many there are in all.
       nonfinite_count: the number of z with an infinite or NaN derivative.
-      first_nonfinite: the one of least magnitude; None if there is none.
+      first_nonfinite: the one of least magnitude, the positive one of two; None if there is none.
       num_inputs: the number of values tried.
       seconds: wall time.
       platform: where it ran. CPUs flush denormal derivatives to zero and other platforms may not.
@@ -62,7 +59,7 @@ class Certificate:
     def __str__(self) -> str:
         lines = [
             f"linked           {'yes' if self.linked else 'NO'}",
-            f"values tried     {self.num_inputs:,} (every finite {self.dtype}) on {self.platform}, {self.seconds:.1f} s",
+            f"values tried     {self.num_inputs:,}: every finite {self.dtype}; {self.platform}, {self.seconds:.1f} s",
             f"least gradient   {self.min_gradient:.6g} at z = {self.argmin:.6g}",
             f"dead intervals   {self.dead_interval_count:,}",
             *(f"                 [{low:.6g}, {high:.6g}]" for low, high in self.dead_intervals[:8]),
@@ -104,8 +101,8 @@ def certify(
     dtype = jnp.dtype(dtype)
     if dtype.name == "float64":
         raise ValueError("certify cannot try all 2^64 float64 values (centuries); got float64, use float32")
-    if dtype.name not in _DTYPES:
-        raise ValueError(f"certify tries every value of {', '.join(_DTYPES)}; got {dtype.name}")
+    if dtype.name not in DTYPES:
+        raise ValueError(f"certify tries every value of {', '.join(DTYPES)}; got {dtype.name}")
     if not callable(link):
         raise TypeError(f"certify needs a link or a function of z, got {link!r}")
     if isinstance(link, Link):
@@ -172,9 +169,18 @@ def _details(link: Callable, dtype: np.dtype, first_key: Array) -> dict[str, Arr
     z, largest, bad = _gradients(link, dtype, first_key)
     return {
         "argmin": z[largest.argmin()].astype(jnp.float32),
-        "nearest_bad": z[jnp.where(bad, jnp.abs(z), jnp.inf).argmin()].astype(jnp.float32),
+        "nearest_bad": _nearest_to_zero(z, bad).astype(jnp.float32),
         "dead": largest == 0,
     }
+
+
+def _nearest_to_zero(z: Array, mask: Array) -> Array:
+    """The value of least magnitude under a mask, by its bits: comparisons of floats may flush denormals."""
+    unsigned = f"uint{z.dtype.itemsize * 8}"
+    sign = jnp.asarray(2 ** (z.dtype.itemsize * 8 - 1), unsigned)
+    magnitude = jax.lax.bitcast_convert_type(z, unsigned) & ~sign
+    backwards = jnp.where(mask, magnitude, ~jnp.zeros_like(magnitude))[::-1]  # the positive one of a pair comes first
+    return z[z.size - 1 - backwards.argmin()]
 
 
 class _Findings:
@@ -221,34 +227,3 @@ def _runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:
     """
     edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
     return ((int(low), int(high) - 1) for low, high in edges.reshape(-1, 2))
-
-
-def _print_progress(share: float) -> None:
-    filled = int(32 * share)
-    end = "\r" + " " * 48 + "\r" if share >= 1 else ""
-    print(f"\r[{'#' * filled}{'.' * (32 - filled)}] {share:4.0%} ", end=end, file=sys.stderr, flush=True)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Certify a named activation and print what was found; exit code 1 if it is not linked."""
-    parser = argparse.ArgumentParser(
-        prog="python -m linked_jax.certificates",
-        description="Try every finite value of a dtype: is some member's derivative non-zero, and all finite, at each?",
-    )
-    parser.add_argument("activation", help="a name such as lk_swish; a wrong name lists them all")
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32")
-    options = parser.parse_args(arguments)
-    try:
-        link = get_activation(options.activation)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    link = link if isinstance(link, Link) else link(1)  # prelu and lk_prelu: modules of one feature
-    progress = _print_progress if sys.stderr.isatty() else None
-    certificate = certify(link, options.dtype, progress=progress)
-    print(f"activation       {options.activation}\n{certificate}")
-    return 0 if certificate.linked else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,152 @@
+"""What does linking cost? A linked conv net beside the plain net of equal width and the naive concatenation.
+
+    python -m benchmarks.linked_layer
+
+plain     nnx.Conv after jax.nn.relu: what a user has now.
+naive     nnx.Conv after jnp.concatenate([relu(z), relu(-z)]): what a user would write.
+linked    linked_jax.LinkedConv.
+
+Step time is forward and backward, the median of rounds in which the three take turns; memory is XLA's temporary buffers
+of the compiled step. Both relative to the plain net. Memory goal, under scan: linked <= 0.9 plain and <= 0.45 naive.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from jaxtyping import Array
+
+from experiments.engine import records
+from experiments.engine.console import Console
+from experiments.engine.errors import UsageError, run_command
+from linked_jax import LinkedConv
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Step time and memory of a linked conv net beside the plain one and the naive concatenation."""
+
+    depth: int = 50
+    """Conv layers."""
+    width: int = 4
+    """Pre-activations of every layer."""
+    size: int = 16
+    """Height and width of the images."""
+    batch_size: int = 128
+    """Images."""
+    rounds: int = 20
+    """Timed steps of each net; they take turns."""
+    out: Path | None = None
+    """A JSON file for the record."""
+
+
+class PlainLayer(nnx.Module):
+    """relu, then conv."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(width, width, (3, 3), rngs=rngs)
+
+    def __call__(self, z: Array) -> Array:
+        """z -> z'."""
+        return self.conv(jax.nn.relu(z))
+
+
+class NaiveLayer(nnx.Module):
+    """CReLU by concatenation, then conv."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(2 * width, width, (3, 3), rngs=rngs)
+
+    def __call__(self, z: Array) -> Array:
+        """z -> z'."""
+        return self.conv(jnp.concatenate([jax.nn.relu(z), jax.nn.relu(-z)], axis=-1))
+
+
+LAYERS: dict[str, Callable[..., nnx.Module]] = {
+    "plain": PlainLayer,
+    "naive": NaiveLayer,
+    "linked": lambda width, *, rngs: LinkedConv(width, width, (3, 3), rngs=rngs),
+}
+
+
+def compile_step(name: str, settings: Settings, *, scan: bool) -> tuple[Any, tuple[Any, Array]]:
+    """The compiled gradient of a net's mean square, and its arguments."""
+    layers = nnx.vmap(lambda rngs: LAYERS[name](settings.width, rngs=rngs))(nnx.Rngs(0).split(settings.depth))
+    graph, state = nnx.split(layers)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def step(state, images: Array) -> Array:
+        def layer(z: Array, state) -> tuple[Array, None]:
+            return nnx.merge(graph, state)(z), None
+
+        z, _ = jax.lax.scan(layer, images, state, unroll=1 if scan else settings.depth)
+        return jnp.square(z).mean()
+
+    shape = (settings.batch_size, settings.size, settings.size, settings.width)
+    arguments = (state, jax.random.normal(jax.random.key(0), shape))
+    return step.lower(*arguments).compile(), arguments
+
+
+def measure(settings: Settings, *, scan: bool, advance: Callable[[int], None]) -> dict[str, dict[str, float]]:
+    """For each net: temporary memory in bytes, and the median seconds of a step."""
+    steps = {name: compile_step(name, settings, scan=scan) for name in LAYERS}
+    times: dict[str, list[float]] = {name: [] for name in LAYERS}
+    for done in range(settings.rounds + 2):
+        for name, (step, arguments) in steps.items():
+            start = time.perf_counter()
+            jax.block_until_ready(step(*arguments))
+            if done >= 2:  # warm-up
+                times[name].append(time.perf_counter() - start)
+        advance(1)
+    return {
+        name: {
+            "temporary_bytes": steps[name][0].memory_analysis().temp_size_in_bytes,
+            "step_seconds": float(np.median(times[name])),
+        }
+        for name in LAYERS
+    }
+
+
+def main() -> None:
+    """Measure, print the ratios, and write the record."""
+    settings = tyro.cli(Settings, prog="python -m benchmarks.linked_layer")
+    for option, value in dataclasses.asdict(settings).items():
+        if isinstance(value, int) and value < 1:
+            raise UsageError(f"--{option.replace('_', '-')} is at least 1, got {value}")
+    console = Console()
+    results = {}
+    for mode in ("scanned", "unrolled"):
+        with console.progress(f"{mode} layers", settings.rounds + 2) as advance:
+            results[mode] = measure(settings, scan=mode == "scanned", advance=advance)
+    rows = []
+    for mode, nets in results.items():
+        for name, net in nets.items():
+            rows.append(
+                {
+                    "layers": mode,
+                    "net": name,
+                    "step time": f"{net['step_seconds'] / nets['plain']['step_seconds']:.2f}",
+                    "memory": f"{net['temporary_bytes'] / nets['plain']['temporary_bytes']:.2f}",
+                    "memory to naive": f"{net['temporary_bytes'] / nets['naive']['temporary_bytes']:.2f}",
+                }
+            )
+    console.table(f"{settings.depth} conv layers of {settings.width} units, relative to the plain net:", rows)
+    if settings.out:
+        config = {key: value for key, value in dataclasses.asdict(settings).items() if key != "out"}
+        record = {"benchmark": "linked_layer", "settings": config, "results": results, **records.environment()}
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        settings.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)

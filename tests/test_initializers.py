@@ -1,0 +1,474 @@
+import functools
+import itertools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from linked_jax.activations import ACTIVATIONS, elu, lk_elu, lk_relu, lk_selu, lk_sigmoid, lk_softplus, lk_tanh, relu
+from linked_jax.initializers import (
+    default_kernel_init,
+    embed_plain_kernel,
+    gain,
+    looks_linear,
+    read_out,
+    variance_preserving,
+)
+from linked_jax.linking import Link, fourier, linked, min_max
+from linked_jax.moments import evaluate
+
+LINKS = {name: link for name, link in ACTIVATIONS.items() if isinstance(link, Link) and name != "crelu"}
+READ_OUTS = {
+    "lk_relu": (1, -1),
+    "lk_swish": (1, -1),
+    "lk_gelu": (1, -1),
+    "lk_softplus": (1, -1),
+    "lk_leaky_relu": (1 / 1.01, -1 / 1.01),
+    "min_max": (1, 1),
+}
+over_links = pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
+over_linear_links = pytest.mark.parametrize("link", [LINKS[name] for name in READ_OUTS], ids=READ_OUTS)
+layouts = pytest.mark.parametrize("layout", ["blocked", "interleaved"])
+KEY, OTHER_KEY, DATA_KEY = jax.random.split(jax.random.key(0), 3)
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def leaky(slope):
+    return functools.partial(jax.nn.leaky_relu, negative_slope=slope)
+
+
+def laid_out(link, layout):
+    return Link(link.members, layout=layout)
+
+
+def white(*shape, key=DATA_KEY):
+    return jax.random.normal(key, shape)
+
+
+def conv(h, kernel, strides=1, padding="SAME"):
+    """h (N, *space, C) * kernel (*window, C, C_out), written with JAX's own convolution."""
+    space = kernel.ndim - 2
+    letters = "DHW"[3 - space :]
+    steps = (strides,) * space if isinstance(strides, int) else strides
+    return jax.lax.conv_general_dilated(
+        h, kernel, steps, padding, dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C")
+    )
+
+
+def member_kernels(kernel, link):
+    """(d, *window, C_in, C_out): the part of a linked kernel that each member meets."""
+    *window, linked_in, c_out = kernel.shape
+    if link.layout == "blocked":
+        return jnp.moveaxis(kernel.reshape(*window, link.arity, linked_in // link.arity, c_out), -3, 0)
+    return jnp.moveaxis(kernel.reshape(*window, linked_in // link.arity, link.arity, c_out), -2, 0)
+
+
+def close(actual, desired, tolerance=2e-5):
+    np.testing.assert_allclose(actual, desired, atol=tolerance * float(jnp.abs(desired).max()), rtol=0)
+
+
+def mean_square_of(x):
+    return float(jnp.mean(jnp.square(x)))
+
+
+# --- gain ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("link", [relu, lk_relu, Link((jax.nn.relu,) * 3)], ids=["relu", "lk_relu", "three"])
+def test_gain_of_relu_is_the_root_of_two_linked_or_not(link):
+    assert gain(link) == pytest.approx(math.sqrt(2), rel=1e-12)
+
+
+@over_links
+def test_gain_normalises_the_sampled_mean_square(link):
+    h = np.stack([evaluate(g, np.random.default_rng(1).normal(size=50_000)) for g in link.members])
+    assert gain(link) ** 2 * np.mean(h**2) == pytest.approx(1, abs=0.03)
+
+
+def test_gain_of_fourier_is_exact():
+    assert gain(fourier) == pytest.approx(math.sqrt(2), rel=1e-12)  # sin^2 + cos^2 = 1
+
+
+def test_gain_of_a_zero_link_is_refused():
+    with pytest.raises(ValueError, match="no gain"):
+        gain(Link((jnp.zeros_like,)))
+
+
+def test_gain_of_an_exploding_link_is_refused():
+    with pytest.raises(ValueError, match="finite"):
+        gain(Link((lambda z: jnp.exp(z**4),)))
+
+
+# --- variance_preserving ------------------------------------------------------------------------------------------
+
+
+@layouts
+@over_links
+def test_variance_preserving_dense_keeps_the_forward_mean_square(link, layout):
+    # As many outputs as inputs: the kernel loses no direction, so one draw of it is enough.
+    link = laid_out(link, layout)
+    kernel = variance_preserving(link)(KEY, (link.arity * 64, link.arity * 64))
+    assert mean_square_of(link(white(1024, 64)) @ kernel) == pytest.approx(1, abs=0.04)
+
+
+@layouts
+@pytest.mark.parametrize("link", [relu, lk_relu, lk_selu, min_max])
+def test_variance_preserving_conv_keeps_the_forward_mean_square(link, layout):
+    link = laid_out(link, layout)
+    init = variance_preserving(link)
+    shape = (3, 3, link.arity * 8, 16)
+    kernels = jax.vmap(lambda key: init(key, shape))(jax.random.split(KEY, 64))
+    z = white(16, 12, 12, 8)
+    assert mean_square_of(jax.vmap(lambda k: conv(link(z), k, padding="VALID"))(kernels)) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("link", [relu, lk_relu, lk_elu])
+def test_variance_preserving_kernel_is_orthogonal_times_the_gain(link):
+    kernel = variance_preserving(link)(KEY, (3, link.arity * 4, 6)).reshape(-1, 6)
+    close(kernel.T @ kernel, gain(link) ** 2 * jnp.eye(6))
+
+
+# --- read_out -----------------------------------------------------------------------------------------------------
+
+
+def test_read_out_exists_for_exactly_these_named_links():
+    def has_one(link):
+        try:
+            return bool(read_out(link))
+        except ValueError:
+            return False
+
+    assert {name for name, link in LINKS.items() if has_one(link)} == set(READ_OUTS)
+
+
+@pytest.mark.parametrize("name", READ_OUTS)
+def test_read_out_is_the_known_one(name):
+    assert read_out(LINKS[name]) == pytest.approx(READ_OUTS[name], abs=1e-9)
+
+
+@over_linear_links
+def test_read_out_sums_to_z_in_float64(link):
+    z = np.random.default_rng(2).normal(scale=50, size=1000)
+    total = sum(a * evaluate(g, z) for a, g in zip(read_out(link), link.members, strict=True))
+    np.testing.assert_allclose(total, z, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("slope", [-0.5, 0.0, 0.01, 0.25, 0.9, 3.0])
+def test_read_out_of_leaky_relu_divides_by_one_plus_slope(slope):
+    assert read_out(linked(leaky(slope))) == pytest.approx((1 / (1 + slope), -1 / (1 + slope)), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("link", "coefficients"),
+    [
+        (Link((lambda z: z,)), (1,)),
+        (Link((lambda z: -4 * z,)), (-0.25,)),
+        (linked(lambda z: z), (0.5, -0.5)),  # of all that sum to z, the smallest
+        (linked(jax.nn.relu, lambda z: jnp.minimum(z, 0), jnp.sin), (1, 1, 0)),
+        (linked(functools.partial(jax.nn.gelu, approximate=False)), (1, -1)),
+        (linked(lambda z: (z + jnp.sqrt(z * z + 4)) / 2), (1, -1)),
+    ],
+    ids=["identity", "scaled", "mirrored_identity", "three_members", "erf_gelu", "squareplus"],
+)
+def test_read_out_of_links_made_by_hand(link, coefficients):
+    assert read_out(link) == pytest.approx(coefficients, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "link",
+    [linked(jax.nn.relu6), lk_elu, lk_selu, lk_tanh, lk_sigmoid, fourier, relu, linked(jax.nn.mish), linked(jnp.abs)],
+    ids=["relu6", "lk_elu", "lk_selu", "lk_tanh", "lk_sigmoid", "fourier", "relu", "lk_mish", "abs"],
+)
+def test_link_without_read_out_is_refused_with_the_measured_deviation(link):
+    with pytest.raises(ValueError, match="variance_preserving") as error:
+        looks_linear(link)
+    deviation = float(re.search(r"miss z by (\S+)", str(error.value))[1])
+    # The best weights miss z by that much, so those of any mirror, (1, -1) / 2, miss it by about as much or more.
+    assert 1e-6 < deviation < 10
+
+
+def test_read_out_of_a_non_finite_link_is_refused():
+    with pytest.raises(ValueError, match="miss z by inf"):
+        read_out(linked(jnp.log))
+
+
+# --- looks_linear: linear -----------------------------------------------------------------------------------------
+
+
+@layouts
+@over_linear_links
+def test_dense_layer_is_linear_and_its_half_orthogonal(link, layout):
+    link = laid_out(link, layout)
+    kernel = looks_linear(link)(KEY, (32, 16))
+    half = member_kernels(kernel, link)[0] / read_out(link)[0]
+    close(half.T @ half, jnp.eye(16), 1e-5)
+    z = white(8, 16)
+    close(link(z) @ kernel, z @ half)
+
+
+@layouts
+@over_linear_links
+def test_conv_layer_is_a_pointwise_rotation(link, layout):
+    link = laid_out(link, layout)
+    kernel = looks_linear(link)(KEY, (3, 3, 8, 4))
+    half = member_kernels(kernel, link)[0] / read_out(link)[0]
+    assert (jnp.abs(half).sum((-2, -1)) > 0).tolist() == [[False] * 3, [False, True, False], [False] * 3]
+    close(half[1, 1].T @ half[1, 1], jnp.eye(4), 1e-5)
+    z = white(2, 6, 6, 4)
+    close(conv(link(z), kernel), z @ half[1, 1])
+
+
+@layouts
+@over_linear_links
+def test_every_member_meets_the_same_half_times_its_coefficient(link, layout):
+    link = laid_out(link, layout)
+    parts = member_kernels(looks_linear(link)(KEY, (3, 8, 5)), link)
+    for part, a in zip(parts, read_out(link), strict=True):
+        close(part / a, parts[0] / read_out(link)[0], 1e-6)
+
+
+@layouts
+@over_linear_links
+def test_layer_is_additive(link, layout):
+    link = laid_out(link, layout)
+    kernel = looks_linear(link)(KEY, (3, 3, 8, 6))
+
+    def f(z):
+        return conv(link(z), kernel)
+
+    x, y = white(2, 4, 4, 4), white(2, 4, 4, 4, key=OTHER_KEY)
+    close(f(x + y), f(x) + f(y), 5e-3)
+
+
+@pytest.mark.parametrize("space", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_square_layer_is_isometric_in_any_number_of_axes(space, size):
+    kernel = looks_linear(lk_relu)(KEY, (size,) * space + (8, 4))
+    z = white(2, *(6,) * space, 4)
+    y = conv(lk_relu(z), kernel)
+    assert y.shape == z.shape
+    close(jnp.square(y).sum(-1), jnp.square(z).sum(-1))  # at every pixel
+
+
+# --- looks_linear: not square -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("c_in", "c_out"), [(8, 16), (8, 12), (16, 8), (8, 8), (1, 8), (8, 1)])
+def test_changing_width_keeps_forward_signals_and_scales_gradients(c_in, c_out):
+    kernel = looks_linear(lk_relu)(KEY, (2 * c_in, c_out))
+    z, g = white(4096, c_in), white(4096, c_out, key=OTHER_KEY)
+    y, pull = jax.vjp(lambda z: lk_relu(z) @ kernel, z)
+    assert mean_square_of(y) / mean_square_of(z) == pytest.approx(1, abs=0.06)
+    assert mean_square_of(pull(g)[0]) / mean_square_of(g) == pytest.approx(c_out / c_in, rel=0.06)
+
+
+def test_widening_keeps_the_norm_of_every_input_exactly():
+    kernel = looks_linear(lk_relu)(KEY, (16, 20))
+    z = white(32, 8)
+    close(jnp.square(lk_relu(z) @ kernel).mean(-1), jnp.square(z).mean(-1))
+
+
+STRIDES = {
+    "2x2": ((2, 2), 2),
+    "3x3": ((3, 3), 2),
+    "4x4": ((4, 4), 2),
+    "5x5": ((5, 5), 2),
+    "7x7": ((7, 7), 2),
+    "2x5_by_2": ((2, 5), 2),
+    "3x3_by_3": ((3, 3), 3),
+    "5x5_by_3": ((5, 5), 3),
+    "3x3_by_1_2": ((3, 3), (1, 2)),
+    "1d": ((3,), 2),
+    "1d_even": ((4,), 3),
+    "3d": ((3, 3, 3), 2),
+}
+over_strides = pytest.mark.parametrize(("window", "strides"), STRIDES.values(), ids=STRIDES)
+
+
+@layouts
+@pytest.mark.parametrize("side", [6, 7])
+@over_strides
+def test_strided_layer_with_room_for_all_pixels_keeps_the_norm_exactly(window, strides, side, layout):
+    link = laid_out(lk_relu, layout)
+    steps = (strides,) * len(window) if isinstance(strides, int) else strides
+    c_out = 2 * math.prod(steps)
+    kernel = looks_linear(link, strides=strides)(KEY, (*window, 4, c_out))
+    z = white(2, *(side,) * len(window), 2)
+    y = conv(link(z), kernel, strides)
+    assert y.shape == (2, *(-(-side // step) for step in steps), c_out)
+    close(jnp.square(y).sum(tuple(range(1, y.ndim))), jnp.square(z).sum(tuple(range(1, z.ndim))))
+
+
+@over_strides
+def test_strided_layer_gives_every_pixel_a_gradient(window, strides):
+    kernel = looks_linear(lk_relu, strides=strides)(KEY, (*window, 8, 4))
+    z = white(1, *(6,) * len(window), 4)
+    gradient = jax.grad(lambda z: (conv(lk_relu(z), kernel, strides) ** 2).sum())(z)
+    assert (jnp.abs(gradient).max(-1) > 1e-3).all()
+
+
+def test_delta_kernel_at_stride_two_would_drop_three_quarters_of_the_pixels():
+    kernel = looks_linear(lk_relu)(KEY, (3, 3, 8, 4))
+    gradient = jax.grad(lambda z: (conv(lk_relu(z), kernel, 2) ** 2).sum())(white(1, 8, 8, 4))
+    assert (jnp.abs(gradient).max(-1) == 0).mean() == 0.75
+
+
+@pytest.mark.parametrize(("c_in", "c_out"), [(4, 4), (4, 8), (4, 32), (8, 4)])
+def test_strided_layer_keeps_forward_signals_of_white_inputs(c_in, c_out):
+    kernel = looks_linear(lk_relu, strides=2)(KEY, (3, 3, 2 * c_in, c_out))
+    z, g = white(256, 8, 8, c_in), white(256, 4, 4, c_out, key=OTHER_KEY)
+    y, pull = jax.vjp(lambda z: conv(lk_relu(z), kernel, 2), z)
+    assert mean_square_of(y) == pytest.approx(1, abs=0.06)
+    assert mean_square_of(pull(g)[0]) == pytest.approx(c_out / (c_in * 4), rel=0.06)
+
+
+@over_linear_links
+def test_strided_layer_is_additive(link):
+    kernel = looks_linear(link, strides=2)(KEY, (3, 3, 8, 6))
+    x, y = white(2, 4, 4, 4), white(2, 4, 4, 4, key=OTHER_KEY)
+    both, alone, other = (conv(link(z), kernel, 2) for z in (x + y, x, y))
+    close(both, alone + other, 5e-3)
+
+
+# --- looks_linear: a thousand layers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "space"), [((32,), (64, 32)), ((8, 8, 4), (3, 3, 8, 4))], ids=["dense_32", "conv_8x8x4"]
+)
+@over_linear_links
+def test_a_thousand_layers_keep_signals_and_gradients_and_stay_linear(link, shape, space):
+    kernels = jax.vmap(lambda key: looks_linear(link)(key, space))(jax.random.split(KEY, 1000))
+    layer = jnp.matmul if len(shape) == 1 else conv
+
+    @jax.jit
+    def run(z, g):
+        y, pull = jax.vjp(lambda z: jax.lax.scan(lambda z, k: (layer(link(z), k), None), z, kernels)[0], z)
+        return y, pull(g)[0]
+
+    z, g = white(3, *shape), white(3, *shape, key=OTHER_KEY)
+    z = z.at[2].set(z[0] + z[1])
+    y, back = run(z, g)
+    assert mean_square_of(y) / mean_square_of(z) == pytest.approx(1, abs=1e-4)
+    assert mean_square_of(back) / mean_square_of(g) == pytest.approx(1, abs=1e-4)
+    close(y[2], y[0] + y[1], 5e-3)
+
+
+# --- default_kernel_init ------------------------------------------------------------------------------------------
+
+
+@over_links
+def test_default_is_looks_linear_where_there_is_a_read_out_and_else_variance_preserving(link):
+    shape = (3, 3, link.arity * 4, 4)
+    name = next(name for name, other in LINKS.items() if other is link)
+    expected = looks_linear(link, strides=2) if name in READ_OUTS else variance_preserving(link)
+    np.testing.assert_array_equal(default_kernel_init(link, strides=2)(KEY, shape), expected(KEY, shape))
+
+
+# --- what every init obeys ----------------------------------------------------------------------------------------
+
+INITS = {
+    "looks_linear": looks_linear(lk_relu),
+    "strided": looks_linear(lk_softplus, strides=2),
+    "interleaved": looks_linear(laid_out(min_max, "interleaved")),
+    "variance_preserving": variance_preserving(lk_elu),
+    "default": default_kernel_init(fourier),
+}
+over_inits = pytest.mark.parametrize("init", INITS.values(), ids=INITS)
+
+
+@over_inits
+def test_same_key_same_kernel_and_another_key_another(init):
+    kernel = init(KEY, (3, 3, 8, 4))
+    np.testing.assert_array_equal(kernel, init(KEY, (3, 3, 8, 4)))
+    assert (kernel != init(OTHER_KEY, (3, 3, 8, 4))).any()
+
+
+@over_inits
+def test_init_under_jit_and_vmap_is_init_outside(init):
+    keys = jax.random.split(KEY, 3)
+    one_by_one = jnp.stack([init(key, (3, 3, 8, 4)) for key in keys])
+    close(jax.vmap(lambda key: init(key, (3, 3, 8, 4)))(keys), one_by_one, 1e-5)
+    close(jax.jit(init, static_argnums=1)(KEY, (3, 3, 8, 4)), init(KEY, (3, 3, 8, 4)), 1e-5)
+
+
+@pytest.mark.parametrize("link", [lk_relu, lk_elu, fourier], ids=["lk_relu", "lk_elu", "fourier"])
+def test_init_may_be_built_inside_jit(link):
+    read_out.cache_clear()
+    shape = (2 * 4, 4)
+    inside = jax.jit(lambda key: default_kernel_init(link)(key, shape))(KEY)
+    close(inside, default_kernel_init(link)(KEY, shape), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@over_inits
+def test_init_obeys_its_dtype(init, dtype):
+    kernel = init(KEY, (3, 3, 8, 4), dtype)
+    assert kernel.dtype == dtype
+    close(kernel.astype(jnp.float32), init(KEY, (3, 3, 8, 4), jnp.float32), 0.02)
+
+
+@over_inits
+def test_init_in_float64_is_orthogonal_to_float64(init):
+    with jax.enable_x64(True):
+        kernel = init(KEY, (1, 1, 8, 4), jnp.float64)
+        assert kernel.dtype == jnp.float64
+        gram = np.asarray(kernel[0, 0].T @ kernel[0, 0])
+    np.testing.assert_allclose(gram, gram[0, 0] * np.eye(4), atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 7, 4), (7, 4), (4,), ()])
+@over_inits
+def test_shape_that_does_not_fit_the_link_is_refused(init, shape):
+    with pytest.raises(ValueError, match=re.escape(f"got {shape}")):
+        init(KEY, shape)
+
+
+@pytest.mark.parametrize("strides", [(2,), (2, 2, 2), ()])
+def test_strides_of_the_wrong_length_are_refused(strides):
+    with pytest.raises(ValueError, match="one per spatial axis"):
+        looks_linear(lk_relu, strides=strides)(KEY, (3, 3, 8, 4))
+
+
+# --- embed_plain_kernel -------------------------------------------------------------------------------------------
+
+
+@layouts
+@pytest.mark.parametrize("member", [0, 1])
+@pytest.mark.parametrize("link", [lk_relu, lk_selu, fourier], ids=["lk_relu", "lk_selu", "fourier"])
+def test_embedded_kernel_computes_what_the_plain_layer_did(link, member, layout):
+    link = laid_out(link, layout)
+    g = link.members[member]
+    dense, window = white(4, 5, key=KEY), white(3, 3, 4, 5, key=KEY)
+    z = white(2, 6, 6, 4)
+    close(link(z) @ embed_plain_kernel(dense, link, member=member), g(z) @ dense, 1e-6)
+    close(conv(link(z), embed_plain_kernel(window, link, member=member), 2), conv(g(z), window, 2), 1e-6)
+
+
+@layouts
+def test_embedding_in_a_plain_link_changes_nothing(layout):
+    kernel = white(3, 4, 5)
+    np.testing.assert_array_equal(embed_plain_kernel(kernel, laid_out(elu, layout)), kernel)
+
+
+def test_embedding_keeps_the_dtype():
+    assert embed_plain_kernel(jnp.ones((2, 2), jnp.bfloat16), lk_relu).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("member", [-1, 2])
+def test_embedding_refuses_a_member_that_the_link_has_not(member):
+    with pytest.raises(ValueError, match=f"member={member}"):
+        embed_plain_kernel(jnp.ones((2, 2)), lk_relu, member=member)
+
+
+def test_embedding_refuses_a_kernel_without_channels(unchecked):
+    with pytest.raises(ValueError, match="got \\(3,\\)"):
+        embed_plain_kernel(jnp.ones(3), lk_relu)

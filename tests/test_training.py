@@ -1,0 +1,269 @@
+"""The training loop and the network of table 2, against NumPy recounts and a network written out in jax.lax."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from experiments.engine import data as data_lib
+from experiments.engine import training
+from experiments.engine.errors import NonFiniteLossError
+from experiments.engine.optimizers import adam, sgd
+from experiments.models.depth_net import DepthNet, identity
+from linked_jax import default_kernel_init, get_activation, linked, variance_preserving
+from linked_jax.linking import Link
+
+ADAM = adam(3e-3)  # static arguments of the jitted step: made once, so that equal nets compile once
+MEMBERS = {"relu": (jax.nn.relu,), "lk_relu": (jax.nn.relu, lambda z: jax.nn.relu(-z))}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """331 train and 107 test digits: no multiple of a batch."""
+    whole = data_lib.load("digits")
+    return dataclasses.replace(
+        whole,
+        train_images=whole.train_images[:331],
+        train_labels=whole.train_labels[:331],
+        test_images=whole.test_images[:107],
+        test_labels=whole.test_labels[:107],
+    )
+
+
+def net(act="lk_relu", *, depth=3, norm="none", unroll=False, seed=0, image_shape=(8, 8, 1), width=4):
+    found = get_activation(act)
+    return DepthNet(
+        image_shape,
+        10,
+        depth=depth,
+        width=width,
+        activation=(lambda _: found) if isinstance(found, Link) else found,
+        stem_init=lambda _stride: variance_preserving(identity),
+        kernel_init=default_kernel_init,
+        norm=norm,
+        unroll=unroll,
+        rngs=nnx.Rngs(seed),
+    )
+
+
+def fit(model, data, *, optimizer=ADAM, epochs=1, batch_size=100, seed=0, **options):
+    key = jax.random.key(seed)
+    return list(training.fit(model, optimizer, data, epochs=epochs, batch_size=batch_size, key=key, **options))
+
+
+def evaluate(model, images, labels):
+    graph, parameters, state = nnx.split(model, nnx.Param, ...)
+    return training.evaluate(graph, (parameters, state), images, labels)
+
+
+def written_out(model, images, members):
+    """The network from the paper's figure: logits, and the pre-activations of each layer (n, h, w, c)."""
+
+    def convolve(x, kernel, bias, stride):
+        return bias + jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def act(z):
+        return jnp.concatenate([g(z) for g in members], axis=-1)
+
+    x = jnp.asarray(images, jnp.float32) / 255
+    x = convolve(x, model.stem.kernel[...], model.stem.bias[...], 2)
+    zs = [convolve(x, model.first.kernel[...], model.first.bias[...], 1)]
+    for layer in range(model.depth - 1):
+        conv = model.blocks.conv.conv
+        zs.append(convolve(act(zs[-1]), conv.kernel[...][layer], conv.bias[...][layer], 1))
+    dense = model.read_out.linear
+    return act(zs[-1].reshape(len(x), -1)) @ dense.kernel[...] + dense.bias[...], zs
+
+
+def without_seconds(lines):
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def leaves(model):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
+
+
+# --- the network
+
+
+def by_hand(channels, pixels, *, depth=50, width=4, arity=1, norm=False):
+    stem = 7 * 7 * channels * width + width
+    first = 3 * 3 * width * width + width
+    others = (depth - 1) * (3 * 3 * arity * width * width + width)
+    positions = math.ceil(pixels / 2) ** 2
+    return stem + first + others + positions * width * arity * 10 + 10 + norm * depth * 2 * width
+
+
+@pytest.mark.parametrize(
+    ("act", "norm", "width", "count"),
+    [("relu", "none", 4, 18_242), ("lk_relu", "none", 4, 35_538), ("relu", "batch", 4, 18_642), ("relu", "none", 5, 25_040)],
+)  # fmt: skip
+def test_the_papers_network_has_the_parameters_counted_by_hand(act, norm, width, count):
+    options = {"depth": 50, "width": width, "norm": norm}
+    model = nnx.eval_shape(lambda: net(act, image_shape=(32, 32, 3), **options))
+    counted = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    arity = len(MEMBERS[act])
+    assert counted == by_hand(3, 32, arity=arity, width=width, norm=norm == "batch")
+    # width 5 is int(4 * sqrt(2))
+    assert counted == count
+
+
+@pytest.mark.parametrize("act", ["relu", "lk_relu"])
+def test_logits_equal_the_network_written_out(act, digits):
+    model = net(act, seed=1)
+    logits, taps = model(data_lib.scale(digits.test_images[:20]), tap=lambda _, z: jnp.abs(z).sum())
+    expected, zs = written_out(model, digits.test_images[:20], MEMBERS[act])
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(taps, [jnp.abs(z).sum() for z in zs], rtol=1e-4)
+    assert model(data_lib.scale(digits.test_images[:2]))[1] is None
+
+
+def test_odd_images_and_one_pixel():
+    for shape in ((7, 5, 2), (1, 1, 1)):
+        logits, _ = net(image_shape=shape)(jnp.ones((2, *shape)))
+        assert logits.shape == (2, 10)
+        assert jnp.isfinite(logits).all()
+
+
+# --- the evaluation
+
+
+def test_accuracy_counts_every_example_once(digits, monkeypatch):
+    model = net("relu", seed=3)
+    guesses = np.asarray(written_out(model, digits.test_images, MEMBERS["relu"])[0]).argmax(axis=-1)
+    correct = (guesses == np.asarray(digits.test_labels)).sum()
+    assert 0 < correct < 107
+    for batch in (500, 25, 107):
+        monkeypatch.setattr(training, "_EVALUATE_AT_ONCE", batch)
+        assert evaluate(model, digits.test_images, digits.test_labels)["test_accuracy"] == correct / 107
+    labels = jnp.asarray(np.where(np.arange(107) == 106, guesses, (guesses + 1) % 10))  # right on the very last one
+    monkeypatch.setattr(training, "_EVALUATE_AT_ONCE", 25)
+    assert evaluate(model, digits.test_images, labels)["test_accuracy"] == 1 / 107
+
+
+def plant(model, digits):
+    """Kill units 1 and 2 of layer 2 and unit 3 of the last; let unit 0 of layer 1 live on one image alone."""
+    model.blocks.conv.conv.bias[...] = (
+        model.blocks.conv.conv.bias[...].at[0, jnp.array([1, 2])].set(-1e3).at[1, 3].set(-1e3)
+    )
+    z = np.asarray(written_out(model, digits.test_images, MEMBERS["relu"][:1])[1][0])[..., 0].max(axis=(1, 2))
+    runner_up, best = np.sort(z)[-2:]
+    assert best > runner_up
+    model.first.bias[...] = model.first.bias[...].at[0].add(-(best + runner_up) / 2)
+
+
+def test_dead_units_equal_a_count_over_all_activations(digits, monkeypatch):
+    monkeypatch.setattr(training, "_EVALUATE_AT_ONCE", 25)
+    model = net("relu", seed=3)
+    plant(model, digits)
+    measured = evaluate(model, digits.test_images, digits.test_labels)
+    zs = [np.asarray(z) for z in written_out(model, digits.test_images, MEMBERS["relu"])[1]]
+    expected = [int((np.maximum(z, 0) == 0).all(axis=(0, 1, 2)).sum()) for z in zs]
+    assert expected == [0, 2, 1]
+    assert measured["dead_by_layer"] == expected
+    assert measured["dead_units"] == 3
+    np.testing.assert_allclose(measured["signal_by_layer"], [np.square(z).mean() for z in zs], rtol=1e-3)
+
+
+def test_a_linked_net_in_the_same_state_has_no_dead_unit(digits, monkeypatch):
+    monkeypatch.setattr(training, "_EVALUATE_AT_ONCE", 25)
+    model = net("lk_relu", seed=3)
+    plant(model, digits)
+    measured = evaluate(model, digits.test_images, digits.test_labels)
+    assert measured["dead_by_layer"] == [0, 0, 0]
+    assert measured["dead_units"] == 0
+    zs = [np.asarray(z) for z in written_out(model, digits.test_images, MEMBERS["lk_relu"])[1]]
+    assert (zs[1][..., [1, 2]] < 0).all()  # their first members are all zero
+    np.testing.assert_allclose(measured["signal_by_layer"], [np.square(z).mean() for z in zs], rtol=1e-3)
+
+
+def test_an_interleaved_link_is_scored_by_its_own_layout(digits):
+    link = linked(jax.nn.relu, jax.nn.relu, layout="interleaved")  # two members that die together
+    model = DepthNet(
+        (8, 8, 1), 10, depth=2, width=3, activation=lambda _: link, stem_init=lambda _: variance_preserving(identity),
+        kernel_init=default_kernel_init, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    model.first.bias[...] = jnp.array([-1e3, 1e3, -1e3])
+    model.blocks.conv.conv.bias[...] = jnp.array([[1e5, 1e5, -1e5]])
+    assert evaluate(model, digits.test_images, digits.test_labels)["dead_by_layer"] == [2, 1]
+
+
+# --- the loop
+
+
+def test_the_loss_falls_and_the_model_passed_in_stays(digits):
+    model = net()
+    before = leaves(model)
+    steps = []
+    lines = fit(model, digits, epochs=4, on_steps=steps.append)
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["train_loss"] < 0.9 * lines[0]["train_loss"]
+    assert lines[-1]["test_accuracy"] > 0.3
+    assert sum(steps) == 4 * math.ceil(331 / 100)
+    assert all(line["dead_units"] == 0 and line["seconds"] > 0 for line in lines)
+    for now, then in zip(leaves(model), before, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+def test_the_same_seed_gives_the_same_numbers_to_the_bit(digits):
+    first, second = (without_seconds(fit(net(), digits, epochs=2, seed=5)) for _ in range(2))
+    assert first == second
+    other_order = without_seconds(fit(net(), digits, epochs=2, seed=6))
+    other_kernels = without_seconds(fit(net(seed=1), digits, epochs=2, seed=5))
+    assert first[-1]["train_loss"] not in (other_order[-1]["train_loss"], other_kernels[-1]["train_loss"])
+    stored_order, again = (fit(net(), digits, seed=seed, shuffle=False) for seed in (5, 6))
+    assert without_seconds(stored_order) == without_seconds(again)
+
+
+def test_the_train_loss_is_the_mean_over_examples(digits):
+    """With steps too small to change a parameter, it is the loss of the model at the start."""
+    model = net()
+    (line,) = fit(model, digits, optimizer=sgd(1e-30), batch_size=100)
+    logits = written_out(model, digits.train_images, MEMBERS["lk_relu"])[0]
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, digits.train_labels).mean()
+    assert line["train_loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert line["test_accuracy"] == evaluate(model, digits.test_images, digits.test_labels)["test_accuracy"]
+
+
+def test_scanned_and_unrolled_layers_are_the_same_network(digits):
+    scanned, unrolled = net(unroll=False), net(unroll=True)
+    for one, other in zip(leaves(scanned), leaves(unrolled), strict=True):
+        np.testing.assert_array_equal(one, other)
+    (one,), (other,) = fit(scanned, digits), fit(unrolled, digits)
+    assert one["train_loss"] == pytest.approx(other["train_loss"], abs=1e-5)
+    assert one["signal_by_layer"] == pytest.approx(other["signal_by_layer"], rel=2e-3)
+
+
+def test_batch_norm_trains_and_its_running_statistics_move(digits):
+    model = net("relu", norm="batch")
+    graph, parameters, state = nnx.split(model, nnx.Param, ...)
+    carry = jax.tree.map(jnp.copy, (parameters, state, ADAM.init(parameters)))
+    carry, _ = training._step(graph, ADAM, carry, digits.train_images, digits.train_labels, jnp.arange(100))
+    moved = nnx.merge(graph, *carry[:2])
+    z = np.asarray(written_out(model, digits.train_images[:100], MEMBERS["relu"])[1][0])
+    np.testing.assert_allclose(moved.first_norm.mean[...], 0.01 * z.mean(axis=(0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(moved.first_norm.var[...], 0.99 + 0.01 * z.var(axis=(0, 1, 2)), rtol=1e-5)
+    assert (np.asarray(moved.blocks.norm.mean[...]) != 0).all(axis=-1).tolist() == [True, True]
+    lines = fit(model, digits, epochs=3)
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+
+
+@pytest.mark.parametrize(("act", "depth"), [("lk_relu", 1), ("prelu", 3), ("lk_prelu", 3)])
+def test_depth_one_and_links_with_parameters_train(act, depth, digits):
+    lines = fit(net(act, depth=depth), digits, epochs=3)
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    assert len(lines[-1]["dead_by_layer"]) == len(lines[-1]["signal_by_layer"]) == depth
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(digits):
+    fitting = training.fit(net(), sgd(1e30), digits, epochs=2, batch_size=100, key=jax.random.key(0))
+    with pytest.raises(NonFiniteLossError, match=re.compile(r"loss is (nan|inf) in epoch 1, step \d.*--lr")):
+        next(fitting)
