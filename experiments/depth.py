@@ -114,7 +114,7 @@ def main() -> None:
     folder = records.new_folder(settings.out, f"depth-{'-'.join(settings.act)}")
     data = data_lib.load(settings.dataset, settings.data_dir)
     settings = settle(settings, data)
-    nets = [(act, depth) for act in settings.act for depth in settings.depth]
+    nets = list(dict.fromkeys((act, depth) for act in settings.act for depth in settings.depth))
     console.say(f"data     {data} (fingerprint {data.fingerprint})")
     console.say(f"device   {jax.devices()[0].device_kind}, jax {jax.__version__}")
     for act, depth in nets:
@@ -151,7 +151,7 @@ def main() -> None:
 
 def parse(arguments: list[str]) -> Settings:
     """The settings of a command line: the preset's, where no option says otherwise."""
-    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    preset = argparse.ArgumentParser("python -m experiments.depth", add_help=False, allow_abbrev=False)
     preset.add_argument("--preset", choices=sorted(PRESETS), default="quick")
     name = preset.parse_known_args(arguments)[0].preset
     return tyro.cli(Settings, args=arguments, default=PRESETS[name], prog="python -m experiments.depth")
@@ -177,13 +177,17 @@ def check(settings: Settings) -> Settings:
         raise UsageError(f"--lr is a positive number, got {settings.lr}; try 1e-3")
     if not 0 <= settings.decay < math.inf:
         raise UsageError(f"--decay is 0 or more, got {settings.decay}")
-    if not 0 <= settings.seed < 2**31:
-        raise UsageError(f"--seed is between 0 and 2^31, got {settings.seed}")
+    if not 0 <= settings.seed <= 2**31 - settings.seeds:
+        raise UsageError(f"all seeds are between 0 and 2^31, got {settings.seeds} from {settings.seed}; lower --seed")
     for act in settings.act:
         try:
-            INITS[settings.init](at_start(activation(act)(1)))
+            link = at_start(activation(act)(1))
         except ValueError as error:
-            raise UsageError(str(error)) from error
+            raise UsageError(f"--act: {error}") from error
+        try:
+            INITS[settings.init](link)
+        except ValueError as error:
+            raise UsageError(f"--init {settings.init} does not fit --act {act}: {error}; take --init auto") from error
     return settings
 
 

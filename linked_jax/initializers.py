@@ -126,7 +126,7 @@ def read_out(link: Link) -> tuple[float, ...]:
     if deviation > _READ_OUT_TOLERANCE:
         raise ValueError(
             f"looks_linear needs a link whose members sum to z with some weights; the best weights of {link} miss z by "
-            f"{deviation:.2g} (relative, allowed {_READ_OUT_TOLERANCE:g}); use variance_preserving(link)"
+            f"{deviation:.2g} (relative; allowed {_READ_OUT_TOLERANCE:g}), so use variance_preserving(link)"
         )
     return tuple(float(round(a, 12)) for a in coefficients)
 

@@ -1,13 +1,11 @@
-"""The training loop and the network of table 2, against NumPy recounts and a network written out in jax.lax."""
+"""The training loop and the network of table 2, against the same network written out in NumPy."""
 
 import dataclasses
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -20,7 +18,15 @@ from linked_jax import default_kernel_init, get_activation, linked, variance_pre
 from linked_jax.linking import Link
 
 ADAM = adam(3e-3)  # static arguments of the jitted step: made once, so that equal nets compile once
-MEMBERS = {"relu": (jax.nn.relu,), "lk_relu": (jax.nn.relu, lambda z: jax.nn.relu(-z))}
+MEMBERS = {"relu": (lambda z: np.maximum(z, 0),), "lk_relu": (lambda z: np.maximum(z, 0), lambda z: np.maximum(-z, 0))}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Nothing here runs long enough to be worth optimising."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -62,25 +68,31 @@ def evaluate(model, images, labels):
     return training.evaluate(graph, (parameters, state), images, labels)
 
 
-def written_out(model, images, members):
-    """The network from the paper's figure: logits, and the pre-activations of each layer (n, h, w, c)."""
+def convolve(x, conv, stride, layer=...):
+    """SAME convolution, (n, h, w, c), window by window."""
+    kernel, bias = (np.asarray(parameter[...][layer], np.float64) for parameter in (conv.kernel, conv.bias))
+    sizes = [-(-size // stride) for size in x.shape[1:3]]
+    total = [max((n - 1) * stride + k - size, 0) for n, k, size in zip(sizes, kernel.shape, x.shape[1:3], strict=False)]
+    x = np.pad(x, [(0, 0), *((t // 2, t - t // 2) for t in total), (0, 0)])
+    ends = [(n - 1) * stride + 1 for n in sizes]
+    return bias + sum(
+        x[:, row : row + ends[0] : stride, column : column + ends[1] : stride] @ kernel[row, column]
+        for row, column in np.ndindex(kernel.shape[:2])
+    )
 
-    def convolve(x, kernel, bias, stride):
-        return bias + jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+
+def written_out(model, images, members):
+    """The network in NumPy, from the paper's text: logits, and the pre-activations of each layer (n, h, w, c)."""
 
     def act(z):
-        return jnp.concatenate([g(z) for g in members], axis=-1)
+        return np.concatenate([g(z) for g in members], axis=-1)
 
-    x = jnp.asarray(images, jnp.float32) / 255
-    x = convolve(x, model.stem.kernel[...], model.stem.bias[...], 2)
-    zs = [convolve(x, model.first.kernel[...], model.first.bias[...], 1)]
+    x = np.asarray(images, np.float64) / 255
+    zs = [convolve(convolve(x, model.stem, 2), model.first, 1)]
     for layer in range(model.depth - 1):
-        conv = model.blocks.conv.conv
-        zs.append(convolve(act(zs[-1]), conv.kernel[...][layer], conv.bias[...][layer], 1))
+        zs.append(convolve(act(zs[-1]), model.blocks.conv.conv, 1, layer))
     dense = model.read_out.linear
-    return act(zs[-1].reshape(len(x), -1)) @ dense.kernel[...] + dense.bias[...], zs
+    return act(zs[-1].reshape(len(x), -1)) @ np.asarray(dense.kernel[...]) + np.asarray(dense.bias[...]), zs
 
 
 def without_seconds(lines):
@@ -103,16 +115,20 @@ def by_hand(channels, pixels, *, depth=50, width=4, arity=1, norm=False):
 
 
 @pytest.mark.parametrize(
-    ("act", "norm", "width", "count"),
-    [("relu", "none", 4, 18_242), ("lk_relu", "none", 4, 35_538), ("relu", "batch", 4, 18_642), ("relu", "none", 5, 25_040)],
-)  # fmt: skip
+    ("act", "norm", "width", "count"),  # width 5 is int(4 * sqrt(2)), the plain net of about a linked one's size
+    [
+        ("relu", "none", 4, 18_242),
+        ("lk_relu", "none", 4, 35_538),
+        ("relu", "batch", 4, 18_642),
+        ("relu", "none", 5, 25_050),
+    ],
+)
 def test_the_papers_network_has_the_parameters_counted_by_hand(act, norm, width, count):
     options = {"depth": 50, "width": width, "norm": norm}
     model = nnx.eval_shape(lambda: net(act, image_shape=(32, 32, 3), **options))
     counted = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     arity = len(MEMBERS[act])
     assert counted == by_hand(3, 32, arity=arity, width=width, norm=norm == "batch")
-    # width 5 is int(4 * sqrt(2))
     assert counted == count
 
 
@@ -122,15 +138,16 @@ def test_logits_equal_the_network_written_out(act, digits):
     logits, taps = model(data_lib.scale(digits.test_images[:20]), tap=lambda _, z: jnp.abs(z).sum())
     expected, zs = written_out(model, digits.test_images[:20], MEMBERS[act])
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(taps, [jnp.abs(z).sum() for z in zs], rtol=1e-4)
+    np.testing.assert_allclose(taps, [np.abs(z).sum() for z in zs], rtol=1e-4)
     assert model(data_lib.scale(digits.test_images[:2]))[1] is None
 
 
-def test_odd_images_and_one_pixel():
-    for shape in ((7, 5, 2), (1, 1, 1)):
-        logits, _ = net(image_shape=shape)(jnp.ones((2, *shape)))
-        assert logits.shape == (2, 10)
-        assert jnp.isfinite(logits).all()
+@pytest.mark.parametrize("shape", [(7, 5, 2), (1, 1, 1)])
+def test_odd_images(shape):
+    def run():
+        return net(image_shape=shape)(jnp.ones((2, *shape)))[0]
+
+    assert jax.eval_shape(run).shape == (2, 10)
 
 
 # --- the evaluation
@@ -141,7 +158,7 @@ def test_accuracy_counts_every_example_once(digits, monkeypatch):
     guesses = np.asarray(written_out(model, digits.test_images, MEMBERS["relu"])[0]).argmax(axis=-1)
     correct = (guesses == np.asarray(digits.test_labels)).sum()
     assert 0 < correct < 107
-    for batch in (500, 25, 107):
+    for batch in (500, 25):
         monkeypatch.setattr(training, "_EVALUATE_AT_ONCE", batch)
         assert evaluate(model, digits.test_images, digits.test_labels)["test_accuracy"] == correct / 107
     labels = jnp.asarray(np.where(np.arange(107) == 106, guesses, (guesses + 1) % 10))  # right on the very last one
@@ -149,12 +166,12 @@ def test_accuracy_counts_every_example_once(digits, monkeypatch):
     assert evaluate(model, digits.test_images, labels)["test_accuracy"] == 1 / 107
 
 
-def plant(model, digits):
+def plant(model, digits, act):
     """Kill units 1 and 2 of layer 2 and unit 3 of the last; let unit 0 of layer 1 live on one image alone."""
     model.blocks.conv.conv.bias[...] = (
         model.blocks.conv.conv.bias[...].at[0, jnp.array([1, 2])].set(-1e3).at[1, 3].set(-1e3)
     )
-    z = np.asarray(written_out(model, digits.test_images, MEMBERS["relu"][:1])[1][0])[..., 0].max(axis=(1, 2))
+    z = np.asarray(written_out(model, digits.test_images, MEMBERS[act])[1][0])[..., 0].max(axis=(1, 2))
     runner_up, best = np.sort(z)[-2:]
     assert best > runner_up
     model.first.bias[...] = model.first.bias[...].at[0].add(-(best + runner_up) / 2)
@@ -163,7 +180,7 @@ def plant(model, digits):
 def test_dead_units_equal_a_count_over_all_activations(digits, monkeypatch):
     monkeypatch.setattr(training, "_EVALUATE_AT_ONCE", 25)
     model = net("relu", seed=3)
-    plant(model, digits)
+    plant(model, digits, "relu")
     measured = evaluate(model, digits.test_images, digits.test_labels)
     zs = [np.asarray(z) for z in written_out(model, digits.test_images, MEMBERS["relu"])[1]]
     expected = [int((np.maximum(z, 0) == 0).all(axis=(0, 1, 2)).sum()) for z in zs]
@@ -176,7 +193,7 @@ def test_dead_units_equal_a_count_over_all_activations(digits, monkeypatch):
 def test_a_linked_net_in_the_same_state_has_no_dead_unit(digits, monkeypatch):
     monkeypatch.setattr(training, "_EVALUATE_AT_ONCE", 25)
     model = net("lk_relu", seed=3)
-    plant(model, digits)
+    plant(model, digits, "lk_relu")
     measured = evaluate(model, digits.test_images, digits.test_labels)
     assert measured["dead_by_layer"] == [0, 0, 0]
     assert measured["dead_units"] == 0
@@ -223,21 +240,26 @@ def test_the_same_seed_gives_the_same_numbers_to_the_bit(digits):
     assert without_seconds(stored_order) == without_seconds(again)
 
 
-def test_the_train_loss_is_the_mean_over_examples(digits):
-    """With steps too small to change a parameter, it is the loss of the model at the start."""
+def test_the_train_loss_is_the_mean_over_examples_and_must_be_finite(digits):
+    """Nothing moves in the first epoch, of 100 + 100 + 100 + 31 examples; the second explodes."""
+    rate = sgd(lambda step: jnp.where(step < 4, 1e-30, 1e30))
     model = net()
-    (line,) = fit(model, digits, optimizer=sgd(1e-30), batch_size=100)
+    fitting = training.fit(model, rate, digits, epochs=3, batch_size=100, key=jax.random.key(0))
+    line = next(fitting)
     logits = written_out(model, digits.train_images, MEMBERS["lk_relu"])[0]
-    expected = optax.softmax_cross_entropy_with_integer_labels(logits, digits.train_labels).mean()
-    assert line["train_loss"] == pytest.approx(float(expected), rel=1e-5)
-    assert line["test_accuracy"] == evaluate(model, digits.test_images, digits.test_labels)["test_accuracy"]
+    losses = np.log(np.exp(logits).sum(axis=-1)) - logits[np.arange(331), np.asarray(digits.train_labels)]
+    assert line["train_loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    guesses = written_out(model, digits.test_images, MEMBERS["lk_relu"])[0].argmax(axis=-1)
+    assert line["test_accuracy"] == (guesses == np.asarray(digits.test_labels)).mean()
+    with pytest.raises(NonFiniteLossError, match=r"loss is (nan|inf) in epoch 2.*--lr"):
+        next(fitting)
 
 
 def test_scanned_and_unrolled_layers_are_the_same_network(digits):
     scanned, unrolled = net(unroll=False), net(unroll=True)
     for one, other in zip(leaves(scanned), leaves(unrolled), strict=True):
         np.testing.assert_array_equal(one, other)
-    (one,), (other,) = fit(scanned, digits), fit(unrolled, digits)
+    (one,), (other,) = (fit(model, digits, batch_size=331) for model in (scanned, unrolled))
     assert one["train_loss"] == pytest.approx(other["train_loss"], abs=1e-5)
     assert one["signal_by_layer"] == pytest.approx(other["signal_by_layer"], rel=2e-3)
 
@@ -246,24 +268,18 @@ def test_batch_norm_trains_and_its_running_statistics_move(digits):
     model = net("relu", norm="batch")
     graph, parameters, state = nnx.split(model, nnx.Param, ...)
     carry = jax.tree.map(jnp.copy, (parameters, state, ADAM.init(parameters)))
-    carry, _ = training._step(graph, ADAM, carry, digits.train_images, digits.train_labels, jnp.arange(100))
+    carry, _ = training._step(graph, ADAM, carry, digits.train_images, digits.train_labels, jnp.arange(331))
     moved = nnx.merge(graph, *carry[:2])
-    z = np.asarray(written_out(model, digits.train_images[:100], MEMBERS["relu"])[1][0])
+    z = np.asarray(written_out(model, digits.train_images, MEMBERS["relu"])[1][0])
     np.testing.assert_allclose(moved.first_norm.mean[...], 0.01 * z.mean(axis=(0, 1, 2)), atol=1e-6)
     np.testing.assert_allclose(moved.first_norm.var[...], 0.99 + 0.01 * z.var(axis=(0, 1, 2)), rtol=1e-5)
     assert (np.asarray(moved.blocks.norm.mean[...]) != 0).all(axis=-1).tolist() == [True, True]
-    lines = fit(model, digits, epochs=3)
+    lines = fit(model, digits, epochs=9, batch_size=331)
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
 
 
 @pytest.mark.parametrize(("act", "depth"), [("lk_relu", 1), ("prelu", 3), ("lk_prelu", 3)])
 def test_depth_one_and_links_with_parameters_train(act, depth, digits):
-    lines = fit(net(act, depth=depth), digits, epochs=3)
+    lines = fit(net(act, depth=depth), digits, epochs=9, batch_size=331)
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
     assert len(lines[-1]["dead_by_layer"]) == len(lines[-1]["signal_by_layer"]) == depth
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(digits):
-    fitting = training.fit(net(), sgd(1e30), digits, epochs=2, batch_size=100, key=jax.random.key(0))
-    with pytest.raises(NonFiniteLossError, match=re.compile(r"loss is (nan|inf) in epoch 1, step \d.*--lr")):
-        next(fitting)

@@ -84,7 +84,7 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     """
     folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     if name == "auto":
-        name = "cifar10" if (folder / "cifar10").is_dir() else "digits"
+        name = "cifar10" if any(folder.glob("cifar10/*/dataset_info.json")) else "digits"
         if name == "digits":
             how = _HOW_TO_PREPARE.format(name="cifar10")
             print(f"cifar10 is not in {folder}: taking the embedded digits. To get it, {how} with --data-dir.")
@@ -105,10 +105,10 @@ def _digits() -> tuple[int, dict[str, np.ndarray]]:
 
     digits: Any = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # its pixels are 0 to 16
-    train, test, train_labels, test_labels = train_test_split(
-        images, digits.target.astype(np.int32), test_size=DIGITS_TEST_SIZE, random_state=0, stratify=digits.target
-    )
-    return 10, {"train_images": train, "train_labels": train_labels, "test_images": test, "test_labels": test_labels}
+    labels = digits.target.astype(np.int32)
+    parts = train_test_split(images, labels, test_size=DIGITS_TEST_SIZE, random_state=0, stratify=labels)
+    names = ("train_images", "test_images", "train_labels", "test_labels")
+    return 10, {name: np.asarray(part) for name, part in zip(names, parts, strict=True)}
 
 
 def _cached_tfds(name: str, folder: Path) -> tuple[int, dict[str, np.ndarray]]:
@@ -150,16 +150,13 @@ def _tfds_builder(name: str, folder: Path) -> Any:
         try:
             builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            known = (
-                f"no data set {name!r} in TensorFlow Datasets"
-                if "not found" in reason.lower()
-                else f"cannot open {name!r}"
-            )
-            raise UsageError(f"{known} ({reason}); use --dataset digits or a TFDS name such as cifar10") from error
+            raise UsageError(
+                f"cannot open the data set {name!r} ({_first_line(error)}); use --dataset digits or a TFDS name such "
+                "as cifar10, or prepare the set again"
+            ) from error
     if not (Path(builder.data_path) / "dataset_info.json").is_file():
         raise UsageError(f"{name} is not prepared in {folder}; {_HOW_TO_PREPARE.format(name=name)} with --data-dir")
-    features = builder.info.features
+    features: Any = builder.info.features
     if features is None or not {"image", "label"} <= set(features) or not {"train", "test"} <= set(builder.info.splits):
         raise UsageError(f"{name} is no image-classification set with train and test splits; use e.g. cifar10 or mnist")
     if not hasattr(features["label"], "num_classes"):
@@ -176,23 +173,19 @@ def _read_tfds(builder: Any, name: str) -> dict[str, np.ndarray]:
             expected = builder.info.splits[split].num_examples
             if len(source) != expected:
                 raise ValueError(f"{len(source)} of {expected} {split} examples")
-            examples = list(
-                track(
-                    _examples(source),
-                    description=f"reading {name} {split}",
-                    total=len(source),
-                    transient=True,
-                    disable=not sys.stdout.isatty(),
-                )
-            )
+            bar = {"description": f"reading {name} {split}", "total": len(source), "transient": True}
+            examples = list(track(_examples(source), **bar, disable=not sys.stdout.isatty()))
             arrays[f"{split}_images"] = np.stack([image for image, _ in examples])
             arrays[f"{split}_labels"] = np.asarray([label for _, label in examples], np.int32)
     except Exception as error:  # array_record, Pillow and protobuf raise whatever they like on a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"{name} in {builder.data_path} cannot be read ({reason}); delete that folder and prepare it again"
+            f"{name} in {builder.data_path} cannot be read ({_first_line(error)}); delete the folder and prepare it again"
         ) from error
     return arrays
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _examples(source: Any) -> Iterator[tuple[np.ndarray, int]]:

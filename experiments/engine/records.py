@@ -43,7 +43,7 @@ class Record:
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Append one JSON object to metrics.jsonl."""
-        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
         self._metrics.flush()
 
     def close(self) -> None:

@@ -50,3 +50,16 @@ def spread(values: Sequence[float]) -> str:
     """
     mean = f"{np.mean(values):.4f}"
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.4f}"
+
+
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """Rows with the same keys as a Markdown table.
+
+    >>> from experiments.engine.tables import markdown
+    >>> print(markdown([{"act": "relu", "best": "0.1"}]))
+    | act | best |
+    | --- | --- |
+    | relu | 0.1 |
+    """
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -18,6 +18,7 @@ from experiments.engine.errors import NonFiniteLossError
 from linked_jax import live_units
 
 _EVALUATE_AT_ONCE = 500
+_REMEDY = "try a smaller --lr or another --init"
 _STEPS_IN_FLIGHT = 32  # between looks at the loss: dispatch stays ahead of the device, and bad news is not late
 
 
@@ -65,16 +66,17 @@ def fit(
             losses.append(loss)
             if done % _STEPS_IN_FLIGHT == 0 or done == len(order):
                 if not math.isfinite(float(loss)):
-                    raise NonFiniteLossError(
-                        f"the loss is {float(loss)} in epoch {epoch}, step {done}; try a smaller --lr or another --init"
-                    )
+                    raise NonFiniteLossError(f"the loss is {float(loss)} in epoch {epoch}, step {done}; {_REMEDY}")
                 on_steps(done - reported)
                 reported = done
+        tested = evaluate(graph, carry[:2], data.test_images, data.test_labels)
+        if not np.isfinite(tested["signal_by_layer"]).all():
+            raise NonFiniteLossError(f"the signal is not finite after epoch {epoch}; {_REMEDY}")
         sizes = np.asarray([len(index) for index in order])
         yield {
             "epoch": epoch,
             "train_loss": float(np.average(np.asarray(jax.device_get(losses)), weights=sizes)),
-            **evaluate(graph, carry[:2], data.test_images, data.test_labels),
+            **tested,
             "seconds": round(time.perf_counter() - start, 3),
         }
 
@@ -102,7 +104,7 @@ def _step(graph, optimizer, carry, images, labels, index) -> tuple[Any, Float[Ar
     parameters, state, optimizer_state = carry
 
     def loss_of(parameters):
-        model = nnx.merge(graph, parameters, state)
+        model = nnx.merge(graph, parameters, state, copy=True)  # batch statistics change, inside this trace
         logits, _ = model(data_lib.scale(images[index]), train=True)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels[index]).mean()
         return loss, nnx.split(model, nnx.Param, ...)[2]

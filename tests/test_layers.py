@@ -1,0 +1,546 @@
+import functools
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import optax
+import orbax.checkpoint
+import pytest
+from flax import nnx
+
+from linked_jax.activations import ACTIVATIONS, get_activation, lk_relu, lk_swish, relu
+from linked_jax.initializers import variance_preserving
+from linked_jax.layers import ChannelPReLU, LinkedConv, LinkedLinear, LinkedPReLU
+from linked_jax.linking import Link, fourier, linked, min_max
+
+LINKS = {name: link for name, link in ACTIVATIONS.items() if isinstance(link, Link) and name != "crelu"}
+FEW = {"relu": relu, "lk_relu": lk_relu, "lk_swish": lk_swish, "fourier": fourier}
+over_links = pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
+over_few_links = pytest.mark.parametrize("link", FEW.values(), ids=FEW)
+layouts = pytest.mark.parametrize("layout", ["blocked", "interleaved"])
+precisions = pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.float64, 1e-12)])
+LAYERS = {
+    "linear": (functools.partial(LinkedLinear, 3, 5), (2, 3)),
+    "conv": (functools.partial(LinkedConv, 3, 5, (3, 3)), (2, 6, 6, 3)),
+}
+over_layers = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+
+
+def white(*shape, seed=0, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def plain_layer(layer):
+    return layer.linear if isinstance(layer, LinkedLinear) else layer.conv
+
+
+def laid_out(parts, layout):
+    """The members' outputs along the last axis, written without the library's own join."""
+    if layout == "blocked":
+        return jnp.concatenate(parts, -1)
+    return jnp.stack(parts, -1).reshape(*parts[0].shape[:-1], -1)
+
+
+def naive(plain, link):
+    return lambda z: plain(laid_out([g(z) for g in link.members], link.layout))
+
+
+def gradients(model, z, forward=lambda model, z: model(z)):
+    """The outputs, and the gradients of their mean square for the parameters and for z."""
+    graph, state = nnx.split(model)
+
+    def loss(state, z):
+        out = forward(nnx.merge(graph, state), z)
+        return (out**2).mean(), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(state, z)
+    return out, *grads
+
+
+def close(actual, desired, tolerance):
+    def leaf(a, b):
+        np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, float(jnp.abs(b).max())), rtol=0)
+
+    jax.tree.map(leaf, actual, desired)
+
+
+# --- the layer is Flax' own on the link ---------------------------------------------------------------------------
+
+
+def check_against_flax(make, shape, link, dtype, tolerance):
+    with jax.enable_x64(dtype == jnp.float64):
+        layer = make(link=link, param_dtype=dtype, rngs=nnx.Rngs(0))
+        z = white(*shape, dtype=dtype)
+        found = gradients(layer, z)
+        wanted = gradients(plain_layer(layer), z, lambda plain, z: naive(plain, link)(z))
+        assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
+        close(jax.tree.leaves(found), jax.tree.leaves(wanted), tolerance)
+
+
+@over_links
+def test_linear_equals_flax_on_the_concatenated_link(link):
+    check_against_flax(*LAYERS["linear"], link, jnp.float32, 1e-6)
+
+
+@layouts
+@precisions
+@over_layers
+@pytest.mark.parametrize("link", [lk_relu, lk_swish], ids=["lk_relu", "lk_swish"])
+def test_layer_equals_flax_in_both_layouts_and_precisions(link, make, shape, dtype, tolerance, layout):
+    check_against_flax(make, shape, Link(link.members, layout=layout), dtype, tolerance)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR", ((1, 0), (2, 1))], ids=str)
+@pytest.mark.parametrize("strides", [1, (1, 2)])
+@pytest.mark.parametrize("kernel_size", [(1, 1), (3, 2)])
+def test_conv_passes_its_geometry_to_flax(kernel_size, strides, padding):
+    options = {"strides": strides, "padding": padding}
+    layer = LinkedConv(3, 5, kernel_size, link=lk_relu, rngs=nnx.Rngs(0), **options)
+    plain = nnx.Conv(6, 5, kernel_size, rngs=nnx.Rngs(1), **options)
+    nnx.update(plain, nnx.state(layer.conv))
+    z = white(2, 6, 7, 3)
+    close(layer(z), naive(plain, lk_relu)(z), 1e-6)
+
+
+@pytest.mark.parametrize("space", [1, 2, 3])
+def test_conv_takes_any_number_of_spatial_axes(space):
+    layer = LinkedConv(2, 3, (3,) * space, strides=2, rngs=nnx.Rngs(0))
+    assert layer.conv.kernel.shape == (3,) * space + (4, 3)
+    assert layer(white(2, *(5,) * space, 2)).shape == (2, *(3,) * space, 3)
+
+
+def test_conv_with_an_integer_kernel_size_has_one_spatial_axis():
+    assert LinkedConv(2, 3, 3, rngs=nnx.Rngs(0))(white(2, 5, 2)).shape == (2, 5, 3)
+
+
+@pytest.mark.parametrize("lead", [(), (4,), (2, 3)])
+@over_few_links
+def test_linear_takes_any_leading_axes(link, lead):
+    layer = LinkedLinear(3, 5, link=link, rngs=nnx.Rngs(0))
+    assert layer.linear.kernel.shape == (link.arity * 3, 5)
+    assert layer(white(*lead, 3)).shape == (*lead, 5)
+
+
+@over_layers
+def test_bias_is_zero_at_the_start_or_absent(make, shape):
+    assert not plain_layer(make(rngs=nnx.Rngs(0))).bias[...].any()
+    assert plain_layer(make(use_bias=False, rngs=nnx.Rngs(0))).bias is None
+
+
+@over_layers
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(make, shape):
+    layer = make(dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    z = white(*shape)
+    assert layer(z).dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(layer)))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradients(layer, z)[1:]))
+    close(layer(z).astype(jnp.float32), make(rngs=nnx.Rngs(0))(z), 0.05)
+
+
+@pytest.mark.xfail(reason="bug: JAX has no QR below float32; draw in float32, then cast", raises=NotImplementedError)
+@over_layers
+def test_parameters_may_be_bfloat16(make, shape):
+    layer = make(param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(nnx.state(layer)))
+
+
+@over_layers
+def test_given_kernel_init_is_used_for_the_whole_kernel(make, shape):
+    layer = make(link=fourier, kernel_init=nnx.initializers.constant(2.0), rngs=nnx.Rngs(0))
+    assert (plain_layer(layer).kernel[...] == 2).all()
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("link", [lk_relu, min_max, Link(lk_swish.members, layout="interleaved")])
+def test_layer_starts_linear(link, strides):
+    layer = LinkedConv(4, 4, (3, 3), link=link, strides=strides, rngs=nnx.Rngs(0))
+    z = white(3, 6, 6, 4)
+    y = layer(z.at[2].set(z[0] + z[1]))
+    close(y[2], y[0] + y[1], 5e-3)
+
+
+# --- in Flax, Optax and Orbax -------------------------------------------------------------------------------------
+
+
+def pool(z):
+    return z.mean((1, 2))
+
+
+def small_net(link=lk_relu, seed=0):
+    rngs = nnx.Rngs(seed)
+    return nnx.Sequential(
+        nnx.Conv(1, 4, (3, 3), rngs=rngs),
+        LinkedConv(4, 4, (3, 3), link=link, strides=2, rngs=rngs),
+        pool,
+        LinkedLinear(4, 2, link=link, rngs=rngs),
+    )
+
+
+def test_sequential_is_one_layer_after_the_other():
+    net = small_net()
+    z = white(2, 4, 4, 1)
+    h = pool(net.layers[1](net.layers[0](z)))
+    np.testing.assert_array_equal(net(z), net.layers[3](h))
+
+
+@over_few_links
+def test_nnx_jit_is_eager(link):
+    net = small_net(link)
+    z = white(2, 4, 4, 1)
+    close(nnx.jit(lambda net, z: net(z))(net, z), net(z), 1e-6)
+
+
+def test_second_call_does_not_retrace():
+    traces = []
+
+    @nnx.jit
+    def run(net, z):
+        traces.append(1)
+        return net(z)
+
+    for seed in range(2):
+        run(small_net(seed=seed), white(2, 4, 4, 1, seed=seed))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("link", [lk_relu, LinkedPReLU(4)], ids=["lk_relu", "lk_prelu"])
+def test_scan_over_stacked_layers_is_a_loop(link):
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def stack(rngs):
+        return LinkedConv(4, 4, (3, 3), link=link if isinstance(link, Link) else LinkedPReLU(4), rngs=rngs)
+
+    layers = stack(nnx.Rngs(0))
+    assert layers.conv.kernel.shape == (3, 3, 3, 8, 4)
+    assert (layers.conv.kernel[0] != layers.conv.kernel[1]).any()
+    z = white(2, 4, 4, 4)
+    run = nnx.scan(lambda z, layer: layer(z), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    graph, state = nnx.split(layers)
+    expected = z
+    for i in range(3):
+        expected = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))(expected)
+    close(run(z, layers), expected, 1e-6)
+
+
+@over_few_links
+def test_optax_steps_lower_the_loss(link):
+    net = small_net(link)
+    optimizer = nnx.Optimizer(net, optax.adam(1e-2), wrt=nnx.Param)
+    z, y = white(8, 4, 4, 1), white(8, 2, seed=1)
+
+    @nnx.jit
+    def step(net, optimizer):
+        loss, grads = nnx.value_and_grad(lambda net: ((net(z) - y) ** 2).mean())(net)
+        optimizer.update(net, grads)
+        return loss
+
+    losses = [float(step(net, optimizer)) for _ in range(20)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_orbax_checkpoint_restores_the_net(tmp_path):
+    net = small_net(LinkedPReLU(4), seed=0)
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "net", nnx.state(net))
+        checkpointer.wait_until_finished()
+        graph, abstract = nnx.split(nnx.eval_shape(lambda: small_net(LinkedPReLU(4), seed=1)))
+        restored = nnx.merge(graph, checkpointer.restore(tmp_path / "net", abstract))
+    z = white(2, 4, 4, 1)
+    np.testing.assert_array_equal(restored(z), net(z))
+    assert (small_net(LinkedPReLU(4), seed=1)(z) != net(z)).any()
+
+
+@over_layers
+@pytest.mark.parametrize("link", [lk_relu, lk_swish], ids=["lk_relu", "lk_swish"])
+def test_hessian_and_jvp_go_through_a_layer(link, make, shape):
+    layer = make(link=link, rngs=nnx.Rngs(0))
+    z, tangent = white(*shape), white(*shape, seed=1)
+    few = z[0].reshape(-1)[:3]  # of a few inputs, to keep the Hessian small
+
+    def loss(z, f):
+        return (f(z) ** 2).sum()
+
+    def loss_of_few(f):
+        return lambda few: loss(z.at[0].set(z[0].reshape(-1).at[:3].set(few).reshape(shape[1:])), f)
+
+    plain = naive(plain_layer(layer), link)
+    close(jax.jvp(layer, (z,), (tangent,)), jax.jvp(plain, (z,), (tangent,)), 1e-5)
+    hessians = jax.jit(lambda few: [jax.hessian(loss_of_few(f))(few) for f in (layer, plain)])(few)
+    assert jnp.abs(hessians[0]).max() > 0
+    close(*hessians, 1e-5)
+
+
+@over_few_links
+def test_link_is_an_activation_of_linen(link):
+    class Net(flax.linen.Module):
+        activation: Link
+
+        @flax.linen.compact
+        def __call__(self, x):
+            z = flax.linen.Dense(4)(x)
+            return flax.linen.Dense(2)(self.activation(z))
+
+    net = Net(link)
+    x = white(3, 5)
+    variables = net.init(jax.random.key(0), x)
+    first, second = variables["params"]["Dense_0"], variables["params"]["Dense_1"]
+    assert second["kernel"].shape == (4 * link.arity, 2)
+    h = laid_out([g(x @ first["kernel"] + first["bias"]) for g in link.members], "blocked")
+    close(net.apply(variables, x), h @ second["kernel"] + second["bias"], 1e-5)
+    grads = jax.grad(lambda variables: (net.apply(variables, x) ** 2).sum())(variables)
+    assert all(bool(jnp.isfinite(g).all() and (g != 0).any()) for g in jax.tree.leaves(grads))
+
+
+# --- memory: only z is kept ---------------------------------------------------------------------------------------
+
+
+@over_layers
+@over_few_links
+def test_backward_pass_keeps_z_and_nothing_of_its_size_beside_it(link, make, shape):
+    layer = make(link=link, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    z = white(64, *shape[1:])  # larger than the kernel
+    _, pull = jax.vjp(lambda state, z: nnx.merge(graph, state)(z), state, z)
+    large = [leaf.shape for leaf in jax.tree.leaves(pull) if leaf.size >= z.size]
+    assert large == [z.shape]
+
+
+def temporary_memory(make):
+    """Bytes for the gradient of 50 scanned layers, batch 128, 32x32x4: compiled, not run."""
+    graph, _ = nnx.split(make(nnx.Rngs(0)))
+    keys = jax.random.split(jax.random.key(0), 50)
+    states = jax.eval_shape(jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key)))), keys)
+    z = jax.ShapeDtypeStruct((128, 32, 32, 4), jnp.float32)
+
+    def loss(states, z):
+        return (jax.lax.scan(lambda z, state: (nnx.merge(graph, state)(z), None), z, states)[0] ** 2).mean()
+
+    return jax.jit(jax.grad(loss)).lower(states, z).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_linked_net_needs_less_memory_than_a_naive_linked_and_a_plain_one():
+    class Plain(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(4, 4, (3, 3), rngs=rngs)
+
+        def __call__(self, h):
+            return jax.nn.relu(self.conv(h))
+
+    class Naive(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(8, 4, (3, 3), rngs=rngs)
+
+        def __call__(self, z):
+            return self.conv(jnp.concatenate([jax.nn.relu(z), jax.nn.relu(-z)], -1))
+
+    ours = temporary_memory(lambda rngs: LinkedConv(4, 4, (3, 3), link=lk_relu, rngs=rngs))
+    assert ours <= 0.45 * temporary_memory(Naive)
+    assert ours <= 0.9 * temporary_memory(Plain)
+
+
+# --- PReLU --------------------------------------------------------------------------------------------------------
+
+SHARES = {"layer": (3, ()), "channel": (3, (3,)), "element": ((4, 4, 3), (4, 4, 3))}
+over_shares = pytest.mark.parametrize(("share", "features", "slopes"), [(k, *v) for k, v in SHARES.items()], ids=SHARES)
+over_modules = pytest.mark.parametrize("make", [ChannelPReLU, LinkedPReLU])
+
+
+def with_random_slopes(module):
+    state = nnx.state(module)
+    keys = iter(jax.random.split(jax.random.key(5), 2))
+    nnx.update(module, jax.tree.map(lambda leaf: jax.random.uniform(next(keys), leaf.shape, leaf.dtype, -1, 1), state))
+    return module
+
+
+def formula(z, slope):
+    return np.maximum(z, 0) + np.asarray(slope) * np.minimum(z, 0)
+
+
+@over_modules
+@over_shares
+def test_slopes_start_at_a_quarter_in_the_shape_that_is_shared(make, share, features, slopes):
+    leaves = jax.tree.leaves(nnx.state(make(features, share=share)))
+    assert [leaf.shape for leaf in leaves] == [slopes] * make.arity
+    assert all((leaf == 0.25).all() for leaf in leaves)
+
+
+@over_modules
+@pytest.mark.parametrize("slope", [0.0, 0.01, -0.5])
+def test_given_slope_is_the_start(make, slope):
+    leaves = jax.tree.leaves(nnx.state(make(3, negative_slope=slope)))
+    assert all((leaf == jnp.float32(slope)).all() for leaf in leaves)
+
+
+@over_shares
+def test_prelu_is_its_formula(share, features, slopes):
+    module = with_random_slopes(ChannelPReLU(features, share=share))
+    z = white(2, 4, 4, 3)
+    close(module(z), jnp.asarray(formula(z, module.negative_slope[...])), 1e-6)
+
+
+@layouts
+@over_shares
+def test_linked_prelu_is_two_prelus_on_z_and_minus_z(share, features, slopes, layout):
+    module = with_random_slopes(LinkedPReLU(features, share=share, layout=layout))
+    a, b = module.positive.negative_slope[...], module.mirrored.negative_slope[...]
+    assert (a != b).any()
+    z = white(2, 4, 4, 3)
+    members = [jnp.asarray(formula(z, a)), jnp.asarray(formula(-z, b))]
+    close(module(z), laid_out(members, layout), 1e-6)
+
+
+@over_modules
+@over_shares
+def test_slope_gradients_are_finite_differences(make, share, features, slopes):
+    with jax.enable_x64(True):
+        graph, state = nnx.split(with_random_slopes(make(features, share=share, param_dtype=jnp.float64)))
+        z, weight = white(2, 4, 4, 3, dtype=jnp.float64), white(2, 4, 4, 3 * make.arity, dtype=jnp.float64, seed=1)
+
+        def f(state):
+            return (weight * nnx.merge(graph, state)(z)).sum()
+
+        jax.test_util.check_grads(f, (state,), order=1, modes=("fwd", "rev"), atol=1e-7, rtol=1e-7)
+
+
+@layouts
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_jacobian_of_linked_prelu_at_zero_is_the_limit_from_the_right(layout, zero):
+    module = with_random_slopes(LinkedPReLU(3, layout=layout))
+    jacobian = jax.jacobian(module)(jnp.full(3, zero))
+    members = [jnp.eye(3), -jnp.diag(module.mirrored.negative_slope[...])]
+    close(jacobian, laid_out(members, layout).T, 1e-6)
+
+
+def test_jacobian_of_plain_prelu_at_zero_is_its_slope():
+    module = with_random_slopes(ChannelPReLU(3))
+    close(jax.jacobian(module)(jnp.zeros(3)), jnp.diag(module.negative_slope[...]), 1e-6)
+
+
+@over_modules
+def test_prelu_at_the_start_is_its_link(make):
+    module = make(3, negative_slope=0.1)
+    assert module.link.arity == module.arity == make.arity
+    z = white(5, 3).at[0].set(0)
+    np.testing.assert_array_equal(module(z), module.link(z))
+    np.testing.assert_array_equal(jax.jacobian(module)(z), jax.jacobian(module.link)(z))
+
+
+def test_linked_prelu_with_zero_slopes_starts_as_lk_relu():
+    z = white(5, 3).at[0].set(0)
+    module = LinkedPReLU(3, negative_slope=0.0)
+    np.testing.assert_array_equal(module(z), lk_relu(z))
+    np.testing.assert_array_equal(jax.jacobian(module)(z), jax.jacobian(lk_relu)(z))
+
+
+@layouts
+@pytest.mark.parametrize("slope", [0.0, 0.25, 0.9])
+def test_layer_after_linked_prelu_starts_linear_and_isometric(slope, layout):
+    link = LinkedPReLU(4, negative_slope=slope, layout=layout)
+    layer = LinkedConv(4, 4, (3, 3), link=link, rngs=nnx.Rngs(0))
+    z = white(3, 4, 4, 4)
+    z = z.at[2].set(z[0] + z[1])
+    y = layer(z)
+    close(y[2], y[0] + y[1], 1e-5)
+    close((y**2).sum(-1), (z**2).sum(-1), 1e-5)
+
+
+@pytest.mark.parametrize("module", [ChannelPReLU, LinkedPReLU])
+@pytest.mark.parametrize("layer", [LinkedLinear, functools.partial(LinkedConv, kernel_size=(3, 3))])
+def test_slopes_inside_a_layer_are_trained(layer, module):
+    layer = layer(in_features=3, out_features=5, link=module(3), rngs=nnx.Rngs(0))
+    z = white(2, 6, 6, 3)
+    found = gradients(layer, z)
+    wanted = gradients(layer, z, lambda layer, z: plain_layer(layer)(layer.link(z)))
+    assert all((leaf != 0).all() for leaf in jax.tree.leaves(found[1]["link"]))
+    close(found, wanted, 1e-6)
+
+
+@pytest.mark.parametrize(("name", "module"), [("prelu", ChannelPReLU), ("lk_prelu", LinkedPReLU)])
+def test_prelu_modules_have_names(name, module):
+    assert get_activation(name) is module
+
+
+# --- bad inputs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("c_in", "c_out"), [(0, 2), (2, 0), (-1, 2)])
+def test_layer_without_features_is_refused(c_in, c_out):
+    with pytest.raises(ValueError, match=f"got {c_in} and {c_out}"):
+        LinkedLinear(c_in, c_out, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=f"got {c_in} and {c_out}"):
+        LinkedConv(c_in, c_out, (3, 3), rngs=nnx.Rngs(0))
+
+
+@over_layers
+@pytest.mark.parametrize("link", [jax.nn.relu, LinkedPReLU, "lk_relu"], ids=["function", "class", "name"])
+def test_what_is_not_a_built_link_is_refused(unchecked, link, make, shape):
+    with pytest.raises(TypeError, match="link is a Link or a built module"):
+        make(link=link, rngs=nnx.Rngs(0))
+
+
+@over_layers
+@pytest.mark.parametrize("axis", [0, 1, -2])
+def test_link_along_another_axis_is_refused(axis, make, shape):
+    with pytest.raises(ValueError, match=f"axis={axis}"):
+        make(link=linked(jax.nn.relu, axis=axis), rngs=nnx.Rngs(0))
+
+
+@over_layers
+def test_module_without_a_link_needs_a_kernel_init(make, shape):
+    class Doubled(nnx.Module):
+        arity = 2
+
+        def __call__(self, z):
+            return jnp.concatenate([z, z], -1)
+
+    with pytest.raises(TypeError, match="pass kernel_init"):
+        make(link=Doubled(), rngs=nnx.Rngs(0))
+    layer = make(link=Doubled(), kernel_init=variance_preserving(lk_relu), rngs=nnx.Rngs(0))
+    z = white(*shape)
+    close(layer(z), plain_layer(layer)(jnp.concatenate([z, z], -1)), 1e-6)
+
+
+@over_layers
+@pytest.mark.parametrize("channels", [2, 6])
+def test_z_with_other_channels_is_refused(channels, make, shape):
+    with pytest.raises((ValueError, TypeError)):
+        make(rngs=nnx.Rngs(0))(white(*shape[:-1], channels))
+
+
+def test_strides_that_do_not_fit_the_kernel_are_refused():
+    with pytest.raises(ValueError, match="one per spatial axis"):
+        LinkedConv(4, 4, (3, 3), strides=(2,), rngs=nnx.Rngs(0))
+
+
+@over_modules
+@pytest.mark.parametrize("features", [0, -1])
+@pytest.mark.parametrize("share", ["layer", "channel"])
+def test_prelu_without_features_is_refused(make, features, share):
+    with pytest.raises(ValueError, match="features is at least 1"):
+        make(features, share=share)
+
+
+@over_modules
+@pytest.mark.parametrize("features", [(), (4, 0), (0,)])
+def test_prelu_of_an_empty_element_shape_is_refused(make, features):
+    with pytest.raises(ValueError, match="features is at least 1"):
+        make(features, share="element")
+
+
+@over_modules
+def test_slopes_per_channel_take_no_shape(make):
+    with pytest.raises(ValueError, match="number of channels"):
+        make((4, 4, 3), share="channel")
+
+
+@over_modules
+def test_unknown_share_is_refused(unchecked, make):
+    with pytest.raises(ValueError, match="'pixel'"):
+        make(3, share="pixel")
+
+
+def test_unknown_layout_is_refused(unchecked):
+    with pytest.raises(ValueError, match="'sideways'"):
+        LinkedPReLU(3, layout="sideways")
