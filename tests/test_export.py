@@ -94,8 +94,7 @@ def test_learned_slopes_lower_for_the_platform(platform):
 
 
 @over_links
-def test_program_for_three_platforms_survives_serialisation(link):
+def test_one_program_for_three_platforms_runs_on_this_one(link):
     exported = jax.export.export(jax.jit(link), platforms=["cpu", "cuda", "tpu"])(X)
-    again = jax.export.deserialize(exported.serialize())
-    assert again.platforms == ("cpu", "cuda", "tpu")
-    np.testing.assert_array_equal(again.call(X), jax.jit(link)(X))
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    np.testing.assert_array_equal(exported.call(X), jax.jit(link)(X))

@@ -31,7 +31,8 @@ READ_OUTS = {
 over_links = pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
 over_linear_links = pytest.mark.parametrize("link", [LINKS[name] for name in READ_OUTS], ids=READ_OUTS)
 layouts = pytest.mark.parametrize("layout", ["blocked", "interleaved"])
-KEY, OTHER_KEY, DATA_KEY = jax.random.split(jax.random.key(0), 3)
+KEY, OTHER_KEY = jax.random.split(jax.random.key(0))
+QUICK_KEY = jax.random.key(0, impl="rbg")  # half the compile time, which is most of the time where each shape is new
 
 
 @pytest.fixture(autouse=True)
@@ -48,13 +49,8 @@ def laid_out(link, layout):
     return Link(link.members, layout=layout)
 
 
-def white(*shape, key=DATA_KEY):
-    return jax.random.normal(key, shape)
-
-
-def draw(init, shape, key=KEY):
-    """init(key, shape), compiled as one program: compiling is what takes the time."""
-    return jax.jit(init, static_argnums=1)(key, shape)
+def white(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def conv(h, kernel, strides=1, padding="SAME"):
@@ -117,13 +113,10 @@ def test_gain_of_an_exploding_link_is_refused():
 @over_links
 def test_variance_preserving_dense_keeps_the_forward_mean_square(link):
     # As many outputs as inputs: the kernel loses no direction, so one draw of it is enough.
-    @jax.jit
-    def mean_squares(z):
-        links = [laid_out(link, layout) for layout in ("blocked", "interleaved")]
-        kernel = variance_preserving(link)(KEY, (link.arity * 64, link.arity * 64))
-        return [jnp.square(f(z) @ kernel).mean() for f in links]
-
-    assert mean_squares(white(1024, 64)) == pytest.approx([1, 1], abs=0.04)
+    kernel = variance_preserving(link)(KEY, (link.arity * 32, link.arity * 32))
+    links = [laid_out(link, layout) for layout in ("blocked", "interleaved")]
+    mean_squares = jax.jit(lambda z: [jnp.square(f(z) @ kernel).mean() for f in links])
+    assert mean_squares(white(2048, 32)) == pytest.approx([1, 1], abs=0.04)
 
 
 @pytest.mark.parametrize("link", [relu, lk_relu, laid_out(min_max, "interleaved")], ids=str)
@@ -139,7 +132,7 @@ def test_variance_preserving_conv_keeps_the_forward_mean_square_on_average(link)
 
 @pytest.mark.parametrize("link", [relu, lk_relu, lk_elu], ids=["relu", "lk_relu", "lk_elu"])
 def test_variance_preserving_kernel_is_orthogonal_times_the_gain(link):
-    kernel = draw(variance_preserving(link), (3, link.arity * 4, 6)).reshape(-1, 6)
+    kernel = variance_preserving(link)(KEY, (3, link.arity * 4, 6)).reshape(-1, 6)
     close(kernel.T @ kernel, gain(link) ** 2 * jnp.eye(6))
 
 
@@ -214,30 +207,30 @@ def test_read_out_of_a_non_finite_link_is_refused():
 @over_linear_links
 def test_dense_layer_is_linear_and_its_half_orthogonal(link, layout):
     link = laid_out(link, layout)
+    kernel = looks_linear(link)(KEY, (16, 8))
     z = white(8, 8)
-    kernel, y = jax.jit(lambda z: (k := looks_linear(link)(KEY, (16, 8)), link(z) @ k))(z)
     half = member_kernels(kernel, link)[0] / read_out(link)[0]
     close(half.T @ half, jnp.eye(8), 1e-5)
-    close(y, z @ half)
+    close(link(z) @ kernel, z @ half)
 
 
 @layouts
 @over_linear_links
 def test_conv_layer_is_a_pointwise_rotation(link, layout):
     link = laid_out(link, layout)
-    z = white(2, 4, 4, 4)
-    kernel, y = jax.jit(lambda z: (k := looks_linear(link)(KEY, (3, 3, 8, 4)), conv(link(z), k)))(z)
+    kernel = looks_linear(link)(KEY, (3, 3, 8, 4))
+    z = white(3, 4, 4, 4)
     half = member_kernels(kernel, link)[0] / read_out(link)[0]
     assert (jnp.abs(half).sum((-2, -1)) > 0).tolist() == [[False] * 3, [False, True, False], [False] * 3]
     close(half[1, 1].T @ half[1, 1], jnp.eye(4), 1e-5)
-    close(y, z @ half[1, 1])
+    close(conv(link(z), kernel), z @ half[1, 1])
 
 
 @layouts
 @over_linear_links
 def test_every_member_meets_the_same_half_times_its_coefficient(link, layout):
     link = laid_out(link, layout)
-    parts = member_kernels(draw(looks_linear(link), (3, 8, 4)), link)
+    parts = member_kernels(looks_linear(link)(KEY, (3, 3, 8, 4)), link)
     for part, a in zip(parts, read_out(link), strict=True):
         close(part / a, parts[0] / read_out(link)[0], 1e-6)
 
@@ -249,14 +242,15 @@ def test_layer_is_additive(link, strides, layout):
     link = laid_out(link, layout)
     z = white(3, 4, 4, 4)
     z = z.at[2].set(z[0] + z[1])
-    y = jax.jit(lambda z: conv(link(z), looks_linear(link, strides=strides)(KEY, (3, 3, 8, 4)), strides))(z)
+    y = conv(link(z), looks_linear(link, strides=strides)(KEY, (3, 3, 8, 4)), strides)
     close(y[2], y[0] + y[1], 5e-3)
 
 
 @pytest.mark.parametrize(("space", "size"), [(1, 1), (1, 5), (2, 1), (2, 2), (2, 3), (3, 1), (3, 3)])
 def test_square_layer_is_isometric_in_any_number_of_axes(space, size):
     z = white(2, *(6,) * space, 4)
-    y = jax.jit(lambda z: conv(lk_relu(z), looks_linear(lk_relu)(KEY, (size,) * space + (8, 4))))(z)
+    kernel = looks_linear(lk_relu)(KEY, (size,) * space + (8, 4))
+    y = jax.jit(lambda z: conv(lk_relu(z), kernel))(z)
     assert y.shape == z.shape
     close(jnp.square(y).sum(-1), jnp.square(z).sum(-1))  # at every pixel
 
@@ -266,21 +260,22 @@ def test_square_layer_is_isometric_in_any_number_of_axes(space, size):
 
 @pytest.mark.parametrize(("c_in", "c_out"), [(8, 16), (8, 12), (16, 8), (8, 8)])
 def test_changing_width_keeps_forward_signals_and_scales_gradients(c_in, c_out):
+    kernel = looks_linear(lk_relu)(QUICK_KEY, (2 * c_in, c_out))
+
     @jax.jit
     def forward_and_back(z, g):
-        kernel = looks_linear(lk_relu)(KEY, (2 * c_in, c_out))
         y, pull = jax.vjp(lambda z: lk_relu(z) @ kernel, z)
         return y, pull(g)[0]
 
-    z, g = white(4096, c_in), white(4096, c_out, key=OTHER_KEY)
+    z, g = white(4096, c_in), white(4096, c_out, seed=1)
     y, back = forward_and_back(z, g)
     assert mean_square_of(y) / mean_square_of(z) == pytest.approx(1, abs=0.06)
     assert mean_square_of(back) / mean_square_of(g) == pytest.approx(c_out / c_in, rel=0.06)
 
 
 def test_widening_keeps_the_norm_of_every_input_exactly():
-    kernel = looks_linear(lk_relu)(KEY, (16, 20))
-    z = white(32, 8)
+    kernel = looks_linear(lk_relu)(QUICK_KEY, (16, 20))
+    z = white(8, 8)
     close(jnp.square(lk_relu(z) @ kernel).mean(-1), jnp.square(z).mean(-1))
 
 
@@ -307,11 +302,8 @@ def test_strided_layer_with_room_for_all_pixels_keeps_the_norm_exactly(window, s
     steps = (strides,) * len(window) if isinstance(strides, int) else strides
     c_out = 2 * math.prod(steps)
 
-    @jax.jit
-    def run(images):
-        kernel = looks_linear(link, strides=strides)(KEY, (*window, 4, c_out))
-        return [conv(link(z), kernel, strides) for z in images]
-
+    kernel = looks_linear(link, strides=strides)(QUICK_KEY, (*window, 4, c_out))
+    run = jax.jit(lambda images: [conv(link(z), kernel, strides) for z in images])
     images = [white(2, *(side,) * len(window), 2) for side in (6, 7)]
     for z, y in zip(images, run(images), strict=True):
         assert y.shape == (2, *(-(-z.shape[1] // step) for step in steps), c_out)
@@ -320,10 +312,9 @@ def test_strided_layer_with_room_for_all_pixels_keeps_the_norm_exactly(window, s
 
 @pytest.mark.parametrize("window", [2, 3, 4, 5, 7])
 def test_strided_layer_gives_every_pixel_a_gradient(window):
-    def loss(z):
-        return (conv(lk_relu(z), looks_linear(lk_relu, strides=2)(KEY, (window, window, 8, 4)), 2) ** 2).sum()
-
-    assert (jnp.abs(jax.jit(jax.grad(loss))(white(1, 6, 6, 4))).max(-1) > 1e-3).all()
+    kernel = looks_linear(lk_relu, strides=2)(KEY, (window, window, 8, 4))
+    gradient = jax.jit(jax.grad(lambda z: (conv(lk_relu(z), kernel, 2) ** 2).sum()))(white(1, 6, 6, 4))
+    assert (jnp.abs(gradient).max(-1) > 1e-3).all()
 
 
 def test_delta_kernel_at_stride_two_would_drop_three_quarters_of_the_pixels():
@@ -334,13 +325,14 @@ def test_delta_kernel_at_stride_two_would_drop_three_quarters_of_the_pixels():
 
 @pytest.mark.parametrize(("c_in", "c_out"), [(4, 4), (4, 32), (8, 4)])
 def test_strided_layer_keeps_forward_signals_of_white_inputs(c_in, c_out):
+    kernel = looks_linear(lk_relu, strides=2)(QUICK_KEY, (3, 3, 2 * c_in, c_out))
+
     @jax.jit
     def forward_and_back(z, g):
-        kernel = looks_linear(lk_relu, strides=2)(KEY, (3, 3, 2 * c_in, c_out))
         y, pull = jax.vjp(lambda z: conv(lk_relu(z), kernel, 2), z)
         return y, pull(g)[0]
 
-    y, back = forward_and_back(white(64, 8, 8, c_in), white(64, 4, 4, c_out, key=OTHER_KEY))
+    y, back = forward_and_back(white(64, 8, 8, c_in), white(64, 4, 4, c_out, seed=1))
     assert mean_square_of(y) == pytest.approx(1, abs=0.06)
     assert mean_square_of(back) == pytest.approx(c_out / (c_in * 4), rel=0.06)
 
@@ -361,7 +353,7 @@ def test_a_thousand_layers_keep_signals_and_gradients_and_stay_linear(link, shap
         y, pull = jax.vjp(lambda z: jax.lax.scan(lambda z, k: (layer(link(z), k), None), z, kernels)[0], z)
         return y, pull(g)[0]
 
-    z, g = white(3, *shape), white(3, *shape, key=OTHER_KEY)
+    z, g = white(3, *shape), white(3, *shape, seed=1)
     z = z.at[2].set(z[0] + z[1])
     y, back = run(z, g)
     assert mean_square_of(y) / mean_square_of(z) == pytest.approx(1, abs=1e-4)
@@ -404,7 +396,7 @@ def test_init_under_jit_and_vmap_is_init_outside(init):
     keys = jnp.stack([KEY, OTHER_KEY])
     one_by_one = jnp.stack([init(key, (3, 3, 8, 4)) for key in keys])
     close(jax.jit(jax.vmap(lambda key: init(key, (3, 3, 8, 4))))(keys), one_by_one, 1e-5)
-    close(draw(init, (3, 3, 8, 4)), one_by_one[0], 1e-5)
+    close(jax.jit(init, static_argnums=1)(KEY, (3, 3, 8, 4)), one_by_one[0], 1e-5)
 
 
 @pytest.mark.parametrize("link", [lk_relu, lk_elu, fourier], ids=["lk_relu", "lk_elu", "fourier"])
@@ -457,7 +449,7 @@ def test_strides_of_the_wrong_length_are_refused(strides):
 def test_embedded_kernel_computes_what_the_plain_layer_did(link, member, layout):
     link = laid_out(link, layout)
     g = link.members[member]
-    dense, window = white(4, 5, key=KEY), white(3, 3, 4, 5, key=KEY)
+    dense, window = white(4, 5, seed=1), white(3, 3, 4, 5, seed=2)
     z = white(2, 6, 6, 4)
     close(link(z) @ embed_plain_kernel(dense, link, member=member), g(z) @ dense, 1e-6)
     close(conv(link(z), embed_plain_kernel(window, link, member=member), 2), conv(g(z), window, 2), 1e-6)

@@ -179,7 +179,7 @@ def _read_tfds(builder: Any, name: str) -> dict[str, np.ndarray]:
             arrays[f"{split}_labels"] = np.asarray([label for _, label in examples], np.int32)
     except Exception as error:  # array_record, Pillow and protobuf raise whatever they like on a damaged file
         raise UsageError(
-            f"{name} in {builder.data_path} cannot be read ({_first_line(error)}); delete the folder and prepare it again"
+            f"{name} in {builder.data_path} cannot be read ({_first_line(error)}); delete it and prepare it again"
         ) from error
     return arrays
 
