@@ -238,7 +238,8 @@ def embed_plain_kernel(
 def _unit_columns(key: PRNGKeyArray, rows: int, columns: int, dtype) -> Float[Array, "rows columns"]:
     """Orthonormal columns; if there are more columns than rows, orthogonal rows, and columns of norm 1 on average."""
     scale = max(1.0, columns / rows) ** 0.5
-    return jax.nn.initializers.orthogonal(scale)(key, (rows, columns), dtype)
+    drawn_in = jnp.promote_types(dtype, jnp.float32)  # JAX has no QR in half precision
+    return jax.nn.initializers.orthogonal(scale)(key, (rows, columns), drawn_in).astype(dtype)
 
 
 def _check_shape(shape: Sequence[int], link: Link) -> int:

@@ -21,3 +21,19 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+FAST_CASES = 2
+CHEAP = {"test_architecture", "test_data", "test_depth", "test_records", "test_results", "test_training"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """The fast suite tries the first and the last case of each law of the library; the slow one tries the rest."""
+    cases = {}
+    for item in items:
+        if hasattr(item, "callspec") and item.path.stem not in CHEAP:
+            cases.setdefault((item.path, item.originalname), []).append(item)
+    for law in cases.values():
+        for item in law[1 : 1 - FAST_CASES]:
+            item.add_marker(pytest.mark.slow)

@@ -34,7 +34,7 @@ def link_outputs(draw):
 
 
 @layouts
-@hypothesis.settings(max_examples=12)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(link_outputs())
 def test_live_units_is_the_brute_force_loop(layout, outputs):
     h, arity = outputs
