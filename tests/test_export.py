@@ -14,10 +14,6 @@ from linked_jax.linking import Link, fourier, min_max
 
 LINKS = {"lk_relu": lk_relu, "lk_swish": lk_swish, "lk_gelu": lk_gelu, "min_max": min_max, "fourier": fourier}
 over_links = pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
-SLOW = ("lk_relu", "lk_gelu", "min_max")
-over_few_links = pytest.mark.parametrize(
-    "link", [pytest.param(f, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, f in LINKS.items()]
-)
 platforms = pytest.mark.parametrize("platform", ["cuda", "tpu"])
 OPTIMIZER = optax.adam(1e-2)
 X, Y = jax.random.normal(jax.random.key(0), (4, 6, 6, 2)), jnp.arange(4) % 3
@@ -79,7 +75,7 @@ def test_training_step_lowers_for_the_platform(link, platform):
     assert [out.shape for out in exported.out_avals[:-1]] == [leaf.shape for leaf in jax.tree.leaves(state)]
 
 
-@over_few_links
+@over_links
 def test_training_step_exported_for_cpu_is_the_eager_step(link):
     step, *state = training_step_of(Net(link, rngs=nnx.Rngs(0)))
     exported = jax.export.export(jax.jit(step), platforms=["cpu"])(*state, X, Y)

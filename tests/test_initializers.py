@@ -29,18 +29,8 @@ READ_OUTS = {
     "min_max": (1, 1),
 }
 LINEAR = {name: LINKS[name] for name in READ_OUTS}
-
-
-def each(table, *, fast):
-    """A case for each entry of a table; all but the fast ones wait for `pytest -m slow`."""
-    return [
-        pytest.param(f, id=name, marks=[] if name in fast.split() else pytest.mark.slow) for name, f in table.items()
-    ]
-
-
-over_links = pytest.mark.parametrize("link", each(LINKS, fast="relu lk_relu lk_swish lk_selu fourier"))
-over_all_linear_links = pytest.mark.parametrize("link", LINEAR.values(), ids=LINEAR)
-over_linear_links = pytest.mark.parametrize("link", each(LINEAR, fast="lk_leaky_relu lk_softplus min_max"))
+over_links = pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
+over_linear_links = pytest.mark.parametrize("link", LINEAR.values(), ids=LINEAR)
 layouts = pytest.mark.parametrize("layout", ["blocked", "interleaved"])
 KEY, OTHER_KEY = jax.random.split(jax.random.key(0))
 QUICK_KEY = jax.random.key(0, impl="rbg")  # half the compile time, which is most of the time where each shape is new
@@ -165,7 +155,7 @@ def test_read_out_is_the_known_one(name):
     assert read_out(LINKS[name]) == pytest.approx(READ_OUTS[name], abs=1e-9)
 
 
-@over_all_linear_links
+@over_linear_links
 def test_read_out_sums_to_z_in_float64(link):
     z = np.random.default_rng(2).normal(scale=50, size=1000)
     total = sum(a * evaluate(g, z) for a, g in zip(read_out(link), link.members, strict=True))
@@ -308,7 +298,7 @@ STRIDES = {
     "1d_even": ((4,), 3),
     "3d": ((3, 3, 3), 2),
 }
-over_strides = pytest.mark.parametrize("case", each(STRIDES, fast="2x2 3x3 5x5 7x7 3x3_by_1_2 1d_even 3d"))
+over_strides = pytest.mark.parametrize("case", STRIDES.values(), ids=STRIDES)
 
 
 @over_strides
@@ -359,7 +349,7 @@ def test_strided_layer_keeps_forward_signals_of_white_inputs(c_in, c_out):
 @pytest.mark.parametrize(
     ("shape", "space"), [((32,), (64, 32)), ((8, 8, 4), (3, 3, 8, 4))], ids=["dense_32", "conv_8x8x4"]
 )
-@over_all_linear_links
+@over_linear_links
 def test_a_thousand_layers_keep_signals_and_gradients_and_stay_linear(link, shape, space):
     kernels = jax.vmap(lambda key: looks_linear(link)(key, space))(jax.random.split(KEY, 1000))
     layer = jnp.matmul if len(shape) == 1 else conv
@@ -398,7 +388,6 @@ INITS = {
     "default": default_kernel_init(fourier),
 }
 over_inits = pytest.mark.parametrize("init", INITS.values(), ids=INITS)
-over_few_inits = pytest.mark.parametrize("init", each(INITS, fast="strided variance_preserving"))
 
 
 @over_inits
@@ -408,7 +397,7 @@ def test_same_key_same_kernel_and_another_key_another(init):
     assert (kernel != init(OTHER_KEY, (3, 3, 8, 4))).any()
 
 
-@over_few_inits
+@over_inits
 def test_init_under_jit_and_vmap_is_init_outside(init):
     keys = jnp.stack([KEY, OTHER_KEY])
     one_by_one = jnp.stack([init(key, (3, 3, 8, 4)) for key in keys])

@@ -16,17 +16,8 @@ from linked_jax.linking import Link, fourier, linked, min_max
 
 LINKS = {name: link for name, link in ACTIVATIONS.items() if isinstance(link, Link) and name != "crelu"}
 FEW = {"relu": relu, "lk_relu": lk_relu, "lk_swish": lk_swish, "fourier": fourier}
-
-
-def each(table, *, fast):
-    """A case for each entry of a table; all but the fast ones wait for `pytest -m slow`."""
-    return [
-        pytest.param(f, id=name, marks=[] if name in fast.split() else pytest.mark.slow) for name, f in table.items()
-    ]
-
-
-over_links = pytest.mark.parametrize("link", each(LINKS, fast="relu lk_relu lk_swish lk_selu min_max fourier"))
-over_few_links = pytest.mark.parametrize("link", each(FEW, fast="lk_swish fourier"))
+over_links = pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
+over_few_links = pytest.mark.parametrize("link", FEW.values(), ids=FEW)
 layouts = pytest.mark.parametrize("layout", ["blocked", "interleaved"])
 precisions = pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.float64, 1e-12)])
 LAYERS = {
@@ -86,7 +77,7 @@ def test_linear_equals_flax_on_the_concatenated_link(link):
     close(*pulled(white(2, 3), white(2, 5, seed=1)), 1e-6)
 
 
-@pytest.mark.parametrize("layout", ["interleaved", pytest.param("blocked", marks=pytest.mark.slow)])
+@layouts
 @precisions
 @over_layers
 def test_values_and_gradients_equal_flax_in_both_layouts_and_precisions(make, shape, dtype, tolerance, layout):
@@ -101,9 +92,7 @@ def test_values_and_gradients_equal_flax_in_both_layouts_and_precisions(make, sh
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR", ((1, 0), (2, 1))], ids=str)
-@pytest.mark.parametrize(
-    ("kernel_size", "strides"), [((3, 2), (1, 2)), pytest.param((3, 3), 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("kernel_size", "strides"), [((3, 2), (1, 2)), ((3, 3), 1)])
 def test_conv_passes_its_geometry_to_flax(kernel_size, strides, padding):
     options = {"strides": strides, "padding": padding}
     layer = LinkedConv(3, 5, kernel_size, link=lk_relu, rngs=nnx.Rngs(0), **options)
@@ -267,7 +256,7 @@ def test_orbax_checkpoint_restores_the_net(tmp_path):
 
 
 @over_layers
-@pytest.mark.parametrize("link", each(FEW, fast="lk_swish"))
+@pytest.mark.parametrize("link", FEW.values(), ids=FEW)
 def test_hessian_and_jvp_go_through_a_layer(link, make, shape):
     layer = make(link=link, rngs=nnx.Rngs(0))
     z, tangent = white(*shape), white(*shape, seed=1)
