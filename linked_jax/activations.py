@@ -75,9 +75,9 @@ lk_swish = linked(swish)
 lk_gelu = linked(gelu)
 lk_softplus = linked(softplus)
 lk_tanh = linked(tanh)
-"""(tanh(z), tanh(-z)). NOT linked in floating point: both members are flat beyond |z| of about 10 (float32)."""
+"""(tanh(z), tanh(-z)). NOT linked in floating point: both members are flat beyond |z| of about 8 (float32)."""
 lk_sigmoid = linked(sigmoid)
-"""(sigmoid(z), sigmoid(-z)). NOT linked in floating point: both members are flat beyond |z| of about 90 (float32)."""
+"""(sigmoid(z), sigmoid(-z)). NOT linked in floating point: both members are flat beyond |z| of about 88 (float32)."""
 
 ACTIVATIONS: dict[str, Any] = {
     "relu": relu, "leaky_relu": leaky_relu, "elu": elu, "selu": selu, "swish": swish, "gelu": gelu,

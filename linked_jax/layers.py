@@ -209,7 +209,12 @@ class ChannelPReLU(nnx.Module):
 
     def __call__(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """z (..., C) -> (..., C)."""
-        return prelu(z, self.negative_slope[...])
+        slope = self.negative_slope[...]
+        if z.shape[z.ndim - slope.ndim :] != slope.shape:
+            raise ValueError(
+                f"slopes of shape {slope.shape} do not fit z of shape {z.shape}; build it with z's features"
+            )
+        return prelu(z, slope)
 
 
 class LinkedPReLU(nnx.Module):

@@ -75,6 +75,7 @@ def test_training_step_lowers_for_the_platform(link, platform):
     assert [out.shape for out in exported.out_avals[:-1]] == [leaf.shape for leaf in jax.tree.leaves(state)]
 
 
+@pytest.mark.slow
 @over_links
 def test_training_step_exported_for_cpu_is_the_eager_step(link):
     step, *state = training_step_of(Net(link, rngs=nnx.Rngs(0)))

@@ -102,6 +102,7 @@ def test_conv_passes_its_geometry_to_flax(kernel_size, strides, padding):
     close(layer(z), naive(plain, lk_relu)(z), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", [1, 2, 3])
 def test_conv_takes_any_number_of_spatial_axes(space):
     layer = LinkedConv(2, 3, (3,) * space, strides=2, rngs=nnx.Rngs(0))
@@ -127,6 +128,7 @@ def test_bias_is_zero_at_the_start_or_absent(make, shape):
     assert plain_layer(make(use_bias=False, rngs=nnx.Rngs(0))).bias is None
 
 
+@pytest.mark.slow
 @over_layers
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(make, shape):
     layer = make(dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -376,6 +378,12 @@ def test_given_slope_is_the_start(make, slope):
     assert all((leaf == jnp.float32(slope)).all() for leaf in leaves)
 
 
+def test_prelu_refuses_a_z_of_other_features():
+    for module in (ChannelPReLU(3), LinkedPReLU(3), ChannelPReLU((4, 3), share="element")):
+        with pytest.raises(ValueError, match="do not fit"):
+            module(jnp.ones((2, 1)))
+
+
 @over_shares
 def test_prelu_is_its_formula(share, features, slopes):
     module = with_random_slopes(ChannelPReLU(features, share=share))
@@ -426,6 +434,7 @@ def test_jacobian_of_plain_prelu_at_zero_is_its_slope():
     close(jax.jacobian(module)(jnp.zeros(3)), jnp.diag(module.negative_slope[...]), 1e-6)
 
 
+@pytest.mark.slow
 @over_modules
 def test_prelu_at_the_start_is_its_link(make):
     module = make(3, negative_slope=0.1)
@@ -454,6 +463,7 @@ def test_layer_after_linked_prelu_starts_linear_and_isometric(slope, layout):
     close((y**2).sum(-1), (z**2).sum(-1), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [ChannelPReLU, LinkedPReLU])
 @pytest.mark.parametrize("layer", [LinkedLinear, functools.partial(LinkedConv, kernel_size=(3, 3))])
 def test_slopes_inside_a_layer_are_trained(layer, module):

@@ -402,6 +402,7 @@ def test_jvp_agrees_with_the_gradient():
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_hessian_is_diagonal_and_matches_differences():
     def hessian_and_differences(link, z, step=1e-5):
         gradient = jax.grad(functools.partial(loss, link))
@@ -413,6 +414,7 @@ def test_hessian_is_diagonal_and_matches_differences():
         np.testing.assert_allclose(hessian, np.diag(differences), rtol=1e-6, atol=1e-8, err_msg=name)
 
 
+@pytest.mark.slow
 def test_jacobian_matches_finite_differences():
     @jax.jit
     def every_value(z):

@@ -132,6 +132,7 @@ def test_the_papers_network_has_the_parameters_counted_by_hand(act, norm, width,
     assert counted == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ["relu", "lk_relu"])
 def test_logits_equal_the_network_written_out(act, digits):
     model = net(act, seed=1)
@@ -202,6 +203,7 @@ def test_a_linked_net_in_the_same_state_has_no_dead_unit(digits, monkeypatch):
     np.testing.assert_allclose(measured["signal_by_layer"], [np.square(z).mean() for z in zs], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_interleaved_link_is_scored_by_its_own_layout(digits):
     link = linked(jax.nn.relu, jax.nn.relu, layout="interleaved")  # two members that die together
     model = DepthNet(
@@ -255,6 +257,7 @@ def test_the_train_loss_is_the_mean_over_examples_and_must_be_finite(digits):
         next(fitting)
 
 
+@pytest.mark.slow
 def test_scanned_and_unrolled_layers_are_the_same_network(digits):
     scanned, unrolled = net(unroll=False), net(unroll=True)
     for one, other in zip(leaves(scanned), leaves(unrolled), strict=True):
@@ -278,6 +281,7 @@ def test_batch_norm_trains_and_its_running_statistics_move(digits):
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("act", "depth"), [("lk_relu", 1), ("prelu", 3), ("lk_prelu", 3)])
 def test_depth_one_and_links_with_parameters_train(act, depth, digits):
     lines = fit(net(act, depth=depth), digits, epochs=9, batch_size=331)
