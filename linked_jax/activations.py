@@ -77,7 +77,7 @@ lk_softplus = linked(softplus)
 lk_tanh = linked(tanh)
 """(tanh(z), tanh(-z)). NOT linked in floating point: both members are flat beyond |z| of about 8 (float32)."""
 lk_sigmoid = linked(sigmoid)
-"""(sigmoid(z), sigmoid(-z)). NOT linked in floating point: both members are flat beyond |z| of about 88 (float32)."""
+"""(sigmoid(z), sigmoid(-z)). NOT linked in floating point: both members are flat beyond |z| of about 87 (float32)."""
 
 ACTIVATIONS: dict[str, Any] = {
     "relu": relu, "leaky_relu": leaky_relu, "elu": elu, "selu": selu, "swish": swish, "gelu": gelu,
