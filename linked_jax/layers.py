@@ -8,7 +8,7 @@ that keeps its activations.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
@@ -88,7 +88,7 @@ class LinkedLinear(nnx.Module):
 
     def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
         """z (..., in_features) -> (..., out_features)."""
-        return _keeping_only(z, lambda z: self.linear(self.link(z)))
+        return jax.checkpoint(lambda z: self.linear(self.link(z)))(z)
 
 
 class LinkedConv(nnx.Module):
@@ -152,7 +152,7 @@ class LinkedConv(nnx.Module):
 
     def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
         """z (N, *space, in_features) -> (N, *space', out_features)."""
-        return _keeping_only(z, lambda z: self.conv(self.link(z)))
+        return jax.checkpoint(lambda z: self.conv(self.link(z)))(z)
 
 
 class ChannelPReLU(nnx.Module):
@@ -272,11 +272,6 @@ class LinkedPReLU(nnx.Module):
 
 
 ACTIVATIONS.update(prelu=ChannelPReLU, lk_prelu=LinkedPReLU)
-
-
-def _keeping_only(z: Array, layer: Callable[[Array], Array]) -> Array:
-    """layer(z), with nothing but z (and the parameters) kept for the backward pass."""
-    return jax.checkpoint(layer)(z)
 
 
 def _link_at_start(link: Activation) -> Link:

@@ -124,7 +124,7 @@ def test_saturating_mirrors_are_not_linked(name, dtype):
 def test_jax_gelu_breaks_in_float16_and_lk_gelu_does_not():
     broken = certificate_of("jax_gelu", jnp.float16)
     assert not broken.linked
-    assert broken.first_nonfinite == 256
+    assert 100 < broken.first_nonfinite <= 256  # 256 with jax 0.10, 147.875 with jax 0.12
     assert certificate_of("lk_gelu", jnp.float16).nonfinite_count == 0
 
 
