@@ -24,7 +24,11 @@ def unchecked():
 
 
 FAST_CASES = 2
-CHEAP = {"test_architecture", "test_data", "test_depth", "test_records", "test_results", "test_training"}
+CHEAP = {
+    "test_architecture", "test_augment", "test_data", "test_depth", "test_dynamics", "test_parallel", "test_prepare",
+    "test_records", "test_report", "test_results", "test_resume", "test_rows", "test_settings", "test_sweep",
+    "test_training",
+}  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -78,7 +78,7 @@ def test_auto_takes_digits_and_says_how_to_get_cifar10(tmp_path, capsys):
     assert data.load("auto", str(tmp_path)).name == "digits"
     said = capsys.readouterr().out
     assert said.count("\n") == 1
-    for part in (str(tmp_path), "cifar10", "tfds build cifar10", "--data-dir"):
+    for part in (str(tmp_path), "cifar10", "experiments.prepare cifar10", "--data-dir"):
         assert part in said
 
 

@@ -170,7 +170,7 @@ BAD = {
     "negative decay": ("--decay -1", "--decay", "-1"),
     "nan decay": ("--decay nan", "--decay is 0 or more, got nan"),
     "looks_linear for selu": ("--init looks_linear --act lk_relu selu", "selu"),
-    "empty folder": ("--dataset cifar10 --data-dir .", "cifar10 is not prepared", "tfds build"),
+    "empty folder": ("--dataset cifar10 --data-dir .", "cifar10 is not prepared", "experiments.prepare cifar10"),
     "missing folder": ("--dataset cifar10 --data-dir nowhere", "nowhere does not exist", "--data-dir"),
 }
 

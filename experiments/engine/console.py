@@ -1,6 +1,7 @@
 """What a run says on a terminal: lines, one progress bar, a closing table."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 import rich.box
@@ -8,12 +9,14 @@ import rich.console
 import rich.table
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+_WIDE = 180  # columns, where the output goes to a file
+
 
 class Console:
     """Lines and tables on standard output; the bar only where that is a terminal."""
 
     def __init__(self):
-        self._console = rich.console.Console(highlight=False)
+        self._console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
 
     def say(self, text: str) -> None:
         """Print plain text, never wrapped or styled."""

@@ -28,9 +28,6 @@ from experiments.engine.errors import UsageError
 DIGITS_TEST_SIZE = 360
 _READ_AT_ONCE = 1000
 _PIXELS = {"c955d4fefffbec93": "JPEG pixels"}  # fingerprint of a CIFAR-10 whose pixels went through JPEG once
-_HOW_TO_PREPARE = (
-    "prepare it with tensorflow-datasets (`tfds build {name} --file_format=array_record`), or name its folder"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +83,7 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     if name == "auto":
         name = "cifar10" if any(folder.glob("cifar10/*/dataset_info.json")) else "digits"
         if name == "digits":
-            how = _HOW_TO_PREPARE.format(name="cifar10")
+            how = _how_to_prepare("cifar10")
             print(f"cifar10 is not in {folder}: taking the embedded digits. To get it, {how} with --data-dir.")
     classes, arrays = _digits() if name == "digits" else _cached_tfds(name, folder)
     return Dataset(
@@ -94,9 +91,16 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     )
 
 
-def scale(images: UInt8[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-    """Pixels divided by 255, as in the paper: float32 in [0, 1], not standardised. Call it inside jit."""
-    return images.astype(jnp.float32) / 255
+Affine = tuple[Float[Array, "..."], Float[Array, "..."]]
+UNIT: Affine = (np.float32(1), np.float32(0))  # pyright: ignore[reportAssignmentType]
+
+
+def scale(images: UInt8[Array, "n h w c"], inputs: Affine = UNIT) -> Float[Array, "n h w c"]:
+    """What the net sees of pixels: x / 255 * inputs[0] + inputs[1], in float32. Call it inside jit.
+
+    By default pixels divided by 255, as in the paper: in [0, 1], not standardised.
+    """
+    return images.astype(jnp.float32) / 255 * inputs[0] + inputs[1]
 
 
 def _digits() -> tuple[int, dict[str, np.ndarray]]:
@@ -140,6 +144,12 @@ def _cached_tfds(name: str, folder: Path) -> tuple[int, dict[str, np.ndarray]]:
     return classes, arrays
 
 
+def _how_to_prepare(name: str) -> str:
+    ours = "python -m experiments.prepare cifar10"
+    command = ours if name == "cifar10" else f"tfds build {name} --file_format=array_record"
+    return f"prepare it with `{command}`, or name its folder"
+
+
 def _tfds_builder(name: str, folder: Path) -> Any:
     if not folder.is_dir():
         raise UsageError(f"the data folder {folder} does not exist; pass --data-dir, or use --dataset digits")
@@ -155,7 +165,7 @@ def _tfds_builder(name: str, folder: Path) -> Any:
                 "as cifar10, or prepare the set again"
             ) from error
     if not (Path(builder.data_path) / "dataset_info.json").is_file():
-        raise UsageError(f"{name} is not prepared in {folder}; {_HOW_TO_PREPARE.format(name=name)} with --data-dir")
+        raise UsageError(f"{name} is not prepared in {folder}; {_how_to_prepare(name)} with --data-dir")
     features: Any = builder.info.features
     if features is None or not {"image", "label"} <= set(features) or not {"train", "test"} <= set(builder.info.splits):
         raise UsageError(f"{name} is no image-classification set with train and test splits; use e.g. cifar10 or mnist")

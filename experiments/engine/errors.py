@@ -1,5 +1,6 @@
 """Mistakes of the person at the command line: one clear line, exit code 2, no traceback."""
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -13,8 +14,16 @@ class NonFiniteLossError(RuntimeError):
     """The loss became infinite or NaN; exit code 3."""
 
 
+class InterruptedRunError(RuntimeError):
+    """A signal ended the run after it was saved; exit code 128 + the signal's number."""
+
+    def __init__(self, signum: int, remedy: str):
+        super().__init__(remedy)
+        self.signum = signum
+
+
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Call main and end the process: 0, 2 on a usage error, 3 on a non-finite loss, 130 on Ctrl-C."""
+    """Call main and end the process: 0, 2 on a usage error, 3 on a non-finite loss, 130 on Ctrl-C, 143 on SIGTERM."""
     try:
         main()
     except UsageError as error:
@@ -23,6 +32,9 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except NonFiniteLossError as error:
         print(f"stopped: {error}", file=sys.stderr)
         sys.exit(3)
+    except InterruptedRunError as error:
+        print(f"interrupted by {signal.Signals(error.signum).name}. {error}", file=sys.stderr)
+        sys.exit(128 + error.signum)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,6 +1,5 @@
 """What a run leaves: a folder with config.json and metrics.jsonl. Tables and pictures are made from these alone."""
 
-import dataclasses
 import datetime
 import json
 import os
@@ -9,46 +8,182 @@ import subprocess
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+from filelock import FileLock, Timeout
 
 from experiments.engine.errors import UsageError
 
+CONFIG, METRICS, TIMES = "config.json", "metrics.jsonl", "times.json"
+_LOCK, _HOLDER = ".lock", ".holder"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "linked_jax")
 
 
 class Record:
-    """A run's folder. It is made when the run starts; each metrics line is on disk when `add` returns.
+    """A run's folder, locked while it is open. Each metrics line is on disk when `add` returns.
 
-    Args:
-      folder: must not exist yet.
-      config: everything that determines the run; versions, hardware and commit are added.
-
-    Raises:
-      UsageError: if the folder exists or cannot be written.
+    Attributes:
+      folder: with config.json and metrics.jsonl.
+      config: everything that determines the run, with versions, hardware and commit.
+      lines: those of metrics.jsonl.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]):
-        self.folder = folder
-        text = json.dumps({**config, **environment()}, indent=2)  # before the folder is made: it may fail
+    def __init__(self, folder: Path, config: dict[str, Any], lines: list[dict[str, Any]], lock: FileLock):
+        self.folder, self.config, self.lines = folder, config, lines
+        self._lock = lock
+        self._metrics = (folder / METRICS).open("a", encoding="utf-8")
+
+    @classmethod
+    def create(cls, folder: Path, config: Mapping[str, Any]) -> "Record":
+        """Make the folder of a new run.
+
+        Raises:
+          UsageError: if the folder exists or cannot be written.
+        """
+        complete = {**config, **environment()}
+        text = json.dumps(complete, indent=2)  # before the folder is made: it may fail
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            raise UsageError(f"the record {folder} exists; pass another --out, or delete it") from None
+            raise _exists(folder) from None
         except OSError as error:
             raise _cannot_write(folder, error) from error
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        lock = _lock(folder)
+        _write_whole(folder / CONFIG, text + "\n")
+        return cls(folder, complete, [], lock)
+
+    @classmethod
+    def reopen(cls, folder: Path) -> "Record":
+        """Go on with a run that ended early.
+
+        Raises:
+          UsageError: if it is no run, is damaged, belongs to other code, or another process has it.
+        """
+        if not folder.is_dir():
+            raise UsageError(f"there is no run {folder}; pass --resume with the folder of one")
+        lock = _lock(folder)
+        config = read_config(folder)
+        now = environment()
+        for what in ("commit", "versions"):
+            if config.get(what) != now[what]:
+                raise UsageError(
+                    f"the run {folder} was begun with {what} {config.get(what)}, this is {now[what]}: going on would "
+                    "mix two programs in one record; go back to that, or start anew"
+                )
+        return cls(folder, config, read_lines(folder, damaged_end=True), lock)
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Append one JSON object to metrics.jsonl."""
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
         self._metrics.flush()
+        self.lines.append(dict(line))
+
+    def keep(self, count: int) -> None:
+        """Drop all lines but the first `count`."""
+        self._metrics.close()
+        self.lines = self.lines[:count]
+        _write_whole(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
+
+    def write_times(self, times: Mapping[str, Any]) -> None:
+        """Leave step times beside the metrics."""
+        _write_whole(self.folder / TIMES, json.dumps(times, indent=2) + "\n")
 
     def close(self) -> None:
-        """Close metrics.jsonl."""
+        """Close metrics.jsonl and let others have the folder."""
         self._metrics.close()
+        (self.folder / _HOLDER).unlink(missing_ok=True)
+        (self.folder / _LOCK).unlink(missing_ok=True)
+        self._lock.release()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a run.
+
+    Raises:
+      UsageError: if it is missing or damaged; the message names the file.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder / CONFIG} cannot be read ({error}); the run is damaged, start anew") from error
+    return config
+
+
+def read_lines(folder: Path, *, damaged_end: bool = False) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl.
+
+    Args:
+      folder: of the run.
+      damaged_end: leave out a last line that was not written whole.
+
+    Raises:
+      UsageError: if it is missing or damaged; the message names the file and the line.
+    """
+    path = folder / METRICS
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        texts = [] if damaged_end else _damaged(path, 0, "there is no such file")
+    except (OSError, ValueError) as error:
+        texts = _damaged(path, 0, error)
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line, dict):
+                raise ValueError("no JSON object")
+            lines.append(line)
+        except ValueError as error:
+            if not (damaged_end and number == len(texts)):
+                _damaged(path, number, error)
+    return lines
+
+
+def read_times(folder: Path) -> dict[str, Any] | None:
+    """The step times of a run, {"steps": n, "medians": [{"act", ..., "step_seconds"}]}; None if it was not timed.
+
+    Raises:
+      UsageError: if they are damaged.
+    """
+    path = folder / TIMES
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); delete it, and --resume measures again") from error
+
+
+def _damaged(path: Path, line: int, error: object) -> NoReturn:
+    raise UsageError(f"{path}, line {line} cannot be read ({error}); the record is damaged, make it again")
+
+
+def _lock(folder: Path) -> FileLock:
+    lock = _acquire(folder)
+    now = datetime.datetime.now().isoformat(" ", "seconds")
+    _write_whole(folder / _HOLDER, f"process {os.getpid()} on {platform.node()} since {now}")
+    return lock
+
+
+def _acquire(folder: Path) -> FileLock:
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        try:
+            holder = (folder / _HOLDER).read_text(encoding="utf-8")
+        except OSError:
+            holder = "another process"
+        raise UsageError(f"the run {folder} is being written by {holder}; wait for it, or stop it") from None
+    return lock
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def new_folder(out: str | None, name: str) -> Path:
@@ -64,7 +199,7 @@ def new_folder(out: str | None, name: str) -> Path:
     except OSError as error:  # a name that is too long
         raise _cannot_write(folder, error) from error
     if exists:
-        raise UsageError(f"the record {folder} exists; pass another --out, or delete it")
+        raise _exists(folder)
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"no permission to write the record {folder}; pass --out with a folder that you can write")
@@ -89,11 +224,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def as_config(settings: Any) -> dict[str, Any]:
-    """A settings dataclass as JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(settings)))
-
-
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -113,6 +243,12 @@ def _commit() -> str:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", *code) else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def _exists(folder: Path) -> UsageError:
+    if (folder / _HOLDER).exists():
+        _acquire(folder).release()  # or says who holds it
+    return UsageError(f"the record {folder} exists; pass another --out, go on with --resume {folder}, or delete it")
 
 
 def _cannot_write(folder: Path, error: OSError) -> UsageError:

@@ -7,21 +7,19 @@ network, cut before the activations instead of after them.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from experiments.engine.rows import Norm, at_start, batch_norm, normalised
 from linked_jax import Link, LinkedConv, LinkedLinear
 from linked_jax.initializers import Initializer
 from linked_jax.layers import Activation
 
-Norm = Literal["none", "batch"]
-Tap = Callable[[Activation, Array], Any]
-
-identity = Link((lambda z: z,))
+Tap = Callable[[Activation, Array, int], Any]
+"""tap(link, z, units): called with each activation's pre-activations, (N, ..., units) or flat."""
 
 
 class DepthNet(nnx.Module):
@@ -62,7 +60,7 @@ class DepthNet(nnx.Module):
         self.depth, self.width, self.unroll = depth, width, unroll
         self.stem = nnx.Conv(channels, width, (7, 7), strides=2, kernel_init=stem_init(2), rngs=rngs)
         self.first = nnx.Conv(width, width, (3, 3), kernel_init=stem_init(1), rngs=rngs)
-        self.first_norm = _norm(width, norm, rngs)
+        self.first_norm = batch_norm(width, norm, rngs)
         self.blocks = nnx.data(nnx.vmap(block)(rngs.split(depth - 1)) if depth > 1 else None)
         link = activation(positions * width)
         self.read_out = LinkedLinear(
@@ -71,22 +69,22 @@ class DepthNet(nnx.Module):
 
     def __call__(
         self, images: Float[Array, "n h w c"], *, train: bool = False, tap: Tap | None = None
-    ) -> tuple[Float[Array, "n classes"], Any]:
-        """Logits, and what `tap(link, z)` returned for each of the `depth` activations, stacked; None without a tap."""
-        tap = tap or (lambda _link, _z: None)
+    ) -> tuple[Float[Array, "n classes"], list[Any]]:
+        """Logits, and what the tap returned: for the inner activations stacked, then for the last one."""
+        tap = tap or (lambda _link, _z, _units: None)
 
         @nnx.scan(in_axes=(0, nnx.Carry), out_axes=(nnx.Carry, 0), unroll=self.depth - 1 if self.unroll else 1)
         def layers(block: _Block, z: Array) -> tuple[Array, Any]:
-            return block(z, train=train), tap(block.conv.link, z)
+            return block(z, train=train), tap(block.conv.link, z, self.width)
 
-        z = _normalised(self.first(self.stem(images)), self.first_norm, train)
+        z = normalised(self.first(self.stem(images)), self.first_norm, train)
         taps = []
         if self.blocks is not None:
             z, inner = layers(self.blocks, z)
             taps.append(inner)
         z = z.reshape(len(z), -1)
-        taps.append(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tap(self.read_out.link, z)))
-        return self.read_out(z), jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *taps)
+        taps.append(jax.tree.map(lambda leaf: leaf[None], tap(self.read_out.link, z, self.width)))
+        return self.read_out(z), taps
 
 
 class _Block(nnx.Module):
@@ -102,20 +100,7 @@ class _Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.conv = LinkedConv(width, width, (3, 3), link=link, kernel_init=kernel_init(at_start(link)), rngs=rngs)
-        self.norm = _norm(width, norm, rngs)
+        self.norm = batch_norm(width, norm, rngs)
 
     def __call__(self, z: Array, *, train: bool) -> Array:
-        return _normalised(self.conv(z), self.norm, train)
-
-
-def at_start(link: Any) -> Link:
-    """The link itself, or the one that a module with parameters starts as."""
-    return link if isinstance(link, Link) else link.link
-
-
-def _norm(width: int, norm: Norm, rngs: nnx.Rngs) -> nnx.BatchNorm | None:
-    return nnx.BatchNorm(width, momentum=0.99, epsilon=1e-3, rngs=rngs) if norm == "batch" else None
-
-
-def _normalised(z: Array, norm: nnx.BatchNorm | None, train: bool) -> Array:
-    return z if norm is None else norm(z, use_running_average=not train)
+        return normalised(self.conv(z), self.norm, train)

@@ -1,0 +1,77 @@
+"""A table of the paper, as data: its nets, its presets, and how they are trained. `run.py` runs it."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+from flax import nnx
+
+from experiments.engine import data as data_lib
+from experiments.engine import tables
+from experiments.engine.settings import AXES, Cell, Settings, check, parse
+from linked_jax import inverse_time_decay
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A table.
+
+    Attributes:
+      name: of its module.
+      title: of the table.
+      presets: auto, quick and paper.
+      rows: what --act all means.
+      build: settings, cell, data, seed -> the model.
+      axes: the table's own options whose values are combined, beside act, init and lr.
+      positive: its other options that are at least 1.
+      learning_rate: settings, cell -> the rate where --lr does not say.
+      schedule: settings, cell, updates an epoch -> the rate's factor by update, from 0.
+      inputs: cell, data -> what the net sees of pixels.
+      count_costs: print FLOPs and activation memory beside the parameters.
+    """
+
+    name: str
+    title: str
+    presets: Mapping[str, Any]
+    rows: tuple[str, ...]
+    build: Callable[[Any, Cell, data_lib.Dataset, int], nnx.Module]
+    axes: tuple[str, ...] = ()
+    positive: tuple[str, ...] = ()
+    learning_rate: Callable[[Any, Cell], float] = lambda _settings, _cell: 1e-3
+    schedule: Callable[[Any, Cell, int], optax.Schedule] = lambda settings, _cell, _steps: inverse_time_decay(
+        1.0, settings.decay
+    )
+    inputs: Callable[[Cell, data_lib.Dataset], data_lib.Affine] = lambda _cell, _data: data_lib.UNIT
+    count_costs: bool = False
+
+    @property
+    def all_axes(self) -> tuple[str, ...]:
+        """What tells the nets of this table apart."""
+        return (AXES[0], *self.axes, *AXES[1:])
+
+    def parse(self, arguments: list[str]) -> Any:
+        """The settings of a command line."""
+        return parse(self.presets, arguments, f"python -m experiments.{self.name}")
+
+    def check(self, settings: Any) -> Any:
+        """Refuse what cannot run, see `settings.check`."""
+        return check(settings, self.rows, self.axes, self.positive)
+
+    def cells(self, settings: Settings) -> list[Cell]:
+        """The nets: every combination of the axes' values."""
+        names = (AXES[0], *self.axes, "init")
+        found = []
+        for values in itertools.product(*(getattr(settings, name) for name in names)):
+            cell = dict(zip(names, values, strict=True))
+            found.extend({**cell, "lr": lr} for lr in settings.lr or (self.learning_rate(settings, cell),))
+        return list({tuple(cell.values()): cell for cell in found}.values())
+
+    def describe(self, settings: Settings, cell: Cell, counted: Mapping[str, int]) -> str:
+        """One line on a net."""
+        own = ", ".join(f"{tables.HEADINGS.get(axis, axis)} {cell[axis]}" for axis in self.axes)
+        costs = f"{counted['parameters']:,} parameters"
+        if "flops" in counted:
+            costs += f", {counted['flops'] / 1e6:.3g} MFLOP and {counted['activation_bytes'] / 1024:.4g} KiB an image"
+        return f"{cell['act']}, {own + ', ' if own else ''}{costs}, init {cell['init']}, learning rate {cell['lr']:g}"

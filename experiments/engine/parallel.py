@@ -1,0 +1,96 @@
+"""Where a step runs: one device, a batch split over several, seeds in one program, or seeds spread over devices.
+
+A step is a function of arguments of three kinds: what each seed has of its own, what each batch has, what all share.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.engine.errors import UsageError
+from experiments.engine.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Hashable, so that jit takes it as a static argument.
+
+    Attributes:
+      mesh: the devices, on one axis; None is the default device.
+      stacked: all arrays of a seed have a leading axis of seeds, and run in one vmapped program.
+      spread: the mesh's axis is that of the seeds, else that of the batch.
+    """
+
+    mesh: Mesh | None = None
+    stacked: bool = False
+    spread: bool = False
+
+    def over_seeds(self, function: Callable[..., Any], own: tuple[bool, ...]) -> Callable[..., Any]:
+        """The function for all seeds at once; own[i] says that argument i has the axis of seeds, as all outputs do."""
+        if not self.stacked:
+            return function
+        mapped = jax.vmap(function, in_axes=tuple(0 if mine else None for mine in own))
+        if not self.spread:
+            return mapped
+        seeds, shared = P("devices"), P()
+        in_specs = tuple(seeds if mine else shared for mine in own)
+        return jax.shard_map(mapped, mesh=self.mesh, in_specs=in_specs, out_specs=seeds, check_vma=False)
+
+    def of_seeds(self, tree: Any) -> Any:
+        """Put what each seed has of its own: parameters, optimiser state, keys."""
+        return self._put(tree, P("devices") if self.spread else P())
+
+    def shared(self, tree: Any) -> Any:
+        """Put what all seeds and examples share: the data set."""
+        return self._put(tree, P())
+
+    def batch(self, index: np.ndarray) -> jax.Array:
+        """Put the indices of a batch, (batch,) or (seeds, batch), split over the devices where it divides evenly."""
+        if self.spread:
+            return self._put(index, P("devices"))
+        splits = self.mesh is not None and index.shape[-1] % self.mesh.size == 0
+        return self._put(index, P(*[None] * (index.ndim - 1), "devices") if splits else P())
+
+    def _put(self, tree: Any, spec: P) -> Any:
+        if self.mesh is None:
+            return jax.tree.map(jax.numpy.asarray, tree)
+        return jax.device_put(tree, NamedSharding(self.mesh, spec))
+
+
+ONE_DEVICE = Placement()
+
+
+def use_devices(count: int) -> None:
+    """Make sure that there are that many devices; on a CPU virtual ones are made. Call it before JAX runs anything.
+
+    Raises:
+      UsageError: if the machine has fewer.
+    """
+    if count > 1:
+        with contextlib.suppress(RuntimeError):  # JAX has started already: it has the devices that it has
+            jax.config.update("jax_num_cpu_devices", count)
+    if count > jax.device_count():
+        raise UsageError(
+            f"--devices {count} needs {count} devices, got {jax.device_count()} ({jax.devices()[0].platform}); lower it"
+        )
+
+
+def placement(settings: Settings) -> Placement:
+    """What --devices and --seeds-mode ask for.
+
+    auto is sequential: on two CPU cores eight vmapped seeds took 17 times one seed's time, one after another 8
+    (benchmarks/seeds.py measures it; a GPU has not been measured).
+    """
+    stacked = settings.seeds_mode in ("vmap", "spread") and settings.seeds > 1
+    if settings.devices == 1:
+        return Placement(stacked=stacked)
+    mesh = jax.make_mesh(
+        (settings.devices,), ("devices",), axis_types=(AxisType.Auto,), devices=jax.devices()[: settings.devices]
+    )
+    return Placement(mesh, stacked, spread=stacked and settings.seeds_mode == "spread")

@@ -1,0 +1,120 @@
+"""A row of a table: an activation, the width that it gets, and batch norm or none. And where its kernels start."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from experiments.engine.errors import UsageError
+from linked_jax import Link, default_kernel_init, get_activation, looks_linear, relu, variance_preserving
+from linked_jax.initializers import Initializer
+from linked_jax.layers import Activation
+
+Norm = Literal["none", "batch"]
+identity = Link((lambda z: z,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An activation as the tables name it: NAME, NAME_sqrt2, NAME_bn or NAME_sqrt2_bn; `bn` is relu_bn.
+
+    Attributes:
+      act: a name of `linked_jax.get_activation`.
+      sqrt2: int(width * sqrt(2)) units: a plain net with about the parameters of a linked one.
+      norm: "batch" puts batch norm before every activation.
+
+    Example:
+      >>> from experiments.engine.rows import Row
+      >>> Row.parse("relu_sqrt2").units(4), Row.parse("bn").name
+      (5, 'relu_bn')
+    """
+
+    act: str
+    sqrt2: bool = False
+    norm: Norm = "none"
+
+    @classmethod
+    def parse(cls, name: str) -> "Row":
+        """Read a name.
+
+        Raises:
+          UsageError: if there is no such activation; the message has the nearest one and the list.
+        """
+        act = "relu_bn" if name == "bn" else name
+        act, norm = (act.removesuffix("_bn"), "batch") if act.endswith("_bn") else (act, "none")
+        row = cls(act.removesuffix("_sqrt2"), act.endswith("_sqrt2"), norm)
+        try:
+            get_activation(row.act)
+        except ValueError as error:
+            raise UsageError(f"--act: {error}; add _sqrt2 or _bn for those rows") from error
+        return row
+
+    @property
+    def name(self) -> str:
+        """The name that `parse` reads."""
+        return self.act + "_sqrt2" * self.sqrt2 + "_bn" * (self.norm == "batch")
+
+    def units(self, width: int) -> int:
+        """The width, or int(width * sqrt(2)) to match a linked net's parameters."""
+        return int(width * math.sqrt(2)) if self.sqrt2 else width
+
+    def activation(self, features: int) -> Activation:
+        """A link, or a new module with parameters for that many features."""
+        return _activation(self.act, features)
+
+    def plain(self, features: int) -> Activation:
+        """The same without its mirror: relu for lk_relu. Links that are no mirror of a named one get relu."""
+        name = self.act.removeprefix("lk_")
+        return _activation(name, features) if get_activation(name).arity == 1 else relu
+
+
+def _activation(name: str, features: int) -> Any:
+    found = get_activation(name)
+    return found if isinstance(found, Link) else found(features)
+
+
+def at_start(link: Any) -> Link:
+    """The link itself, or the one that a module with parameters starts as."""
+    return link if isinstance(link, Link) else link.link
+
+
+InitName = Literal["auto", "looks_linear", "glorot", "glorot_normal", "he"]
+KernelInit = Callable[..., Initializer]
+INITS: dict[str, KernelInit] = {
+    "auto": default_kernel_init,
+    "looks_linear": looks_linear,
+    "glorot": lambda _link, **_: jax.nn.initializers.glorot_uniform(),
+    "glorot_normal": lambda _link, **_: jax.nn.initializers.glorot_normal(),
+    "he": lambda _link, **_: jax.nn.initializers.he_normal(),
+}
+"""Name -> (link, strides=1) -> init(key, shape, dtype) for the layer after that link."""
+
+
+def stem_init(name: str) -> Initializer:
+    """For the layer that sees the image: few channels in and many out, where no isometry exists."""
+    return variance_preserving(identity) if name in ("auto", "looks_linear") else INITS[name](identity)
+
+
+def check_init(name: str, row: Row) -> None:
+    """Refuse an initialiser that its link does not allow.
+
+    Raises:
+      UsageError: with what to take instead.
+    """
+    try:
+        INITS[name](at_start(row.activation(1)))
+    except ValueError as error:
+        raise UsageError(f"--init {name} does not fit --act {row.act}: {error}; take --init auto") from error
+
+
+def batch_norm(width: int, norm: Norm, rngs: nnx.Rngs) -> nnx.BatchNorm | None:
+    """Batch norm with Keras' defaults, or None."""
+    return nnx.BatchNorm(width, momentum=0.99, epsilon=1e-3, rngs=rngs) if norm == "batch" else None
+
+
+def normalised(z: jax.Array, norm: nnx.BatchNorm | None, train: bool) -> jax.Array:
+    """z after its batch norm, if it has one."""
+    return z if norm is None else norm(z, use_running_average=not train)

@@ -1,0 +1,189 @@
+"""What every table can be told on its command line, and the grid of nets that it means."""
+
+import argparse
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from experiments.engine import data as data_lib
+from experiments.engine.errors import UsageError
+from experiments.engine.rows import InitName, Norm, Row, check_init
+
+SMALL_SET = 10_000  # training images; the rules for batch size and epochs change there
+Preset = Literal["auto", "quick", "paper"]
+SeedsMode = Literal["auto", "sequential", "vmap", "spread"]
+Cell = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options that all tables share; a table's own Settings adds to them and changes defaults."""
+
+    preset: Preset = "auto"
+    """quick: minutes on 2 cores, embedded digits. paper: the paper's protocol on CIFAR-10 (hours). auto: quick, but on
+    CIFAR-10 where it is prepared. Explicit options win over all of them."""
+    act: tuple[str, ...] = ("lk_relu",)
+    """One or several rows: relu, lk_relu (linked), relu_sqrt2 (as many parameters as linked), relu_bn (batch norm);
+    all: the rows of the paper's table. A wrong name lists the activations."""
+    norm: Norm = "none"
+    """batch: batch norm before every activation, as if each row ended in _bn."""
+    match_params: bool = False
+    """Use int(width * sqrt(2)) units, as if each row ended in _sqrt2."""
+    init: tuple[InitName, ...] = ("auto",)
+    """One or several. auto: looks_linear where the link allows it, else orthogonal at its gain. glorot: the paper's."""
+    lr: tuple[float, ...] = ()
+    """One or several learning rates; by default the table's."""
+    dataset: str = "auto"
+    """digits (embedded), or a TFDS name such as cifar10. auto: cifar10 where it is prepared, else digits."""
+    data_dir: str | None = None
+    """The TFDS folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    epochs: int | None = None
+    """Passes over the training set; by default 30 for up to 10,000 images, else 6."""
+    batch_size: int | None = None
+    """By default 32 for up to 10,000 training images, else 128."""
+    decay: float = 0.0
+    """Keras' decay: the rate of update t is lr / (1 + decay * t)."""
+    optimizer: Literal["adam", "rmsprop", "sgd", "nesterov"] = "adam"
+    """With Keras' update rules."""
+    augment: bool = False
+    """Flip images at random and shift them by up to 10 %."""
+    shuffle: bool = True
+    """Draw a new order of the examples for each epoch; the paper did not."""
+    seed: int = 0
+    """The first seed."""
+    seeds: int = 1
+    """How many consecutive seeds to run."""
+    seeds_mode: SeedsMode = "auto"
+    """sequential: one after another. vmap: all in one program. spread: over the devices. auto: sequential."""
+    devices: int = 1
+    """Split each batch over that many devices; on a CPU they are virtual."""
+    time_steps: int = 0
+    """After the training, time that many steps of each net, in turns; 0 does not."""
+    out: str | None = None
+    """The folder for the record; by default a new one in runs/."""
+    resume: str | None = None
+    """Go on with this record; its settings hold, so no other option is taken but --data-dir."""
+    checkpoint_every: float = 30.0
+    """Seconds between checkpoints."""
+
+
+AXES = ("act", "init", "lr")
+"""The options whose values are combined in every table. A table names its own axes beside them."""
+NOT_PROTOCOL = (
+    "preset", "norm", "match_params", "seed", "seeds", "seeds_mode", "devices", "data_dir", "out", "resume",
+    "checkpoint_every", "time_steps",
+)  # fmt: skip
+"""What says where and how a run was made, or is part of a row's name, and not what was computed."""
+_NOT_RECORDED = ("norm", "match_params", "data_dir", "out", "resume", "checkpoint_every")
+_RESUMABLE_WITH = {"resume", "data_dir", "checkpoint_every"}
+_MOST_SEEDS = 2**31
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def parse(presets: Mapping[str, AnySettings], arguments: list[str], prog: str) -> AnySettings:
+    """The settings of a command line: the preset's, where no option says otherwise."""
+    preset = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
+    preset.add_argument("--preset", choices=sorted(presets), default="auto")
+    default = presets[preset.parse_known_args(arguments)[0].preset]
+    return tyro.cli(type(default), args=arguments, default=default, prog=prog)
+
+
+def resumes(settings: Settings, default: Settings) -> bool:
+    """Whether a record is to be gone on with.
+
+    Raises:
+      UsageError: if options come with it that the record has already fixed.
+    """
+    if settings.resume is None:
+        return False
+    for field in dataclasses.fields(default):
+        if field.name not in _RESUMABLE_WITH and getattr(settings, field.name) != getattr(default, field.name):
+            option = f"--{field.name.replace('_', '-')}"
+            raise UsageError(f"--resume goes on with the settings of its record, got {option} too; leave {option} out")
+    return True
+
+
+def named_rows(settings: Settings, all_rows: tuple[str, ...]) -> tuple[str, ...]:
+    """The rows by their full names, each once.
+
+    Raises:
+      UsageError: if a name is unknown, or does not go with --norm or --match-params.
+    """
+    rows = []
+    for name in itertools.chain.from_iterable(all_rows if act == "all" else (act,) for act in settings.act):
+        row = Row.parse(name)
+        twice = (row.sqrt2 and settings.match_params) or (row.norm == "batch" and settings.norm == "batch")
+        if twice and name in settings.act:
+            raise UsageError(f"--act {name} says what --match-params or --norm says again; leave one out")
+        norm = "batch" if settings.norm == "batch" else row.norm
+        rows.append(dataclasses.replace(row, sqrt2=row.sqrt2 or settings.match_params, norm=norm).name)
+    return tuple(dict.fromkeys(rows))
+
+
+def check(
+    settings: AnySettings, all_rows: tuple[str, ...], axes: tuple[str, ...] = (), positive: tuple[str, ...] = ()
+) -> AnySettings:
+    """Refuse what cannot run, before anything is loaded or written; name the rows in full.
+
+    Args:
+      settings: as parsed.
+      all_rows: what "all" stands for.
+      axes: the table's own options with several values; numbers are at least 1.
+      positive: its other options that are at least 1.
+
+    Raises:
+      UsageError: with what is wrong, what was received and what to do.
+    """
+    for name in (*axes, *positive, "seeds", "epochs", "batch_size", "devices"):
+        value = getattr(settings, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and number < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is at least 1, got {number}")
+    for name in ("act", "init", *axes):
+        if getattr(settings, name) == ():
+            raise UsageError(f"--{name.replace('_', '-')} takes at least one value, got none")
+    for lr in settings.lr:
+        if not 0 < lr < math.inf:
+            raise UsageError(f"--lr is a positive number, got {lr}; try 1e-3")
+    for name in ("decay", "checkpoint_every"):
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} is 0 or more, got {getattr(settings, name)}")
+    if settings.time_steps < 0:
+        raise UsageError(f"--time-steps is 0 or more, got {settings.time_steps}")
+    if not 0 <= settings.seed <= _MOST_SEEDS - settings.seeds:
+        raise UsageError(f"all seeds are between 0 and 2^31, got {settings.seeds} from {settings.seed}; lower --seed")
+    if settings.seeds_mode == "spread" and settings.seeds % settings.devices:
+        raise UsageError(
+            f"--seeds-mode spread gives every device as many seeds, got {settings.seeds} seeds for {settings.devices} "
+            "devices; make --seeds a multiple of --devices"
+        )
+    rows = named_rows(settings, all_rows)
+    for act, init in itertools.product(rows, settings.init):
+        check_init(init, Row.parse(act))
+    return dataclasses.replace(settings, act=rows, norm="none", match_params=False)
+
+
+def settle(settings: AnySettings, data: data_lib.Dataset) -> AnySettings:
+    """Fill in the defaults that depend on the data, by the rules that --help states."""
+    size = len(data.train_labels)
+    small = size <= SMALL_SET
+    batch_size = settings.batch_size or (32 if small else 128)
+    if batch_size > size:
+        raise UsageError(f"--batch-size is at most the {size:,} training images of {data.name}, got {batch_size:,}")
+    epochs = settings.epochs or (30 if small else 6)
+    return dataclasses.replace(settings, dataset=data.name, batch_size=batch_size, epochs=epochs)
+
+
+def recorded(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON values, without this machine's paths."""
+    values = dataclasses.asdict(settings)
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+        if name not in _NOT_RECORDED
+    }

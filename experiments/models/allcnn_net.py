@@ -1,0 +1,87 @@
+"""The paper's All-CNN (table 4), of Springenberg et al., Striving for simplicity, 2015.
+
+    c, c, c/2, dropout, 2c, 2c, 2c/2, dropout, 2c, 2c 1x1, classes 1x1, global average pool
+
+/2 is stride 2; the convs are 3x3 but for the last two; an activation follows each but the two strided ones and the
+last.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from experiments.engine.rows import Norm, at_start, batch_norm, identity, normalised
+from experiments.models.depth_net import Tap
+from linked_jax import LinkedConv
+from linked_jax.initializers import Initializer
+from linked_jax.layers import Activation
+
+# units in multiples of c, window, stride, and whether an activation precedes the layer
+_LAYERS = (
+    (1, 3, 1, False), (1, 3, 1, True), (1, 3, 2, True),
+    (2, 3, 1, False), (2, 3, 1, True), (2, 3, 2, True),
+    (2, 3, 1, False), (2, 1, 1, True),
+)  # fmt: skip
+_DROPOUT_AFTER = (2, 5)
+
+
+class AllCNN(nnx.Module):
+    """The network of table 4.
+
+    Args:
+      channels: of the images.
+      classes: the number of outputs.
+      width: c, the units of the first three convs.
+      activation: the number of features -> a link or a module, called once for every activation.
+      stem_init: init(key, shape, dtype) of the first conv.
+      kernel_init: (link, strides=) -> init(key, shape, dtype) of all other layers.
+      dropout: the rate after the strided convs.
+      norm: "batch" puts batch norm before every activation.
+      rngs: Flax random streams; also of dropout.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        *,
+        width: int,
+        activation: Callable[[int], Activation],
+        stem_init: Initializer,
+        kernel_init: Callable[..., Initializer],
+        dropout: float = 0.5,
+        norm: Norm = "none",
+        rngs: nnx.Rngs,
+    ):
+        layers, norms, features = [], [], channels
+        specs = [(multiple * width, *rest) for multiple, *rest in _LAYERS] + [(classes, 1, 1, True)]
+        for number, (units, window, stride, activated) in enumerate(specs):
+            link = activation(features) if activated else identity
+            init = stem_init if number == 0 else kernel_init(at_start(link), strides=stride)
+            if activated:
+                norms.append(batch_norm(features, norm, rngs))
+            layers.append(
+                LinkedConv(features, units, (window, window), link=link, strides=stride, kernel_init=init, rngs=rngs)
+            )
+            features = units
+        self.layers, self.norms = nnx.List(layers), nnx.List(norms)
+        self.activated = tuple(activated for *_, activated in specs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+
+    def __call__(
+        self, images: Float[Array, "n h w c"], *, train: bool = False, tap: Tap | None = None
+    ) -> tuple[Float[Array, "n classes"], list[Any]]:
+        """Logits, and what the tap returned for each of the six activations."""
+        z, taps, norms = images, [], iter(self.norms)
+        for number, (layer, activated) in enumerate(zip(self.layers, self.activated, strict=True)):
+            if activated:
+                z = normalised(z, next(norms), train)
+                if tap is not None:
+                    taps.append(jax.tree.map(lambda leaf: leaf[None], tap(layer.link, z, z.shape[-1])))
+            z = layer(z)
+            if number in _DROPOUT_AFTER:
+                z = self.dropout(z, deterministic=not train)
+        return z.mean(axis=(1, 2)), taps
