@@ -2,15 +2,24 @@
 
     python -m experiments.dynamics
 
-A net with one hidden layer learns two moons in the plane by gradient descent on the whole set:
+A net with one hidden layer learns two moons in the plane, by gradient descent on the whole set:
 
     z = W x + b,   logits = K f(z) + c
 
-The columns of W start with length 1 and every b at -10, and every x is shorter than 10: so for every seed all z are
-negative on all the data, and every ReLU starts dead. The settings are the same for every activation.
+The columns of W start with length 1 and every b at -10, and every x is shorter than 10. So z < 0 on all the data, for
+every seed: a ReLU starts dead. All activations have the same settings. Accuracy after 10,000 steps, with --seeds 5:
 
-The toy is ours: the paper has no such protocol, so there is no --preset paper. links.png is the paper's figure 1 for
-every named link: members, derivatives and the certificate.
+    relu    leaky_relu    lk_relu    selu     lk_selu
+    0.500   0.940         0.989      0.921    0.990      --lr 0.1 (the default); half a minute on 2 cores
+    0.500   0.812         0.885      0.827    0.947      --lr 0.01
+    0.500   0.985         0.944      1.000    0.999      --optimizer adam --lr 0.03
+
+A dead ReLU has no gradient, whatever the optimiser; a linked unit passes one. But while z has one sign on all the data,
+lk_relu is linear: with small steps it settles at the best straight line, 0.885. At 0.1 it first overshoots, its mirror
+members being about 10, and so the kinks get into the data. Adam enlarges what small gradients leaky_relu and selu have.
+
+The toy is ours: the paper has no protocol for one, so there is no --preset paper. Beside it, links.png is the paper's
+figure 1 for every named link: members, derivatives and certificate.
 """
 
 import dataclasses
@@ -29,13 +38,15 @@ import optax
 import tyro
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from sklearn.datasets import make_moons
 
 from experiments.engine import dynamics_plots, records, tables
 from experiments.engine.console import Console
 from experiments.engine.errors import NonFiniteLossError, UsageError, run_command
 from experiments.engine.optimizers import OPTIMIZERS
-from linked_jax import Link, LinkedLinear, certify, get_activation, live_units
+from linked_jax import Link, LinkedLinear, get_activation, live_units
+
+_MOST = {"units": 10_000, "steps": 10**9, "seeds": 10_000}  # a picture's lines, a 32-bit count, a table
+_LARGEST_BIAS = 1e6  # well within float32
 
 Line = dict[str, Any]
 Data = tuple[Float[Array, "n 2"], Int[Array, " n"]]
@@ -92,12 +103,10 @@ def main() -> None:
     description = f"two moons: {len(labels)} points, coordinates within ±{np.abs(points).max():.1f}"
     console.say(f"data     {description} (fingerprint {fingerprint})")
     console.say(f"device   {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    console.say(
-        f"network  2 - {settings.units} - 2, hidden biases {settings.bias:g}, {settings.optimizer} at {settings.lr:g}, "
-        f"{settings.steps:,} steps"
-    )
-    values = {key: value for key, value in dataclasses.asdict(settings).items() if key != "out"}
+    about_net = f"{settings.units} units, first biases {settings.bias:g}, {settings.optimizer} at {settings.lr:g}"
+    console.say(f"network  {about_net}, {settings.steps:,} steps on the whole set")
     about = {"name": "moons", "fingerprint": fingerprint, "description": description}
+    values = {key: value for key, value in dataclasses.asdict(settings).items() if key != "out"}
     record = records.Record.create(folder, {"experiment": "dynamics", "settings": values, "data": about})
     optimizer = OPTIMIZERS[settings.optimizer](settings.lr)
     lines: list[Line] = []
@@ -109,25 +118,20 @@ def main() -> None:
                     lines.append(line)
     finally:
         record.close()
-    seeds = f"mean ± standard deviation of {settings.seeds} seeds" if settings.seeds > 1 else f"seed {settings.seed}"
+    seeds = f"seed {settings.seed}" if settings.seeds == 1 else f"mean ± standard deviation of {settings.seeds} seeds"
     console.table(
-        f"From step 0 to step {settings.steps:,}; accuracy at the end, {seeds}. Dead units: zero on all the data. "
-        "One-sided units: z has one sign on all the data, so that lk_relu is linear. Gradient at step 0: its norm by a "
-        "unit's w and b, mean of the units.",
+        f"From step 0 to step {settings.steps:,}, and accuracy at the end; {seeds}. Dead units: zero on all the data. "
+        "One-sided units: z has one sign there, so that lk_relu is linear. Gradient: at step 0, mean norm of a unit's.",
         table(settings, lines),
     )
     shown = [line for line in lines if line["seed"] == settings.seed]
-    sheet = dynamics_plots.dynamics_picture(
-        shown, data, functools.partial(restore, settings), folder / "dynamics.png", bias=settings.bias,
-        title=f"{description}; {settings.units} units, biases {settings.bias:g} at the start, {settings.optimizer} at "
-        f"{settings.lr:g}, seed {settings.seed}",
-    )  # fmt: skip
-    links, found = dynamics_plots.named_links(), {}
-    with console.progress("certificates", len(links)) as advance:
-        for name, link in links.items():
-            found[name] = (link, certify(link, jnp.bfloat16))
-            advance(1)
-    figure_1 = dynamics_plots.links_picture(found, folder / "links.png")
+    title, path = f"{description}; {about_net}, seed {settings.seed}", folder / "dynamics.png"
+    with console.progress("surfaces", len(settings.act) * len(snapshots(settings.steps))) as advance:
+        sheet = dynamics_plots.dynamics_picture(
+            shown, data, functools.partial(restore, settings), path, bias=settings.bias, title=title, on_surface=advance
+        )
+    with console.progress("certificates", len(dynamics_plots.named_links())) as advance:
+        figure_1 = dynamics_plots.links_picture(folder / "links.png", on_link=advance)
     console.say(f"record   {folder}\npicture  {sheet}\npicture  {figure_1}")
 
 
@@ -137,17 +141,17 @@ def check(settings: Settings) -> Settings:
     Raises:
       UsageError: with what is wrong, what was received and what to do.
     """
-    for name in ("units", "steps", "seeds"):
-        if getattr(settings, name) < 1:
-            raise UsageError(f"--{name} is at least 1, got {getattr(settings, name)}")
-    if not settings.act:
-        raise UsageError("--act takes at least one value, got none")
-    if not math.isfinite(settings.bias):
-        raise UsageError(f"--bias is a finite number, got {settings.bias}; try -10")
+    for name, most in _MOST.items():
+        if not 1 <= getattr(settings, name) <= most:
+            raise UsageError(f"--{name} is from 1 to {most:,}, got {getattr(settings, name):,}")
+    if not abs(settings.bias) <= _LARGEST_BIAS:  # nor nan
+        raise UsageError(f"--bias is a number up to {_LARGEST_BIAS:g} in size, got {settings.bias}; try -10")
     if not 0 < settings.lr < math.inf:
         raise UsageError(f"--lr is a positive number, got {settings.lr}; try 0.1")
     if not 0 <= settings.seed <= 2**31 - settings.seeds:
         raise UsageError(f"all seeds are between 0 and 2^31, got {settings.seeds} from {settings.seed}; lower --seed")
+    if not settings.act:
+        raise UsageError("--act takes at least one value, got none")
     for act in settings.act:
         try:
             get_activation(act)
@@ -158,6 +162,8 @@ def check(settings: Settings) -> Settings:
 
 def moons() -> Data:
     """200 points of two half circles, centred, and five times as large as usual: linked nets need no standard scale."""
+    from sklearn.datasets import make_moons  # seconds
+
     points, labels = map(np.asarray, make_moons(200, noise=0.15, random_state=0))
     return jnp.asarray(5 * (points - points.mean(axis=0)), jnp.float32), jnp.asarray(labels, jnp.int32)
 
@@ -211,10 +217,11 @@ def train(
             done = step
             line = {"act": act, "seed": seed, "step": step}
             line |= {name: value.tolist() for name, value in jax.device_get(measure(graph, carry[0], data)).items()}
-            if not np.isfinite([line["loss"], *line["gradient_norms"]]).all():
+            leaves = jax.device_get(jax.tree.leaves(carry[0]))
+            if not all(np.isfinite(values).all() for values in (line["loss"], line["gradient_norms"], *leaves)):
                 raise NonFiniteLossError(f"the loss or its gradient is not finite at step {step}; try a smaller --lr")
             if step in snapshots(settings.steps):
-                line["parameters"] = [leaf.tolist() for leaf in jax.device_get(jax.tree.leaves(carry[0]))]
+                line["parameters"] = [leaf.tolist() for leaf in leaves]
                 console.say(
                     f"{act} seed {seed}  step {step:>6,}  loss {line['loss']:.4f}  accuracy {line['accuracy']:.4f}  "
                     f"dead {line['dead_units']}/{settings.units}  one-sided {line['one_sided_units']}/{settings.units}"
@@ -267,19 +274,20 @@ def table(settings: Settings, lines: Sequence[Line]) -> list[dict[str, str]]:
     """A row for each activation, from its first and last lines of each seed."""
     rows = []
     for act in settings.act:
-        ends = [[line for line in lines if (line["act"], line["step"]) == (act, step)] for step in (0, settings.steps)]
-
-        def first_to_last(key: str, form: str, ends: list[list[Line]] = ends) -> str:
-            return " to ".join(f"{statistics.fmean(line[key] for line in end):{form}}" for end in ends)
-
+        mine = [line for line in lines if line["act"] == act]
+        first, last = ([line for line in mine if line["step"] == step] for step in (0, settings.steps))
+        loss, dead, one_sided = (
+            [statistics.fmean(line[key] for line in end) for end in (first, last)]
+            for key in ("loss", "dead_units", "one_sided_units")
+        )
         rows.append(
             {
                 "act": act,
-                "loss": first_to_last("loss", ".3f"),
-                "accuracy": tables.spread([line["accuracy"] for line in ends[1]]),
-                "dead": f"{first_to_last('dead_units', '.3g')} of {settings.units}",
-                "one-sided": f"{first_to_last('one_sided_units', '.3g')} of {settings.units}",
-                "gradient": f"{np.mean([line['gradient_norms'] for line in ends[0]]):.2g}",
+                "loss": f"{loss[0]:.3f} to {loss[1]:.3f}",
+                "accuracy": tables.spread([line["accuracy"] for line in last]),
+                "dead": f"{dead[0]:.3g} to {dead[1]:.3g} of {settings.units}",
+                "one-sided": f"{one_sided[0]:.3g} to {one_sided[1]:.3g}",
+                "gradient": f"{np.mean([line['gradient_norms'] for line in first]):.2g}",
             }
         )
     return rows

@@ -186,7 +186,7 @@ def from_the_right(g: Member) -> Member:
 
     def shifted(z: Array) -> Array:
         tiny = jnp.finfo(z.dtype).tiny
-        is_zero = jnp.abs(z) <= (0 if z.dtype == jnp.float16 else tiny)
+        is_zero = z == 0 if z.dtype == jnp.float16 else jnp.abs(z) < tiny
         return _value_of_derivative_of(g(z), g(z + jnp.where(is_zero, 2 * tiny, 0).astype(z.dtype)))
 
     return shifted

@@ -287,3 +287,9 @@ def test_memory_stays_below_one_gibibyte():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     kibibytes = int(done.stdout) / (1024 if sys.platform == "darwin" else 1)
     assert kibibytes < 2**20
+
+
+@half_precision
+def test_the_least_gradient_of_a_mirror_with_slopes_is_1(dtype):
+    """One member is on its steep side everywhere, also at the smallest normal numbers beside the denormals."""
+    assert certify(ACTIVATIONS["lk_leaky_relu"], dtype).min_gradient == 1.0

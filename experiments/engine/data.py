@@ -91,6 +91,18 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     )
 
 
+def first(data: Dataset, count: int) -> Dataset:
+    """The same set with its first training images only; the test set stays whole, and so does the fingerprint.
+
+    Raises:
+      UsageError: if it has fewer.
+    """
+    size = len(data.train_labels)
+    if count > size:
+        raise UsageError(f"--train-size is at most the {size:,} training images of {data.name}, got {count:,}")
+    return dataclasses.replace(data, train_images=data.train_images[:count], train_labels=data.train_labels[:count])
+
+
 Affine = tuple[Float[Array, "..."], Float[Array, "..."]]
 UNIT: Affine = (np.float32(1), np.float32(0))  # pyright: ignore[reportAssignmentType]
 

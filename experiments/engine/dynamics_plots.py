@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.engine.plots import _COLOURS
-from linked_jax import Certificate, Link, LinkedPReLU
+from linked_jax import Certificate, Link, LinkedPReLU, certify
 from linked_jax.activations import ACTIVATIONS
 
 _UNITS = _COLOURS[:6]  # black and grey are the surface's
 _DASHES = ("-", "--", ":", "-.")
 _GRID = 121  # points along each side of a surface
 _RANGE = 6.0  # of z in the pictures of links
-_FLOOR = 1e-9  # a log axis has no zero: gradients below are drawn here, and the axis says 0
+_FLOOR = 1e-9  # a log axis has no zero: gradients below are drawn here
 
 
 def dynamics_picture(
@@ -27,6 +27,7 @@ def dynamics_picture(
     *,
     bias: float,
     title: str,
+    on_surface: Callable[[int], None] = lambda _: None,
 ) -> Path:
     """A row for each activation: surfaces with each unit's zero line, then the gradient norm of each unit.
 
@@ -37,6 +38,7 @@ def dynamics_picture(
       path: of the PNG to write.
       bias: at the start; the surfaces reach a little beyond it, so that zero lines are seen from the start.
       title: stands above.
+      on_surface: called with 1 for each surface done.
 
     Returns:
       The path.
@@ -57,6 +59,7 @@ def dynamics_picture(
             _surface(axes, restore(line), data, reach)
             axes.text(0.03, 0.03, f"accuracy {line['accuracy']:.3f}", transform=axes.transAxes, fontsize=9,
                       bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1.5})  # fmt: skip
+            on_surface(1)
         row[0].set_ylabel(act, fontsize=13)
         _gradients(row[-1], mine, top)
     for axes, step in zip(panels[0], steps, strict=False):
@@ -101,12 +104,12 @@ def _gradients(axes: Any, lines: Sequence[Mapping[str, Any]], top: float) -> Non
     norms = np.maximum([line["gradient_norms"] for line in lines], _FLOOR)
     for number, unit in enumerate(norms.T):
         axes.plot(steps, unit, **_style(number))
-    if norms.max() == _FLOOR:
+    if not any(any(line["gradient_norms"]) for line in lines):
         axes.text(0.5, 0.16, "exactly 0 for every unit", transform=axes.transAxes, ha="center", fontsize=11)
     axes.set_xscale("symlog", linthresh=1, linscale=0.5)
     axes.set(yscale="log", ylim=(_FLOOR / 10, top), xlim=(0, steps[-1]))
     ticks = [10.0**power for power in range(-7, 39, 2) if 10.0**power < top]
-    axes.set_yticks([_FLOOR, *ticks], ["0", *(f"$10^{{{round(np.log10(tick))}}}$" for tick in ticks)])
+    axes.set_yticks([_FLOOR, *ticks], ["$<10^{-9}$", *(f"$10^{{{round(np.log10(tick))}}}$" for tick in ticks)])
     axes.minorticks_off()
     axes.yaxis.tick_right()
     axes.grid(alpha=0.25)
@@ -125,12 +128,12 @@ def named_links() -> dict[str, Link]:
     return {name: link for name, link in links.items() if name != "crelu"}  # it is lk_relu
 
 
-def links_picture(found: Mapping[str, tuple[Link, Certificate]], path: Path) -> Path:
-    """Figure 1 of the paper for every link: members, derivatives, and what the certificate says.
+def links_picture(path: Path, on_link: Callable[[int], None] = lambda _: None) -> Path:
+    """Figure 1 of the paper for every named link: members, derivatives, and what the bfloat16 certificate says.
 
     Args:
-      found: name -> a link of two members, and its certificate.
       path: of the PNG to write.
+      on_link: called with 1 for each link done.
 
     Returns:
       The path.
@@ -138,16 +141,15 @@ def links_picture(found: Mapping[str, tuple[Link, Certificate]], path: Path) -> 
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    columns = 4
-    rows = -(-len(found) // columns)
+    links, columns = named_links(), 4
+    rows = -(-len(links) // columns)
     figure = _figure(3.7 * columns, 4.1 * rows + 1.2)
-    (dtype,) = {certificate.dtype for _, certificate in found.values()}
-    title = f"Every named link: members, derivatives, and what their certificate found over every finite {dtype}"
+    title = "Every named link: members, derivatives, and what their certificate found over every finite bfloat16"
     figure.suptitle(title, fontsize=14)
     paper = {"min_max": " (figure 1a of the paper)", "lk_selu": " (figure 1b of the paper)"}
-    for part, (name, (link, certificate)) in zip(
-        figure.subfigures(rows, columns, squeeze=False).ravel(), found.items(), strict=False
-    ):
+    parts = figure.subfigures(rows, columns, squeeze=False).ravel()
+    for part, (name, link) in zip(parts, links.items(), strict=False):
+        certificate = certify(link, jnp.bfloat16)
         z = jnp.linspace(-_RANGE, _RANGE, 2400)[:, None]
         members, derivatives = part.subplots(2, 1, sharex=True)
         for axes, curves in zip((members, derivatives), jax.jvp(link, (z,), (jnp.ones_like(z),)), strict=True):
@@ -161,6 +163,7 @@ def links_picture(found: Mapping[str, tuple[Link, Certificate]], path: Path) -> 
         members.set_ylabel("$g_i(z)$")
         derivatives.set_title(verdict(certificate), fontsize=9, color="black" if certificate.linked else _COLOURS[0])
         derivatives.set(xlabel="z", ylabel="$g_i'(z)$", xlim=(-_RANGE, _RANGE))
+        on_link(1)
     handles: list[Any] = [
         Line2D([], [], color=_COLOURS[1 - number], linestyle=_DASHES[number], label=f"member {number + 1}")
         for number in range(2)

@@ -84,8 +84,8 @@ def use_devices(count: int) -> None:
 def placement(settings: Settings) -> Placement:
     """What --devices and --seeds-mode ask for.
 
-    auto is sequential: on two CPU cores eight vmapped seeds took 17 times one seed's time, one after another 8
-    (benchmarks/seeds.py measures it; a GPU has not been measured).
+    auto is sequential, on every platform: on a CPU a vmapped program is slower (vmap turns the convs of several seeds
+    into grouped ones; `python -m benchmarks.seeds`, results/benchmarks/seeds.json). A GPU has not been measured yet.
     """
     stacked = settings.seeds_mode in ("vmap", "spread") and settings.seeds > 1
     if settings.devices == 1:

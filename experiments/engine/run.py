@@ -52,6 +52,8 @@ class _Run:
         try:
             use_devices(settings.devices)
             self.data = data_lib.load(settings.dataset, settings.data_dir)
+            if settings.train_size:
+                self.data = data_lib.first(self.data, settings.train_size)
             self.settings = settle(settings, self.data)
             if self.record is not None and self.record.config["data"]["fingerprint"] != self.data.fingerprint:
                 raise UsageError(

@@ -41,6 +41,8 @@ class Settings:
     """digits (embedded), or a TFDS name such as cifar10. auto: cifar10 where it is prepared, else digits."""
     data_dir: str | None = None
     """The TFDS folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    train_size: int | None = None
+    """Train on the first that many images only; by default on all."""
     epochs: int | None = None
     """Passes over the training set; by default 30 for up to 10,000 images, else 6."""
     batch_size: int | None = None
@@ -139,7 +141,7 @@ def check(
     Raises:
       UsageError: with what is wrong, what was received and what to do.
     """
-    for name in (*axes, *positive, "seeds", "epochs", "batch_size", "devices"):
+    for name in (*axes, *positive, "seeds", "epochs", "batch_size", "devices", "train_size"):
         value = getattr(settings, name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and number < 1:

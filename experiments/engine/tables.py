@@ -1,55 +1,133 @@
-"""Tables, made from metrics lines alone. A diverged run counts as chance, and is counted."""
+"""Tables, made from metrics lines alone. A run that diverged counts as chance, and is counted."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from experiments.engine.published import published, published_time
 
 HEADINGS = {"depth": "layers", "width": "units", "lr": "learning rate"}
 """Column headings of axes whose names do not speak for themselves."""
 CHANCE = 0.1  # of the ten classes that every set of the paper has; a run that diverged gets it
+FEW = 3  # seeds; a row with fewer is marked, its deviation says little
+Net = dict[str, Any]
+Run = list[Mapping[str, Any]]
 
 
-def summary(experiment: str, lines: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[dict[str, str]]:
-    """A row for each net: mean and standard deviation over its seeds, last epoch first.
+def summary(
+    experiment: str, lines: Sequence[Mapping[str, Any]], axes: Sequence[str], nets: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, str]]:
+    """A row for each net: mean and standard deviation over its seeds, last epoch first. `legend` explains it.
 
     Args:
       experiment: the table's name, for what the paper and its later edition printed.
       lines: of metrics.jsonl, with the axes, seed and epoch, in rising order of epochs.
       axes: what tells nets apart; those with one value are not shown, but for act.
+      nets: of config.json, for the columns of parameters and costs.
 
     Returns:
-      Rows of column name to text. A mean over fewer seeds than the row with the most has a * after its number.
+      Rows of column name to text.
     """
-    nets = by_net(lines, axes)
-    shown = [axis for axis in axes if axis == "act" or len({net[axis] for net, _ in nets}) > 1]
-    most = max(len(runs) for _, runs in nets)
-    both = [published(experiment, net) for net, _ in nets]
+    found = numbers(experiment, lines, axes, nets)
+    shown = varying(found, axes)
+    printed = any(row[edition] is not None for row in found for edition in ("paper", "later"))
     rows = []
-    for (net, runs), printed in zip(nets, both, strict=True):
-        row = {HEADINGS.get(axis, axis): _text(net[axis]) for axis in shown}
-        row["seeds"] = f"{len(runs)}{'*' if len(runs) < most else ''}"
-        row["last epoch"] = spread([last_accuracy(run) for run in runs])
-        row["best"] = f"{np.mean([best_accuracy(run) for run in runs]):.4f}"
-        if any(value is not None for printed in both for value in printed.values()):
-            row |= {f"{edition} (best)": _text(value) for edition, value in printed.items()}
-        if any("diverged" in run[-1] for _, runs in nets for run in runs):
-            row["diverged"] = str(sum("diverged" in run[-1] for run in runs))
-        rows.append(row | _health(runs))
+    for row in found:
+        texts = {HEADINGS.get(axis, axis): text(row[axis]) for axis in shown}
+        if "parameters" in row:
+            texts["parameters"] = text(row["parameters"])
+        if "flops" in row:
+            texts |= {"MFLOP": f"{row['flops'] / 1e6:.3g}", "activation KiB": f"{row['activation_bytes'] / 1024:.4g}"}
+        texts["seeds"] = f"{len(row['seeds'])}{'*' if len(row['seeds']) < FEW else ''}"
+        texts |= {"last epoch": spread(row["last"]), "best": spread(row["best"])}
+        if printed:
+            texts |= {f"{edition} (best)": text(row[edition]) for edition in ("paper", "later")}
+        if any(other["diverged"] for other in found):
+            texts["diverged"] = str(row["diverged"])
+        rows.append(texts | _health(row))
     return rows
 
 
-def by_net(
-    lines: Iterable[Mapping[str, Any]], axes: Sequence[str]
-) -> list[tuple[dict[str, Any], list[list[Mapping[str, Any]]]]]:
+def legend(rows: Sequence[Mapping[str, str]]) -> str:
+    """What the columns of `summary` mean, of those that it has."""
+    columns = rows[0]
+    said = ["Test accuracy, mean ± sample standard deviation over seeds: of the last epoch, and of each run's best."]
+    if "paper (best)" in columns:
+        said.append("paper, later: the paper's two editions: CIFAR-10, one run, its best epoch.")
+    if any(row["seeds"].endswith("*") for row in rows):
+        said.append(f"* fewer than {FEW} seeds: too few to compare.")
+    if "diverged" in columns:
+        said.append(f"diverged: runs whose loss did; their last epoch counts as chance, {CHANCE}.")
+    if "MFLOP" in columns:
+        said.append("MFLOP, activation KiB: of one image, the forward pass and what it keeps for the backward pass.")
+    said.append(
+        "dead: units that are zero on all test images, of all units; from: the first layer with one in any seed."
+    )
+    said.append("signal: mean square of the pre-activations, first to last layer. time: of a run.")
+    return " ".join(said)
+
+
+def numbers(
+    experiment: str, lines: Sequence[Mapping[str, Any]], axes: Sequence[str], nets: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """What `summary` shows, as numbers: a row for each net, with the values of each seed.
+
+    Returns:
+      Rows with all axes; parameters, flops and activation_bytes where `nets` has them; seeds, last and best (lists,
+      one value a seed); paper and later (or None); diverged; dead (mean), units, dead_from (a layer from 1, or None),
+      first_signal, last_signal and seconds (means). The last five are None if no epoch was evaluated.
+    """
+    counts = {tuple(net[axis] for axis in axes): {k: v for k, v in net.items() if k not in axes} for net in nets}
+    rows = []
+    for net, runs in by_net(lines, axes):
+        row = {**net, **counts.get(tuple(net.values()), {})}
+        row["seeds"] = [run[0]["seed"] for run in runs]
+        row["last"] = [last_accuracy(run) for run in runs]
+        row["best"] = [best_accuracy(run) for run in runs]
+        row |= published(experiment, net)
+        row["diverged"] = sum("diverged" in run[-1] for run in runs)
+        rows.append(row | _layers(runs))
+    return rows
+
+
+def _layers(runs: Sequence[Run]) -> dict[str, Any]:
+    """Dead units, where they begin, and the signal after each run's last evaluated epoch; the time of a run."""
+    last = [evaluated[-1] for run in runs if (evaluated := [line for line in run if "dead_units" in line])]
+    if not last:
+        return dict.fromkeys(("dead", "units", "dead_from", "first_signal", "last_signal", "seconds"))
+    with_dead = [layer for line in last for layer, dead in enumerate(line["dead_by_layer"], start=1) if dead]
+    return {
+        "dead": statistics.fmean(line["dead_units"] for line in last),
+        "units": last[0]["units"],
+        "dead_from": min(with_dead, default=None),
+        "first_signal": statistics.fmean(line["signal_by_layer"][0] for line in last),
+        "last_signal": statistics.fmean(line["signal_by_layer"][-1] for line in last),
+        "seconds": statistics.fmean(sum(line.get("seconds", 0.0) for line in run) for run in runs),
+    }
+
+
+def _health(row: Mapping[str, Any]) -> dict[str, str]:
+    if row["units"] is None:
+        return {"dead": "-", "from": "-", "signal": "-", "time": "-"}
+    return {
+        "dead": f"{row['dead']:.1f}".removesuffix(".0") + f"/{row['units']}",
+        "from": "none" if row["dead_from"] is None else f"layer {row['dead_from']}",
+        "signal": f"{row['first_signal']:.2g} to {row['last_signal']:.2g}",
+        "time": f"{row['seconds']:.0f} s",
+    }
+
+
+def by_net(lines: Iterable[Mapping[str, Any]], axes: Sequence[str]) -> list[tuple[Net, list[Run]]]:
     """The nets in the order of their first lines, each with its runs: the lines of one seed."""
-    nets: dict[tuple[Any, ...], dict[int, list[Mapping[str, Any]]]] = {}
+    nets: dict[tuple[Any, ...], dict[int, Run]] = {}
     for line in lines:
         nets.setdefault(tuple(line[axis] for axis in axes), {}).setdefault(line["seed"], []).append(line)
     return [(dict(zip(axes, net, strict=True)), list(runs.values())) for net, runs in nets.items()]
+
+
+def varying(nets: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[str]:
+    """The axes with several values; and act."""
+    return [axis for axis in axes if axis == "act" or len({net[axis] for net in nets}) > 1]
 
 
 def last_accuracy(run: Sequence[Mapping[str, Any]]) -> float:
@@ -62,23 +140,8 @@ def best_accuracy(run: Sequence[Mapping[str, Any]]) -> float:
     return max((line["test_accuracy"] for line in run if "test_accuracy" in line), default=CHANCE)
 
 
-def _health(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, str]:
-    """Dead units, where they begin, the signal from the first to the last layer, and the time of a run."""
-    last = [evaluated[-1] for run in runs if (evaluated := [line for line in run if "dead_units" in line])]
-    if not last:
-        return {"dead": "-", "from": "-", "signal": "-", "time": "-"}
-    layers = [layer for line in last for layer, dead in enumerate(line["dead_by_layer"], start=1) if dead]
-    first_signal, last_signal = (float(np.mean([line["signal_by_layer"][i] for line in last])) for i in (0, -1))
-    seconds = [sum(line.get("seconds", 0.0) for line in run) for run in runs]
-    return {
-        "dead": f"{np.mean([line['dead_units'] for line in last]):.3g}/{last[0]['units']}",
-        "from": f"layer {min(layers)}" if layers else "none",
-        "signal": f"{first_signal:.2g} to {last_signal:.2g}",
-        "time": f"{np.mean(seconds):.0f} s",
-    }
-
-
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A value as tables show it: 1,000 for numbers, - for None."""
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
@@ -95,7 +158,7 @@ def spread(values: Sequence[float]) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.4f}"
 
 
-def markdown(rows: Sequence[dict[str, str]]) -> str:
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     """Rows with the same keys as a Markdown table.
 
     >>> from experiments.engine.tables import markdown
@@ -109,15 +172,18 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
 
 
 def time_table(medians: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Step times relative to lk_relu's, or to the first net's, beside what both editions printed (table 6).
+    """Step times relative to lk_relu's, beside what both editions printed (table 6); without it, to the first net's.
 
     Args:
       medians: of times.json: act, other axes, step_seconds.
     """
-    base = next((net for net in medians if net["act"] == "lk_relu"), medians[0])["step_seconds"]
+    base = next((net for net in medians if net["act"] == "lk_relu"), medians[0])
     rows = []
     for net in medians:
-        row = {HEADINGS.get(key, key): _text(value) for key, value in net.items() if key != "step_seconds"}
-        row["time"] = f"{net['step_seconds'] / base:.2f}"
-        rows.append(row | {edition: _text(value) for edition, value in published_time(net["act"]).items()})
+        row = {HEADINGS.get(key, key): text(value) for key, value in net.items() if key != "step_seconds"}
+        row["ms a step"] = f"{net['step_seconds'] * 1000:.3g}"
+        row[f"time / {base['act']}"] = f"{net['step_seconds'] / base['step_seconds']:.2f}"
+        if base["act"] == "lk_relu":
+            row |= {edition: text(value) for edition, value in published_time(net["act"]).items()}
+        rows.append(row)
     return rows
