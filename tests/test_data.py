@@ -266,8 +266,12 @@ def test_unknown_names(name, tmp_path):
 
 def test_names_that_are_not_prepared(tmp_path, own_cache):
     tmp_path.joinpath("empty").mkdir()
-    for name in ("mnist", "cifar10"):
-        message = usage_error(lambda name=name: data.load(name, str(tmp_path / "empty")), f"tfds build {name}")
+    hows = {
+        "mnist": "`tfds build mnist --file_format=array_record`",
+        "cifar10": "`python -m experiments.prepare cifar10`",
+    }
+    for name, how in hows.items():
+        message = usage_error(lambda name=name: data.load(name, str(tmp_path / "empty")), how)
         assert str(tmp_path / "empty") in message
     missing = str(tmp_path / "missing")
     usage_error(lambda: data.load("cifar10", missing), missing, "--data-dir", "--dataset digits")
@@ -328,3 +332,14 @@ def test_the_real_cifar10_if_it_is_there():
     assert np.bincount(np.asarray(cifar10.train_labels)).tolist() == [5000] * 10
     assert np.bincount(np.asarray(cifar10.test_labels)).tolist() == [1000] * 10
     assert ("JPEG" in str(cifar10)) == (cifar10.fingerprint in data._PIXELS)
+
+
+def test_the_first_training_images_only():
+    whole = data.load("digits")
+    part = data.first(whole, 100)
+    np.testing.assert_array_equal(part.train_images, whole.train_images[:100])
+    np.testing.assert_array_equal(part.train_labels, whole.train_labels[:100])
+    assert part.test_images is whole.test_images
+    assert part.fingerprint == whole.fingerprint
+    assert len(data.first(whole, 1437).train_labels) == 1437
+    assert "1,437" in usage_error(lambda: data.first(whole, 1438), "--train-size")
