@@ -23,7 +23,7 @@ from experiments.engine import records, training
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
 from experiments.engine.optimizers import adam
-from experiments.engine.parallel import Placement, placement, use_devices
+from experiments.engine.parallel import Placement, check_devices, placement, request_devices
 from experiments.engine.settings import SeedsMode
 
 _WARM_UP = 2  # rounds; the first one compiles
@@ -90,7 +90,8 @@ def main() -> None:
             raise UsageError(f"--{option.replace('_', '-')} is at least 1, got {value}")
     if settings.seeds < 2 or settings.seeds % settings.devices:
         raise UsageError(f"--seeds is at least 2 and a multiple of --devices, got {settings.seeds}; try --seeds 4")
-    use_devices(settings.devices)
+    request_devices(settings.devices)
+    check_devices(settings.devices)
     console, data = Console(), data_lib.load("digits")
     modes = _MODES if settings.devices > 1 else _MODES[:2]
     devices = {mode: settings.devices if mode == "spread" else 1 for mode in modes}

@@ -23,7 +23,6 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-FAST_CASES = 2
 CHEAP = {
     "test_architecture", "test_augment", "test_data", "test_depth", "test_dynamics", "test_parallel", "test_prepare",
     "test_records", "test_report", "test_results", "test_resume", "test_rows", "test_settings", "test_sweep",
@@ -33,11 +32,11 @@ CHEAP = {
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """The fast suite tries the first and the last case of each law of the library; the slow one tries the rest."""
+    """The fast suite tries the first case of each law of the library; the slow one tries the rest."""
     cases = {}
     for item in items:
         if hasattr(item, "callspec") and item.path.stem not in CHEAP:
             cases.setdefault((item.path, item.originalname), []).append(item)
     for law in cases.values():
-        for item in law[1 : 1 - FAST_CASES]:
+        for item in law[1:]:
             item.add_marker(pytest.mark.slow)

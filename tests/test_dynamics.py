@@ -79,6 +79,7 @@ def a_run(in_process, tmp_path_factory):
     return in_process(folder, *TINY, "--seeds", 2, "--seed", 7, "--out", "record"), folder / "record"
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_does(a_run):
     (code, out, error), folder = a_run
     assert (code, error) == (0, "")
@@ -93,6 +94,7 @@ def test_a_run_says_what_it_does(a_run):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_closing_table_is_the_mean_and_the_deviation_over_seeds(a_run):
     (_, out, _), folder = a_run
     for act in ("relu", "lk_prelu"):
@@ -106,6 +108,7 @@ def test_the_closing_table_is_the_mean_and_the_deviation_over_seeds(a_run):
         assert ("3 to 3 of 3" if act == "relu" else "0 to 0 of 3") in row[0]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_record(a_run):
     _, folder = a_run
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -126,6 +129,7 @@ def test_a_run_leaves_its_record(a_run):
     assert str(folder.parent) not in (folder / "config.json").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "height", "width"), [("dynamics.png", 500, 900), ("links.png", 500, 1500)])
 def test_the_pictures_are_pictures(a_run, name, height, width):
     from matplotlib.image import imread
@@ -200,6 +204,7 @@ def test_bad_input_is_one_short_message_and_leaves_nothing(case, in_process, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     run = command("--act", "lk_rleu", "--out", tmp_path / "record")
     assert (run.returncode, run.stdout) == (2, "")

@@ -325,6 +325,7 @@ def temporary_memory(make):
     return jax.jit(jax.grad(loss)).lower(states, z).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_linked_net_needs_less_memory_than_a_naive_linked_and_a_plain_one():
     class Plain(nnx.Module):
         def __init__(self, rngs):

@@ -212,14 +212,14 @@ def resnet_written_out(model, images, inner, outer):
     return dense(h.reshape(len(h), -1), model.read_out.linear)
 
 
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("act", ["lk_relu", pytest.param("relu", marks=pytest.mark.slow)])
 def test_tables_5_and_6_written_out(act, images):
     """Links inside the bottlenecks only: the sums keep their width, and their activation stays a plain relu."""
     model = net(resnet50, act)
     close(model, lambda x: resnet_written_out(model, x, ACTS[act], relu), images, 49)
 
 
-@pytest.mark.parametrize(("link", "linked"), [("inside", 32), ("everywhere", 49)])
+@pytest.mark.parametrize(("link", "linked"), [("inside", 32), pytest.param("everywhere", 49, marks=pytest.mark.slow)])
 def test_where_the_links_of_a_resnet_are(link, linked):
     arities = []
 

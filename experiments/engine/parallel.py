@@ -66,19 +66,22 @@ class Placement:
 ONE_DEVICE = Placement()
 
 
-def use_devices(count: int) -> None:
-    """Make sure that there are that many devices; on a CPU virtual ones are made. Call it before JAX runs anything.
-
-    Raises:
-      UsageError: if the machine has fewer.
-    """
+def request_devices(count: int) -> None:
+    """Ask for virtual devices, should this be a CPU. It has an effect only before JAX runs anything."""
     if count > 1:
         with contextlib.suppress(RuntimeError):  # JAX has started already: it has the devices that it has
             jax.config.update("jax_num_cpu_devices", count)
+
+
+def check_devices(count: int) -> None:
+    """Make sure that there are that many devices.
+
+    Raises:
+      UsageError: if there are fewer.
+    """
     if count > jax.device_count():
-        raise UsageError(
-            f"--devices {count} needs {count} devices, got {jax.device_count()} ({jax.devices()[0].platform}); lower it"
-        )
+        platform = jax.devices()[0].platform
+        raise UsageError(f"--devices {count} needs {count} devices, got {jax.device_count()} ({platform}); lower it")
 
 
 def placement(settings: Settings) -> Placement:

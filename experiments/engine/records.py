@@ -63,15 +63,18 @@ class Record:
         if not folder.is_dir():
             raise UsageError(f"there is no run {folder}; pass --resume with the folder of one")
         lock = _lock(folder)
-        config = read_config(folder)
-        now = environment()
-        for what in ("commit", "versions"):
-            if config.get(what) != now[what]:
-                raise UsageError(
-                    f"the run {folder} was begun with {what} {config.get(what)}, this is {now[what]}: going on would "
-                    "mix two programs in one record; go back to that, or start anew"
-                )
-        return cls(folder, config, read_lines(folder, damaged_end=True), lock)
+        try:
+            config = read_config(folder)
+            for what, now in _program().items():
+                if config.get(what) != now:
+                    raise UsageError(
+                        f"the run {folder} was begun with {what} {config.get(what)}, this is {now}: going on would mix "
+                        "two programs in one record; go back to that, or start anew"
+                    )
+            return cls(folder, config, read_lines(folder, damaged_end=True), lock)
+        except UsageError:
+            _unlock(folder, lock)
+            raise
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Append one JSON object to metrics.jsonl."""
@@ -93,9 +96,7 @@ class Record:
     def close(self) -> None:
         """Close metrics.jsonl and let others have the folder."""
         self._metrics.close()
-        (self.folder / _HOLDER).unlink(missing_ok=True)
-        (self.folder / _LOCK).unlink(missing_ok=True)
-        self._lock.release()
+        _unlock(self.folder, self._lock)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -167,6 +168,12 @@ def _lock(folder: Path) -> FileLock:
     return lock
 
 
+def _unlock(folder: Path, lock: FileLock) -> None:
+    (folder / _HOLDER).unlink(missing_ok=True)
+    (folder / _LOCK).unlink(missing_ok=True)  # before it is released: afterwards it may be another process's
+    lock.release()
+
+
 def _acquire(folder: Path) -> FileLock:
     lock = FileLock(folder / _LOCK, timeout=0)
     try:
@@ -210,7 +217,7 @@ def environment() -> dict[str, Any]:
     """Versions, hardware and commit of this process."""
     devices = jax.devices()
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        **_program(),
         "hardware": {
             "platform": devices[0].platform,
             "device": devices[0].device_kind,
@@ -219,9 +226,14 @@ def environment() -> dict[str, Any]:
             "machine": platform.machine(),
             "system": platform.system(),
         },
-        "commit": _commit(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _program() -> dict[str, Any]:
+    """What computes: versions and commit. It does not start JAX."""
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+    return {"versions": versions, "commit": _commit()}
 
 
 def _version(package: str) -> str:

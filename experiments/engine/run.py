@@ -20,7 +20,7 @@ from experiments.engine.errors import InterruptedRunError, NonFiniteLossError, U
 from experiments.engine.experiment import Experiment
 from experiments.engine.interrupts import Interrupts
 from experiments.engine.optimizers import OPTIMIZERS
-from experiments.engine.parallel import placement, use_devices
+from experiments.engine.parallel import check_devices, placement, request_devices
 from experiments.engine.settings import NOT_PROTOCOL, Cell, Settings, recorded, resumes, settle
 from experiments.engine.timing import step_times
 
@@ -42,22 +42,23 @@ class _Run:
         settings = experiment.parse(arguments)
         self.record: records.Record | None = None
         if resumes(settings, experiment.presets["auto"]):
-            folder = Path(settings.resume)
-            self.record = records.Record.reopen(folder)
+            self.folder = Path(settings.resume)
+            self.record = records.Record.reopen(self.folder)
             settings = self._recorded_settings(settings)
+            request_devices(settings.devices)
         else:
+            request_devices(settings.devices)
             settings = experiment.check(settings)
-            folder = records.new_folder(settings.out, f"{experiment.name}-{'-'.join(settings.act[:3])}")
-        self.folder = folder
+            self.folder = records.new_folder(settings.out, f"{experiment.name}-{'-'.join(settings.act[:3])}")
         try:
-            use_devices(settings.devices)
+            check_devices(settings.devices)
             self.data = data_lib.load(settings.dataset, settings.data_dir)
             if settings.train_size:
                 self.data = data_lib.first(self.data, settings.train_size)
             self.settings = settle(settings, self.data)
             if self.record is not None and self.record.config["data"]["fingerprint"] != self.data.fingerprint:
                 raise UsageError(
-                    f"the run {folder} was begun on {self.record.config['data']['description']} with fingerprint "
+                    f"the run {self.folder} was begun on {self.record.config['data']['description']} with fingerprint "
                     f"{self.record.config['data']['fingerprint']}, this set has {self.data.fingerprint}; pass "
                     "its --data-dir"
                 )
@@ -75,9 +76,8 @@ class _Run:
         assert self.record is not None
         config = self.record.config
         if config.get("experiment") != self.experiment.name:
-            raise UsageError(
-                f"{self.record.folder} is a run of {config.get('experiment')}, not of {self.experiment.name}"
-            )
+            self.record.close()
+            raise UsageError(f"{self.folder} is a run of {config.get('experiment')}, not of {self.experiment.name}")
         values = {key: tuple(v) if isinstance(v, list) else v for key, v in config["settings"].items()}
         kept = {"data_dir": asked.data_dir, "checkpoint_every": asked.checkpoint_every}
         return type(self.experiment.presets["auto"])(**values, **kept)
