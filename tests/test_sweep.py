@@ -234,7 +234,11 @@ def test_a_command_that_ends_well_without_its_record_failed(command, monkeypatch
 
 @pytest.mark.parametrize(
     ("changed", "why"),
-    [(["--epochs", "2"], "epochs 1, and this sweep has 2"), (["--decay", "0.5"], "decay 0.0, and this sweep has 0.5")],
+    [
+        (["--epochs", "2"], "epochs 1, and this sweep has 2"),
+        (["--decay", "0.5"], "decay 0.0, and this sweep has 0.5"),
+        (["--train-size", "500"], "train_size None, and this sweep has 500"),
+    ],
 )
 def test_records_with_other_settings_are_not_taken_for_finished(command, ran, changed, why):
     assert command(*tiny(["relu"]))[0] == 0

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (8, 1.5)), (0
 _NETS_IN_A_PANEL = 12
 _BANDS_IN_A_PANEL = 6  # with more they hide the lines
 _TINY = 1e-30  # a log axis has no zero
-_DPI = 130
+_DPI = 140
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +91,10 @@ def panel_pictures(lines: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> d
     """The panels of `accuracy_picture`, each as a PNG that a phone can show; many nets one below the other."""
     facets = _facets(lines, axes)
     labels = {curve.style["label"] for _, curves in facets for curve in curves}
-    columns = max(1, min(3, 66 // max(10 + len(label) for label in labels)))
+    columns = max(1, min(3, 56 // max(10 + len(label) for label in labels)))
     pictures = {}
     for name, draw in _PANELS.items():
-        figure = _figure(5.4, 2.7 * len(facets) + 0.4 + 0.19 * -(-len(labels) // columns))
+        figure = _figure(4.4, 2.4 * len(facets) + 0.4 + 0.19 * -(-len(labels) // columns))
         panels = figure.subplots(len(facets), squeeze=False)[:, 0]
         for panel, facet in zip(panels, facets, strict=True):
             _draw(panel, facet, draw, facet[0])
@@ -123,7 +124,7 @@ def table_picture(experiment: str, lines: Sequence[Mapping[str, Any]], axes: Seq
     """
     rows = numbers(experiment, lines, axes)
     shown = varying(rows, axes)
-    figure = _figure(7.2, 1.6 + 0.24 * len(rows))
+    figure = _figure(5.6, 1.6 + 0.24 * len(rows))
     panel = figure.subplots()
     y = np.arange(len(rows))
     means = [float(np.mean(row["last"])) for row in rows]
@@ -147,8 +148,8 @@ def table_picture(experiment: str, lines: Sequence[Mapping[str, Any]], axes: Seq
     panel.set(xlabel="test accuracy", xlim=(-0.02, 1.02), ylim=(len(rows) - 0.4, -0.6))
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(keys, labels, frameon=False, loc="outside lower center", ncols=2, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    figure.legend(keys, labels, frameon=False, loc="outside lower center", ncols=2, fontsize=7.5)
+    figure.suptitle(textwrap.fill(title, 70), fontsize=9)
     return _png(figure)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -43,17 +42,16 @@ class StoredRecord:
     runs: dict[tuple[NetKey, int], list[Line]]
     times: dict[str, Any] | None
 
-    @property
-    def name(self) -> str:
-        """The last part of its place."""
-        return self.place.rpartition("/")[2]
-
     def is_finished(self, run: tuple[NetKey, int]) -> bool:
         """Whether a run has its last epoch, or diverged."""
         lines = self.runs[run]
         return bool(lines) and ("diverged" in lines[-1] or lines[-1]["epoch"] == self.config["settings"]["epochs"])
 
-    @functools.cached_property
+    def progress(self, run: tuple[NetKey, int]) -> str:
+        """How far a run has come."""
+        return f"epoch {len(self.runs[run])} of {self.config['settings']['epochs']}"
+
+    @property
     def unfinished(self) -> list[tuple[NetKey, int]]:
         """The runs that ended early, or have not begun."""
         return [run for run in self.runs if not self.is_finished(run)]

@@ -34,16 +34,16 @@ def summary(
     rows = []
     for row in found:
         texts = {HEADINGS.get(axis, axis): text(row[axis]) for axis in shown}
-        if "parameters" in row:
-            texts["parameters"] = text(row["parameters"])
-        if "flops" in row:
-            texts |= {"MFLOP": f"{row['flops'] / 1e6:.3g}", "activation KiB": f"{row['activation_bytes'] / 1024:.4g}"}
-        texts["seeds"] = f"{len(row['seeds'])}{'*' if len(row['seeds']) < FEW else ''}"
         texts |= {"last epoch": spread(row["last"]), "best": spread(row["best"])}
+        texts["seeds"] = f"{len(row['seeds'])}{'*' if len(row['seeds']) < FEW else ''}"
         if printed:
             texts |= {f"{edition} (best)": text(row[edition]) for edition in ("paper", "later")}
         if any(other["diverged"] for other in found):
             texts["diverged"] = str(row["diverged"])
+        if "parameters" in row:
+            texts["parameters"] = text(row["parameters"])
+        if "flops" in row:
+            texts |= {"MFLOP": f"{row['flops'] / 1e6:.3g}", "activation KiB": f"{row['activation_bytes'] / 1024:.4g}"}
         rows.append(texts | _health(row))
     return rows
 
@@ -112,7 +112,7 @@ def _health(row: Mapping[str, Any]) -> dict[str, str]:
     return {
         "dead": f"{row['dead']:.1f}".removesuffix(".0") + f"/{row['units']}",
         "from": "none" if row["dead_from"] is None else f"layer {row['dead_from']}",
-        "signal": f"{row['first_signal']:.2g} to {row['last_signal']:.2g}",
+        "signal": f"{row['first_signal']:.3g} to {row['last_signal']:.3g}",
         "time": f"{row['seconds']:.0f} s",
     }
 

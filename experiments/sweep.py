@@ -1,0 +1,278 @@
+"""Many runs: each net of a table in a process of its own. What is finished is skipped, what was cut short goes on.
+
+    python -m experiments.sweep depth --seeds 5 -- --preset quick
+    python -m experiments.sweep learning_rates --jobs 2 -- --dataset digits
+    python -m experiments.sweep depth --dry-run -- --preset paper --init auto glorot
+
+Options after -- are the table's. The same command again finishes what the first one left. Then:
+python -m experiments.report runs/sweep-depth
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from filelock import FileLock, Timeout
+
+from experiments.engine import records
+from experiments.engine.console import Console
+from experiments.engine.errors import InterruptedRunError, UsageError, run_command
+from experiments.engine.experiment import Experiment
+from experiments.engine.interrupts import Interrupts
+from experiments.engine.report_groups import TABLES
+from experiments.engine.report_records import read_record
+from experiments.engine.settings import Cell, recorded
+
+_RATES = "--act swish lk_swish selu lk_selu lk_relu --lr 1e-2 1e-3 1e-4 1e-5 --init glorot auto"
+SWEEPS = {**{name: (name, "") for name in TABLES}, "learning_rates": ("depth", _RATES)}
+"""Name -> its table, and the options that come before those of the command line."""
+_DIVERGED = 3  # the exit code of a run that diverged: a result
+_LOCK = ".sweep.lock"
+_LOOK_EVERY = 0.1  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Run each net of a table in a process of its own; options after -- are the table's."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """width, depth, parameters, allcnn, resnet50, covariate_shift; or learning_rates, which is depth at many rates."""
+    seeds: int = 5
+    """How many consecutive seeds each net has."""
+    jobs: int = 1
+    """How many processes run at a time."""
+    dry_run: bool = False
+    """Print the commands, and do nothing."""
+    out: str | None = None
+    """The folder for the records; by default runs/sweep-NAME."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One net.
+
+    Attributes:
+      folder: of its record.
+      command: that trains it, or goes on with it.
+      state: of its record, before the sweep.
+    """
+
+    folder: Path
+    command: list[str]
+    state: Literal["new", "unfinished", "finished"]
+
+    @property
+    def log(self) -> Path:
+        """What the command says."""
+        return self.folder.with_name(self.folder.name + ".log")
+
+    def __str__(self) -> str:
+        return shlex.join(["python", *self.command[1:]])
+
+
+def main() -> None:
+    """Read the command line and run the sweep; exit code 1 if a command failed."""
+    arguments, passed_on = sys.argv[1:], []
+    if "--" in arguments:
+        where = arguments.index("--")
+        arguments, passed_on = arguments[:where], arguments[where + 1 :]
+    sweep = tyro.cli(Sweep, args=arguments, prog="python -m experiments.sweep")
+    out = Path(sweep.out or f"runs/sweep-{sweep.name}")
+    jobs = plan(sweep, passed_on, out)
+    console = Console()
+    if sweep.dry_run:
+        for job in jobs:
+            console.say(f"# finished: {job.folder}" if job.state == "finished" else str(job))
+        return
+    with _locked(out):
+        jobs = plan(sweep, passed_on, out)  # another sweep may have ended since
+        failed = run_all(jobs, sweep.jobs, console)
+    finished = len(jobs) - len(failed)
+    console.say(
+        f"{finished} of {len(jobs)} records are finished; python -m experiments.report {out} makes their tables"
+    )
+    if failed:
+        for line in failed:
+            print(f"failed: {line}", file=sys.stderr)
+        sys.exit(1)
+
+
+def plan(sweep: Sweep, passed_on: Sequence[str], out: Path) -> list[Job]:
+    """A job for each net, in the table's order.
+
+    Raises:
+      UsageError: if there is no such table, an option is wrong, or the folder has records with other settings.
+    """
+    if sweep.name not in SWEEPS:
+        raise UsageError(f"there is no table {sweep.name}; take one of {', '.join(SWEEPS)}")
+    for name in ("seeds", "jobs"):
+        if getattr(sweep, name) < 1:
+            raise UsageError(f"--{name} is at least 1, got {getattr(sweep, name)}")
+    module, before = SWEEPS[sweep.name]
+    table: Experiment = importlib.import_module(f"experiments.{module}").TABLE
+    asked = table.parse([*before.split(), *passed_on])
+    for option in ("--out", "--resume", "--seeds"):
+        if any(argument.split("=")[0] == option for argument in passed_on):
+            raise UsageError(f"{option} after -- is for the sweep to say; put it before --, or leave it out")
+    settings = table.check(dataclasses.replace(asked, seeds=sweep.seeds))
+    jobs = [_job(table, settings, cell, out) for cell in table.cells(settings)]
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is no folder; pass another --out")
+    return jobs
+
+
+def _job(table: Experiment, settings: Any, cell: Cell, out: Path) -> Job:
+    own = {axis: (cell[axis],) for axis in table.all_axes if axis != "lr" or settings.lr}
+    settings = dataclasses.replace(settings, **own)
+    folder = out / "-".join(str(values[0]) for values in own.values())
+    start = [sys.executable, "-m", f"experiments.{table.name}"]
+    if not folder.exists():
+        return Job(folder, [*start, *_options(settings, table.presets, list(own)), "--out", str(folder)], "new")
+    _refuse_others(folder, table, settings)
+    data = ["--data-dir", settings.data_dir] if settings.data_dir else []
+    state = "finished" if is_finished(folder) else "unfinished"
+    return Job(folder, [*start, "--resume", str(folder), *data], state)
+
+
+def _options(settings: Any, presets: Any, always: Sequence[str]) -> list[str]:
+    """The options that lead from the preset to these settings; and those that are always said."""
+    options = [] if settings.preset == "auto" else ["--preset", settings.preset]
+    for field in dataclasses.fields(settings):
+        name, value = field.name, getattr(settings, field.name)
+        if name == "preset" or (value == getattr(presets[settings.preset], name) and name not in always):
+            continue
+        if isinstance(value, bool):
+            options.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+        else:
+            options += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return options
+
+
+def _refuse_others(folder: Path, table: Experiment, settings: Any) -> None:
+    """A folder with a record of other settings is neither skipped nor gone on with."""
+    try:
+        config = records.read_config(folder)
+        found = {"experiment": config["experiment"], **config["settings"]}
+    except (UsageError, KeyError, TypeError):
+        return  # a damaged record: its command says so
+    for name, value in {"experiment": table.name, **recorded(settings)}.items():
+        left_to_the_data = (name, value) in (("dataset", "auto"), ("epochs", None), ("batch_size", None))
+        if not left_to_the_data and found.get(name) != value:
+            raise UsageError(
+                f"{folder} is a record with {name} {found.get(name)}, and this sweep has {value}; pass another --out"
+            )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether each run of a record has its last epoch, or diverged."""
+    try:
+        return not read_record(folder, folder.name).unfinished
+    except UsageError:
+        return False
+
+
+def run_all(jobs: Sequence[Job], at_once: int, console: Console) -> list[str]:
+    """Run what is not finished, so many at a time; go on after a failure.
+
+    Args:
+      jobs: of `plan`.
+      at_once: processes.
+      console: for the commands and the bar.
+
+    Returns:
+      A line for each job that failed.
+
+    Raises:
+      InterruptedRunError: after Ctrl-C or SIGTERM, when all children have saved and ended.
+    """
+    waiting = [job for job in jobs if job.state != "finished"]
+    running: list[tuple[Job, Any]] = []
+    failed: list[str] = []
+    for job in jobs:
+        if job.state == "finished":
+            console.say(f"finished {job.folder}")
+    with console.progress("nets", len(jobs)) as advance, Interrupts() as interrupts:
+        advance(len(jobs) - len(waiting))
+        try:
+            while (waiting or running) and interrupts.signum is None:
+                while waiting and len(running) < at_once:
+                    job = waiting.pop(0)
+                    console.say(f"run      {job}")
+                    running.append((job, start(job)))
+                time.sleep(_LOOK_EVERY)
+                for job, process in [pair for pair in running if pair[1].poll() is not None]:
+                    running.remove((job, process))
+                    advance(1)
+                    why = _failure(job, process.returncode)
+                    failed += [why] if why else []
+                    how = "FAILED" if why else "diverged" if process.returncode == _DIVERGED else "done"
+                    console.say(f"{how:<8} {job.folder}")
+        finally:
+            _end(running)
+    if interrupts.signum is not None:
+        left = sum(not is_finished(job.folder) for job in jobs)
+        raise InterruptedRunError(
+            interrupts.signum, f"{left} nets are not finished; the same command goes on with them"
+        )
+    return failed
+
+
+def start(job: Job) -> subprocess.Popen[bytes]:
+    """Start a job in a process group of its own, which a Ctrl-C at the terminal does not reach: the sweep ends it."""
+    with job.log.open("ab") as log:
+        log.write(f"$ {job}\n".encode())
+        log.flush()
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # the last line of the log is then the last that was said
+        return subprocess.Popen(job.command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def _failure(job: Job, code: int) -> str | None:
+    if code in (0, _DIVERGED) and is_finished(job.folder):
+        return None
+    said = job.log.read_text(encoding="utf-8", errors="replace").splitlines() if job.log.exists() else []
+    last = next((line for line in reversed(said) if line.strip()), "it said nothing")
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"{job.folder}: {how}: {last.strip()} (log: {job.log})"
+
+
+def _end(running: Sequence[tuple[Job, Any]]) -> None:
+    """Ask the children to save and end, and wait; a second signal kills them."""
+    try:
+        for _, process in running:
+            process.terminate()
+        for _, process in running:
+            process.wait()
+    except BaseException:
+        for _, process in running:
+            process.kill()
+        raise
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    lock = FileLock(out / _LOCK, timeout=0)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UsageError(f"another sweep runs in {out}; wait for it, or pass another --out") from None
+    except OSError as error:
+        raise UsageError(f"cannot write {out} ({error.strerror}); pass another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+if __name__ == "__main__":
+    run_command(main)
