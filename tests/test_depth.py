@@ -13,7 +13,11 @@ import jax
 import pytest
 
 from experiments import depth
+from experiments.engine import data as data_lib
+from experiments.engine import settings as settings_lib
 from experiments.engine.errors import UsageError, run_command
+from experiments.engine.rows import Row
+from experiments.engine.run import run as run_table
 
 ROOT = Path(__file__).parents[1]
 # 479 * 3 = 1437: one shape to compile
@@ -41,7 +45,7 @@ def in_process(monkeypatch, capsys, tmp_path):
         monkeypatch.setenv("COLUMNS", "100")
         monkeypatch.setattr(sys, "argv", ["depth.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            run_command(depth.main)
+            run_command(lambda: run_table(depth.TABLE))
         return end.value.code, *capsys.readouterr()
 
     return run
@@ -68,11 +72,11 @@ def test_a_run_says_what_it_does(a_run):
         f"1,437 train and 360 test images of 8x8x1, 10 classes (fingerprint {config['data']['fingerprint']})"
         in run.stdout
     )
-    assert re.search(r"^device +\S+, jax " + re.escape(jax.__version__), run.stdout, re.MULTILINE)
+    assert re.search(r"^device +1 x \S+, jax " + re.escape(jax.__version__), run.stdout, re.MULTILINE)
     # stem 49*4+4, first and others 9*4*4+4 (linked: 9*8*4+4), read-out 4*4*4*10+10 (linked: twice the inputs)
-    assert re.search(r"network +relu, 3 layers of 4 units, 1,294 parameters", run.stdout)
-    assert re.search(r"network +lk_relu, 3 layers of 4 units, 2,222 parameters", run.stdout)
-    epochs = re.findall(r"^(\S+) 3 seed (\d+)  epoch +(\d)/2  loss \d.*test (\d.\d{4})  dead (\d+)", run.stdout, re.M)
+    assert re.search(r"network +relu, layers 3, 1,294 parameters, init auto, learning rate 0.001", run.stdout)
+    assert re.search(r"network +lk_relu, layers 3, 2,222 parameters", run.stdout)
+    epochs = re.findall(r"^(\S+) seed (\d+)  epoch +(\d)/2  loss \d.*test (\d.\d{4})  dead (\d+)", run.stdout, re.M)
     assert epochs == [
         (line["act"], str(line["seed"]), str(line["epoch"]), f"{line['test_accuracy']:.4f}", str(line["dead_units"]))
         for line in metrics(folder)
@@ -82,7 +86,7 @@ def test_a_run_says_what_it_does(a_run):
 
 def test_the_closing_table_is_the_mean_and_the_deviation_over_seeds(a_run):
     run, folder = a_run
-    table = run.stdout[run.stdout.index("Test accuracy on digits") :]
+    table = run.stdout[run.stdout.index("Table 2") :]
     for act in ("relu", "lk_relu"):
         lines = [line for line in metrics(folder) if line["act"] == act]
         one, other = (line["test_accuracy"] for line in lines if line["epoch"] == 2)
@@ -96,7 +100,7 @@ def test_the_closing_table_is_the_mean_and_the_deviation_over_seeds(a_run):
 
 def test_a_run_leaves_its_record(a_run):
     _, folder = a_run
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "depth.png", "metrics.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint", "config.json", "depth.png", "metrics.jsonl"]
     lines = metrics(folder)
     assert [(line["act"], line["depth"], line["seed"], line["epoch"]) for line in lines] == [
         (act, 3, seed, epoch) for act in ("relu", "lk_relu") for seed in (7, 8) for epoch in (1, 2)
@@ -110,7 +114,13 @@ def test_a_run_leaves_its_record(a_run):
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["act"] == ["relu", "lk_relu"]
     assert (config["settings"]["batch_size"], config["settings"]["epochs"], config["settings"]["seed"]) == (479, 2, 7)
-    assert config["parameters"] == {"relu 3": 1294, "lk_relu 3": 2222}
+    assert [(net["act"], net["depth"], net["init"], net["lr"], net["parameters"]) for net in config["nets"]] == [
+        ("relu", 3, "auto", 1e-3, 1294), ("lk_relu", 3, "auto", 1e-3, 2222)
+    ]  # fmt: skip
+    assert config["axes"] == ["act", "depth", "init", "lr"]
+    assert config["protocol"]["epochs"] == 2
+    assert not {"seed", "devices", "act", "depth", "init", "lr"} & set(config["protocol"])
+    assert config["command"].startswith("python -m experiments.depth --dataset digits --depth 3")
     assert {"versions", "hardware", "commit", "time", "data"} <= set(config)
     assert str(folder.parent) not in (folder / "config.json").read_text()
 
@@ -130,13 +140,15 @@ def test_help_explains_each_option():
     run = command("--help")
     assert (run.returncode, run.stderr) == (0, "")
     text = " ".join(re.sub("[│╭╮╰╯─]", " ", run.stdout).split())
-    (settings,) = (
-        node
-        for node in ast.parse(Path(depth.__file__).read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef) and node.name == "Settings"
-    )
-    fields = settings.body[1:]
-    options = {field.target.id: doc.value.value for field, doc in zip(fields[::2], fields[1::2], strict=True)}
+    options = {}
+    for module in (settings_lib, depth):
+        (settings,) = (
+            node
+            for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body
+            if isinstance(node, ast.ClassDef) and node.name == "Settings"
+        )
+        fields = settings.body[1:]
+        options |= {field.target.id: doc.value.value for field, doc in zip(fields[::2], fields[1::2], strict=True)}
     assert set(options) == {field.name for field in dataclasses.fields(depth.Settings)}
     for name, explanation in options.items():
         assert f"--{name.replace('_', '-')}" in text
@@ -169,6 +181,16 @@ BAD = {
     "lr inf": ("--lr inf", "--lr is a positive number, got inf"),
     "negative decay": ("--decay -1", "--decay", "-1"),
     "nan decay": ("--decay nan", "--decay is 0 or more, got nan"),
+    "devices 0": ("--devices 0", "--devices is at least 1, got 0"),
+    "too many devices": ("--devices 3", "--devices 3 needs 3 devices, got 2"),
+    "seeds do not spread": ("--seeds 3 --devices 2 --seeds-mode spread", "3 seeds for 2 devices"),
+    "sqrt2 twice": ("--act relu_sqrt2 --match-params", "--act relu_sqrt2 says what --match-params"),
+    "batch norm twice": ("--act bn --norm batch", "--act bn says what"),
+    "train size 0": ("--train-size 0", "--train-size is at least 1, got 0"),
+    "train size too large": ("--train-size 1438", "1,437", "1,438"),
+    "negative checkpoints": ("--checkpoint-every -1", "--checkpoint-every is 0 or more, got -1"),
+    "negative time steps": ("--time-steps -1", "--time-steps is 0 or more, got -1"),
+    "nothing to resume": ("--resume nowhere", "--resume goes on with the settings of its record"),
     "looks_linear for selu": ("--init looks_linear --act lk_relu selu", "selu"),
     "empty folder": ("--dataset cifar10 --data-dir .", "cifar10 is not prepared", "experiments.prepare cifar10"),
     "missing folder": ("--dataset cifar10 --data-dir nowhere", "nowhere does not exist", "--data-dir"),
@@ -210,8 +232,20 @@ def test_a_loss_that_is_not_finite_ends_with_3_and_keeps_the_record(in_process, 
     code, _, error = in_process(*TINY, *options.split(), "--out", folder)
     assert code == 3
     assert re.fullmatch(r"stopped: the loss is (nan|inf) in epoch 1, step 3; .*--lr.*\n", error)
-    assert json.loads((folder / "config.json").read_text())["settings"]["lr"] == 1e30
-    assert metrics(folder) == []
+    assert json.loads((folder / "config.json").read_text())["settings"]["lr"] == [1e30]
+    (line,) = metrics(folder)
+    assert line["diverged"].startswith("the loss is")
+
+
+def test_a_net_that_diverges_leaves_the_others_to_run(in_process, tmp_path):
+    options = ["--depth", "1", "--width", "2", "--optimizer", "sgd", "--lr", "1e30", "1e-3", "--seeds", "2"]
+    code, said, error = in_process(*TINY, *options, "--out", tmp_path / "record")
+    assert code == 3
+    assert re.fullmatch(r"stopped: 2 runs diverged; the first: the loss is (nan|inf) in epoch 1, step 3; .*\n", error)
+    assert [("diverged" in line, line["lr"], line["seed"]) for line in metrics(tmp_path / "record")] == [
+        (True, 1e30, 0), (True, 1e30, 1), *[(False, 1e-3, seed) for seed in (0, 1) for _ in range(2)]
+    ]  # fmt: skip
+    assert re.search(r"relu +1e\+30 +0\.1000 ± 0\.0000", said)  # chance
 
 
 def test_ctrl_c_ends_with_130(capsys):
@@ -228,9 +262,9 @@ def test_ctrl_c_ends_with_130(capsys):
 
 
 def test_the_papers_protocol():
-    settings = depth.check(depth.parse(["--preset", "paper"]))
+    settings = depth.TABLE.check(depth.TABLE.parse(["--preset", "paper"]))
     expected = {
-        "preset": "paper", "dataset": "cifar10", "init": "glorot", "epochs": 200, "batch_size": 32, "lr": 1e-3,
+        "preset": "paper", "dataset": "cifar10", "init": ("glorot",), "epochs": 200, "batch_size": 32, "lr": (1e-3,),
         "decay": 1e-6, "shuffle": False, "seed": 100, "seeds": 1, "depth": (50,), "width": 4, "optimizer": "adam",
         "norm": "none", "match_params": False,
     }  # fmt: skip
@@ -238,38 +272,41 @@ def test_the_papers_protocol():
 
 
 def test_an_option_wins_over_the_preset():
-    settings = depth.parse(
+    settings = depth.TABLE.parse(
         ["--preset=paper", "--epochs", "3", "--dataset", "digits", "--shuffle", "--act", "relu", "lk_elu"]
     )
-    paper = depth.parse(["--preset", "paper"])
+    paper = depth.TABLE.parse(["--preset", "paper"])
     changes = {"epochs": 3, "dataset": "digits", "shuffle": True, "act": ("relu", "lk_elu")}
     assert settings == dataclasses.replace(paper, **changes)
-    assert depth.parse(["--epochs", "3", "--preset", "paper"]).epochs == 3
-    assert depth.parse([]) == depth.Settings()
+    assert depth.TABLE.parse(["--epochs", "3", "--preset", "paper"]).epochs == 3
+    assert depth.TABLE.parse([]) == depth.Settings()
+    assert depth.TABLE.parse(["--preset", "quick"]) == depth.Settings(preset="quick", dataset="digits")
 
 
 @pytest.mark.parametrize(("layers", "rate"), [(1, 1e-3), (50, 1e-3), (100, 5e-4), (1000, 5e-5)])
 def test_the_rule_for_the_learning_rate(layers, rate):
-    assert depth.learning_rate(depth.Settings(), layers) == pytest.approx(rate)
-    assert depth.learning_rate(depth.Settings(lr=0.3), layers) == 0.3
+    (cell,) = depth.TABLE.cells(depth.Settings(depth=(layers,)))
+    assert cell["lr"] == pytest.approx(rate)
+    assert [cell["lr"] for cell in depth.TABLE.cells(depth.Settings(depth=(layers,), lr=(0.3, 0.1)))] == [0.3, 0.1]
 
 
 def test_units_to_match_the_parameters_of_a_linked_net():
-    assert [depth.units(depth.Settings(width=width, match_params=True)) for width in (1, 4, 10)] == [1, 5, 14]
-    assert depth.units(depth.Settings(width=4)) == 4
+    assert [Row("relu", sqrt2=True).units(width) for width in (1, 4, 10)] == [1, 5, 14]
+    assert Row("relu").units(4) == 4
+    assert depth.TABLE.check(depth.Settings(match_params=True, norm="batch")).act == ("lk_relu_sqrt2_bn",)
 
 
 def test_the_defaults_that_depend_on_the_data():
-    digits = depth.data_lib.load("digits")
-    assert dataclasses.asdict(depth.settle(depth.Settings(), digits)) == dataclasses.asdict(
+    digits = data_lib.load("digits")
+    assert dataclasses.asdict(settings_lib.settle(depth.Settings(), digits)) == dataclasses.asdict(
         dataclasses.replace(depth.Settings(), dataset="digits", batch_size=32, epochs=30)
     )
     large = dataclasses.replace(digits, train_labels=digits.train_labels.repeat(7)[:10_001])
-    settled = depth.settle(depth.Settings(), large)
+    settled = settings_lib.settle(depth.Settings(), large)
     assert (settled.batch_size, settled.epochs) == (128, 6)
     with pytest.raises(UsageError, match="1,437"):
-        depth.settle(depth.Settings(batch_size=1438), digits)
-    assert depth.settle(depth.Settings(batch_size=1437), digits).batch_size == 1437
+        settings_lib.settle(depth.Settings(batch_size=1438), digits)
+    assert settings_lib.settle(depth.Settings(batch_size=1437), digits).batch_size == 1437
 
 
 # --- minutes

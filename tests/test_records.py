@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import os
 import re
@@ -36,7 +35,7 @@ def git(root, *arguments):
 
 
 def test_a_record_says_everything_that_determines_the_run(tmp_path):
-    record = Record(tmp_path / "deep" / "run", {"settings": {"depth": 3}, "data": {"fingerprint": "ab"}})
+    record = Record.create(tmp_path / "deep" / "run", {"settings": {"depth": 3}, "data": {"fingerprint": "ab"}})
     record.close()
     assert sorted(path.name for path in record.folder.iterdir()) == ["config.json", "metrics.jsonl"]
     config = json.loads((record.folder / "config.json").read_text())
@@ -52,7 +51,7 @@ def test_a_record_says_everything_that_determines_the_run(tmp_path):
 
 
 def test_no_path_of_this_machine_is_recorded(tmp_path):
-    Record(tmp_path / "run", {}).close()
+    Record.create(tmp_path / "run", {}).close()
     text = (tmp_path / "run" / "config.json").read_text()
     for path in (tmp_path, Path.home(), Path(records.__file__).parents[2]):
         assert str(path) not in text
@@ -60,7 +59,7 @@ def test_no_path_of_this_machine_is_recorded(tmp_path):
 
 
 def test_each_line_is_on_disk_when_add_returns(tmp_path):
-    record = Record(tmp_path / "run", {})
+    record = Record.create(tmp_path / "run", {})
     lines = [{"epoch": epoch, "name": "é\n"} for epoch in range(3)]
     for number, line in enumerate(lines, 1):
         record.add(line)
@@ -73,7 +72,7 @@ def test_an_existing_record_is_never_touched(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "mine").write_text("kept")
-    for make in (lambda: new_folder(str(folder), "name"), lambda: Record(folder, {})):
+    for make in (lambda: new_folder(str(folder), "name"), lambda: Record.create(folder, {})):
         with pytest.raises(UsageError, match=r"run exists.*--out"):
             make()
     assert [path.name for path in folder.iterdir()] == ["mine"]
@@ -82,7 +81,7 @@ def test_an_existing_record_is_never_touched(tmp_path):
 def test_a_file_as_parent_is_refused_and_nothing_is_left(tmp_path):
     (tmp_path / "file").write_text("kept")
     folder = tmp_path / "file" / "a" / "run"
-    for make in (lambda: new_folder(str(folder), "name"), lambda: Record(folder, {})):
+    for make in (lambda: new_folder(str(folder), "name"), lambda: Record.create(folder, {})):
         with pytest.raises(UsageError, match=r"write the record.*run.*--out"):
             make()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -101,7 +100,7 @@ def test_a_parent_without_permission_is_refused(tmp_path, monkeypatch):
 def test_a_read_only_parent_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     try:
-        for make in (lambda: new_folder(str(tmp_path / "run"), "name"), lambda: Record(tmp_path / "run", {})):
+        for make in (lambda: new_folder(str(tmp_path / "run"), "name"), lambda: Record.create(tmp_path / "run", {})):
             with pytest.raises(UsageError, match="--out"):
                 make()
     finally:
@@ -111,14 +110,14 @@ def test_a_read_only_parent_is_refused(tmp_path):
 
 def test_a_name_that_is_too_long_is_refused(tmp_path):
     folder = tmp_path / ("x" * 300)
-    for make in (lambda: new_folder(str(folder), "name"), lambda: Record(folder, {})):
+    for make in (lambda: new_folder(str(folder), "name"), lambda: Record.create(folder, {})):
         with pytest.raises(UsageError, match=r"too long.*--out"):
             make()
 
 
 def test_a_config_that_is_no_json_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
-        Record(tmp_path / "run", {"settings": object()})
+        Record.create(tmp_path / "run", {"settings": object()})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,13 +128,66 @@ def test_a_new_folder_is_named_and_not_made(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_settings_become_json_values():
-    @dataclasses.dataclass(frozen=True)
-    class Settings:
-        act: tuple[str, ...] = ("relu", "lk_relu")
-        epochs: int | None = None
+def test_a_record_is_held_while_it_is_open_and_can_be_taken_up_again(tmp_path):
+    record = Record.create(tmp_path / "run", {"experiment": "x"})
+    record.add({"epoch": 1})
+    for take in (lambda: Record.reopen(record.folder), lambda: Record.create(record.folder, {})):
+        with pytest.raises(UsageError, match=rf"held|written by process {os.getpid()} on"):
+            take()
+    record.close()
+    assert sorted(path.name for path in record.folder.iterdir()) == ["config.json", "metrics.jsonl"]
+    with pytest.raises(UsageError, match="exists; pass another --out, go on with --resume"):
+        Record.create(record.folder, {})
+    again = Record.reopen(record.folder)
+    assert again.lines == [{"epoch": 1}]
+    again.add({"epoch": 2})
+    again.keep(1)
+    again.add({"epoch": 3})
+    again.close()
+    assert records.read_lines(record.folder) == [{"epoch": 1}, {"epoch": 3}]
 
-    assert records.as_config(Settings()) == {"act": ["relu", "lk_relu"], "epochs": None}
+
+def test_a_last_line_that_was_cut_is_left_out_when_a_run_goes_on(tmp_path):
+    Record.create(tmp_path / "run", {}).close()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
+    again = Record.reopen(tmp_path / "run")
+    again.close()
+    assert again.lines == [{"epoch": 1}]
+    with pytest.raises(UsageError, match=r"metrics.jsonl, line 2 cannot be read"):
+        records.read_lines(tmp_path / "run")
+
+
+DAMAGE = {
+    "no config": lambda run: (run / "config.json").unlink(),
+    "garbled config": lambda run: (run / "config.json").write_text("{"),
+    "no object": lambda run: (run / "config.json").write_text("[]"),
+    "garbled line": lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1\n{"epoch": 2}\n'),
+    "other commit": lambda run: change(run, commit="0" * 40),
+    "other versions": lambda run: change(run, versions={"jax": "0.0.1"}),
+}
+
+
+def change(run, **values):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, **values}))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_cannot_go_on_is_refused_in_one_line_and_let_go(damage, tmp_path):
+    Record.create(tmp_path / "run", {}).close()
+    DAMAGE[damage](tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    for _ in range(2):  # the lock is released
+        with pytest.raises(UsageError) as caught:
+            Record.reopen(tmp_path / "run")
+        assert "\n" not in str(caught.value)
+        assert "run" in str(caught.value)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="there is no run"):
+        Record.reopen(tmp_path / "nothing")
 
 
 def test_the_commit_of_a_checkout_and_whether_code_differs_from_it(checkout):

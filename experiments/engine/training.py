@@ -125,6 +125,8 @@ def fit(
     diverged, carry, losses, done = set(moment.diverged), moment.arrays, list(moment.losses), moment.step
 
     for epoch in range(moment.epoch, plan.epochs + 1):
+        if len(diverged) == len(seeds):
+            return
         began = time.perf_counter()
         keys = [jax.random.fold_in(key, epoch) for key in run_keys]
         orders = [
@@ -146,13 +148,13 @@ def fit(
                         diverged.add(seed)
                         where = f"the loss is {float(value)} in epoch {epoch}, step {done}"
                         yield [{"seed": seed, "epoch": epoch, "diverged": where}]
-                if len(diverged) == len(seeds):
-                    return
             on_step(
                 lambda carry=carry, losses=losses, epoch=epoch, done=done: Moment(
                     carry, np.asarray(jax.device_get(losses), np.float32), epoch, done, tuple(sorted(diverged))
                 )
             )
+            if len(diverged) == len(seeds):
+                return
         sizes = np.asarray([len(index) for index in orders[0]])
         train_losses = np.average(np.asarray(jax.device_get(losses)), axis=0, weights=sizes)
         tested = evaluate(graph, carry[:2], test_images, test_labels, inputs, place)
@@ -169,8 +171,6 @@ def fit(
                 continue
             lines.append({"seed": seed, "epoch": epoch, "train_loss": float(train_loss), **result, "seconds": seconds})
         yield lines
-        if len(diverged) == len(seeds):
-            return
         losses, done = [], 0
 
 
