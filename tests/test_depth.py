@@ -245,7 +245,7 @@ def test_a_net_that_diverges_leaves_the_others_to_run(in_process, tmp_path):
     assert [("diverged" in line, line["lr"], line["seed"]) for line in metrics(tmp_path / "record")] == [
         (True, 1e30, 0), (True, 1e30, 1), *[(False, 1e-3, seed) for seed in (0, 1) for _ in range(2)]
     ]  # fmt: skip
-    assert re.search(r"relu +1e\+30 +0\.1000 ± 0\.0000", said)  # chance
+    assert re.search(r"relu +auto +1e\+30 +0\.1000 ± 0\.0000", said)  # chance
 
 
 def test_ctrl_c_ends_with_130(capsys):

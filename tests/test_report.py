@@ -105,7 +105,7 @@ def test_means_and_deviations_are_those_of_the_lines(tmp_path):
         assert row["last epoch"] == f"{by_seed[:, 1].mean():.4f} ± {by_seed[:, 1].std(ddof=1):.4f}"
         best = by_seed.max(axis=1)
         assert row["best"] == f"{best.mean():.4f} ± {best.std(ddof=1):.4f}"
-    assert list(rows[0])[:5] == ["act", "last epoch", "best", "seeds", "paper (best)"]
+    assert list(rows[0])[:5] == ["act", "init", "last epoch", "best", "seeds"]
     shown = [{key: row[key] for key in ("paper (best)", "later (best)", "parameters", "dead", "from")} for row in rows]
     assert shown == [
         {"paper (best)": "0.1", "later (best)": "0.1", "parameters": "1,590", "dead": "2/12", "from": "layer 1"},

@@ -1,10 +1,11 @@
-"""Runs that are killed, interrupted, taken up again, or fought over: real processes."""
+"""Runs that are killed, interrupted, taken up again, or fought over: real processes, and many small cases in one."""
 
 import json
 import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,20 +17,29 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from experiments import allcnn, depth, width
+from experiments.engine.checkpoints import Checkpoints
+from experiments.engine.errors import run_command
+from experiments.engine.interrupts import Interrupts
+from experiments.engine.records import Record
+from experiments.engine.run import run as run_table
+
 ROOT = Path(__file__).parents[1]
-# Dropout, flips and shifts, batch norm, Nesterov momentum and a step schedule: all that a checkpoint must hold.
+# Dropout, flips and shifts, batch norm, Nesterov momentum and a step schedule: all that a checkpoint must hold. Nets
+# that differ in their rate alone compile once.
 TABLE = "allcnn"
 OPTIONS = shlex.split(
-    "--preset quick --act lk_relu relu_bn --width 3 --epochs 3 --batch-size 360 --train-size 1100 --seeds 2 --augment"
+    "--preset quick --act lk_relu_bn --lr 0.01 0.02 --width 3 --epochs 3 --batch-size 360 --train-size 1100 --seeds 2 "
+    "--augment"
 )
 EVERY_STEP = ["--checkpoint-every", "0"]
 
 
-def start(*arguments):
+def start(*arguments, table=TABLE):
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "TERM": "dumb", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", f"experiments.{TABLE}", *map(str, arguments)],
+        [sys.executable, "-m", f"experiments.{table}", *map(str, arguments)],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
     )  # fmt: skip
 
@@ -82,10 +92,10 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-def kill_and_resume(folder, kills, seed):
+def kill_and_resume(folder, kills, seed, options=OPTIONS, table=TABLE):
     """Start, kill at random moments after the first checkpoint, and resume until it is done."""
     chance = random.Random(seed)
-    process = start(*OPTIONS, *EVERY_STEP, "--out", folder)
+    process = start(*options, *EVERY_STEP, "--out", folder, table=table)
     for _ in range(kills):
         before = checkpoints(folder)
         wait_for(lambda before=before: checkpoints(folder) - before, process)
@@ -94,7 +104,7 @@ def kill_and_resume(folder, kills, seed):
         finish(process)
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write('{"act": "lk_r')  # as if it had been killed while it wrote
-        process = start("--resume", folder, *EVERY_STEP)
+        process = start("--resume", folder, *EVERY_STEP, table=table)
     return finish(process)
 
 
@@ -117,6 +127,16 @@ def test_several_random_kills(seed, uninterrupted, tmp_path):
     code, _, error = kill_and_resume(tmp_path / "run", kills=4, seed=seed)
     assert (code, error) == (0, "")
     same(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sequential", "vmap", "spread"])
+def test_random_kills_on_two_devices(mode, tmp_path):
+    options = shlex.split("--preset quick --act lk_relu relu_bn --depth 3 --epochs 2 --batch-size 300 --augment")
+    options += ["--devices", "2", "--seeds", "2", "--seeds-mode", mode]
+    assert finish(start(*options, "--out", tmp_path / "whole", table="depth"))[::2] == (0, "")
+    assert kill_and_resume(tmp_path / "run", 2, 4, options, "depth")[::2] == (0, "")
+    same(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -172,3 +192,175 @@ def test_a_complete_run_says_so(uninterrupted):
     assert (code, error) == (0, "")
     assert f"the run {uninterrupted} is complete" in out
     assert metrics(uninterrupted) == before
+
+
+# --- in this process
+
+
+SMALL = shlex.split(
+    "--dataset digits --depth 1 --width 2 --act relu --lr 0.01 0.02 --epochs 2 --batch-size 479 --augment"
+)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The exit code, standard output and standard error of a table's command."""
+
+    def run(*arguments, table=depth.TABLE):
+        monkeypatch.setattr(sys, "argv", [table.name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run_command(lambda: run_table(table))
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+def signalled_at(monkeypatch, number, signum):
+    """From now on, so many checkpoints after this a signal arrives."""
+    saves, save = [], Checkpoints.save
+
+    def signalling(*arguments):
+        saves.append(save(*arguments))
+        if len(saves) == number:
+            signal.raise_signal(signum)
+
+    monkeypatch.setattr(Checkpoints, "save", signalling)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A run that SIGTERM ended in the second epoch of its first net."""
+    folder = tmp_path_factory.mktemp("runs") / "interrupted"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        signalled_at(monkeypatch, 4, signal.SIGTERM)
+        monkeypatch.setattr(sys, "argv", ["depth", *SMALL, *EVERY_STEP, "--out", str(folder)])
+        with pytest.raises(SystemExit) as end:
+            run_command(lambda: run_table(depth.TABLE))
+    assert end.value.code == 143
+    assert len(metrics(folder)) == 1
+    return folder
+
+
+@pytest.fixture
+def folder(interrupted, tmp_path):
+    return shutil.copytree(interrupted, tmp_path / "run")
+
+
+def test_an_interrupted_run_goes_on_is_interrupted_again_and_ends_as_if_nothing_had_been(
+    folder, command, monkeypatch, tmp_path
+):
+    with monkeypatch.context() as signalling:
+        signalled_at(signalling, 5, signal.SIGINT)
+        code, _, error = command("--resume", folder, *EVERY_STEP)
+    assert code == 130
+    again = shlex.join(["python", "-m", "experiments.depth", "--resume", str(folder)])
+    assert error == f"interrupted by SIGINT. The run is saved; go on with: {again}\n"
+    assert len(metrics(folder)) == 2  # after the last step of the second net's first epoch, before its line
+    assert command(*shlex.split(again)[3:])[::2] == (0, "")
+    assert command(*SMALL, "--out", tmp_path / "whole")[::2] == (0, "")
+    same(folder, tmp_path / "whole")
+
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.suffix not in ("", ".png")}
+    code, out, error = command("--resume", folder)
+    assert (code, error) == (0, "")
+    assert f"the run {folder} is complete" in out
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.suffix not in ("", ".png")} == before
+
+
+def change(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def change_data(folder):
+    change(folder, data={**json.loads((folder / "config.json").read_text())["data"], "fingerprint": "0" * 16})
+
+
+def damage_checkpoint(folder, item):
+    found = [path for path in (folder / "checkpoint").glob(f"*/{item}/**/*") if path.is_file()]
+    assert found
+    for path in found:
+        path.write_bytes(b"damaged")
+
+
+def add_line(folder, text):
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+REFUSED = {
+    "another table's record": (lambda run: change(run, experiment="width"), "is a run of width, not of depth"),
+    "another commit": (lambda run: change(run, commit="0" * 40), f"begun with commit {'0' * 40}"),
+    "other versions": (lambda run: change(run, versions={"jax": "0.1"}), "begun with versions {'jax': '0.1'}"),
+    "other data": (change_data, "with fingerprint 0000000000000000, this set has"),
+    "no config": (lambda run: (run / "config.json").unlink(), "config.json cannot be read"),
+    "garbled config": (lambda run: (run / "config.json").write_text('{"experiment": '), "config.json cannot be read"),
+    "no settings": (lambda run: change(run, settings=None), "config.json are damaged"),
+    "unknown settings": (lambda run: change(run, settings={"depht": 3}), "config.json are damaged"),
+    "a damaged line": (lambda run: add_line(run, "{\n{}\n"), "metrics.jsonl, line 2 cannot be read"),
+    "a damaged position": (lambda run: damage_checkpoint(run, "position"), "cannot be read"),
+    "damaged arrays": (lambda run: damage_checkpoint(run, "arrays"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_go_on_is_refused_in_one_line(case, folder, command):
+    damage, why = REFUSED[case]
+    damage(folder)
+    before = (folder / "metrics.jsonl").read_bytes()
+    code, _, error = command("--resume", folder)
+    assert code == 2
+    assert re.fullmatch(r"error: .*\n", error)
+    assert why in error
+    assert str(folder) in error
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert not (folder / ".lock").exists()
+
+
+def test_a_record_is_gone_on_with_by_its_own_table_and_as_it_is(folder, command, tmp_path):
+    assert "is a run of depth, not of width" in command("--resume", folder, table=width.TABLE)[2]
+    for options in (["--epochs", "9"], ["--out", tmp_path / "other"], ["--preset", "quick"], ["--seeds", "2"]):
+        code, _, error = command("--resume", folder, *options)
+        assert code == 2
+        assert re.fullmatch(rf"error: --resume goes on .*, got {options[0]} too; leave {options[0]} out\n", error)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
+    for other in ("nowhere", "file", "empty"):
+        code, _, error = command("--resume", tmp_path / other)
+        assert code == 2
+        assert re.fullmatch(r"error: .*\n", error)
+    assert sorted(path.name for path in tmp_path.rglob("*") if folder not in (path, *path.parents)) == ["empty", "file"]
+
+
+def test_a_run_that_is_held_is_let_alone(folder, command):
+    holder = Record.reopen(folder)
+    try:
+        for option in ("--resume", "--out"):
+            code, _, error = command(option, folder)
+            assert code == 2
+            assert f"is being written by process {os.getpid()} on " in error
+        holder.add({"epoch": 2})
+    finally:
+        holder.close()
+    assert len(metrics(folder)) == 2
+    code, _, error = command("--out", folder, "--dataset", "digits")
+    assert (code, "go on with --resume" in error) == (2, True)
+
+
+def test_a_schedule_that_does_not_fit_leaves_nothing(command, tmp_path):
+    options = ["--preset", "quick", "--width", "2", "--epochs", "2", "--batch-size", "1437"]
+    code, _, error = command(*options, "--out", tmp_path / "run", table=allcnn.TABLE)
+    assert code == 2
+    assert re.fullmatch(r"error: --schedule step: .*\n", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_signal_is_noted_and_the_second_one_acts():
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    with Interrupts() as interrupts:
+        assert interrupts.signum is None
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.signum == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before

@@ -12,14 +12,17 @@ from flax import nnx
 
 from experiments.engine import data as data_lib
 from experiments.engine import training
+from experiments.engine.costs import costs
 from experiments.engine.optimizers import adam, sgd
-from experiments.engine.parallel import ONE_DEVICE
-from experiments.engine.rows import identity
+from experiments.engine.parallel import ONE_DEVICE, Placement
+from experiments.engine.rows import identity, stem_init
 from experiments.models.depth_net import DepthNet
-from linked_jax import default_kernel_init, get_activation, linked, variance_preserving
+from experiments.models.parameters_net import ParametersNet
+from linked_jax import LinkedLinear, default_kernel_init, get_activation, linked, lk_relu, variance_preserving
 from linked_jax.linking import Link
 
 ADAM = adam(3e-3)  # static arguments of the jitted step: made once, so that equal nets compile once
+SLOW = sgd(1e-30)
 MEMBERS = {"relu": (lambda z: np.maximum(z, 0),), "lk_relu": (lambda z: np.maximum(z, 0), lambda z: np.maximum(-z, 0))}
 
 
@@ -296,3 +299,115 @@ def test_depth_one_and_links_with_parameters_train(act, depth, digits):
     lines = fit(net(act, depth=depth), digits, epochs=9, batch_size=331)
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
     assert len(lines[-1]["dead_by_layer"]) == len(lines[-1]["signal_by_layer"]) == depth
+
+
+def test_augmented_images_are_drawn_anew_for_each_step_and_epoch(digits):
+    """With a rate of nearly nothing, in the stored order, each epoch's losses differ by their images alone."""
+
+    def losses(augment):
+        found = []
+        options = {"optimizer": SLOW, "epochs": 2, "batch_size": 165, "shuffle": False, "augment": augment}
+        fit(net("relu", depth=1), twice, on_step=lambda now: found.append(now().losses[-1]), **options)
+        return np.reshape(found, (2, 2))
+
+    half = digits.train_images[:165], digits.train_labels[:165]
+    twice = dataclasses.replace(
+        digits, train_images=jnp.concatenate([half[0]] * 2), train_labels=jnp.concatenate([half[1]] * 2)
+    )
+    assert len(set(losses(False).ravel().tolist())) == 1
+    assert len(set(losses(True).ravel().tolist())) == 4
+
+
+class RandomNet(nnx.Module):
+    """Statistics and random numbers in a net: batch norm and dropout."""
+
+    def __init__(self, rngs):
+        self.dense, self.norm = nnx.Linear(64, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+        self.dropout, self.read_out = nnx.Dropout(0.5, rngs=rngs), LinkedLinear(8, 10, link=lk_relu, rngs=rngs)
+
+    def __call__(self, images, *, train=False, tap=lambda *_: None):
+        z = self.norm(self.dense(images.reshape(len(images), -1)), use_running_average=not train)
+        z = self.dropout(z, deterministic=not train)
+        return self.read_out(z), [jax.tree.map(lambda leaf: leaf[None], tap(lk_relu, z, 8))]
+
+
+@pytest.mark.parametrize("seeds", [(0,), pytest.param((0, 1), marks=pytest.mark.slow)])
+def test_a_run_goes_on_from_each_of_its_moments_to_the_same_bits(seeds, digits):
+    place = Placement(stacked=len(seeds) > 1)
+    plan = training.Plan(ADAM, 2, 100, augment=True, place=place)
+    graph, begin = training.start([RandomNet(nnx.Rngs(seed)) for seed in seeds], plan)
+    moments = []
+
+    def keep(now):
+        moment = now()
+        moments.append(dataclasses.replace(moment, arrays=jax.tree.map(jnp.copy, moment.arrays)))
+
+    whole = [without_seconds(lines) for lines in training.fit(graph, begin, digits, plan, seeds, on_step=keep)]
+    assert [(moment.epoch, moment.step) for moment in moments] == [(e, s) for e in (1, 2) for s in (1, 2, 3, 4)]
+    for moment in moments:
+        rest = [without_seconds(lines) for lines in training.fit(graph, moment, digits, plan, seeds)]
+        assert rest == whole[moment.epoch - 1 :]
+
+
+# --- what a net costs
+
+
+class Chain(nnx.Module):
+    """Flatten, then layers one after another."""
+
+    def __init__(self, *layers):
+        self.layers = nnx.List(layers)
+
+    def __call__(self, images, *, train=False):
+        z = images.reshape(len(images), -1)
+        for layer in self.layers:
+            z = layer(z)
+        return z, []
+
+
+class NaiveLinked(nnx.Module):
+    """What LinkedLinear computes, with nothing said about memory."""
+
+    def __init__(self, features, out, rngs):
+        self.dense = nnx.Linear(2 * features, out, rngs=rngs)
+
+    def __call__(self, z):
+        return self.dense(jnp.concatenate([jax.nn.relu(z), jax.nn.relu(-z)], axis=-1))
+
+
+def test_the_costs_of_dense_layers_counted_by_hand():
+    dense = costs(lambda: Chain(nnx.Linear(120, 50, rngs=nnx.Rngs(0))), (5, 6, 4))
+    assert dense["parameters"] == 120 * 50 + 50
+    assert dense["flops"] == pytest.approx(2 * 120 * 50 + 50, rel=0.01)
+    assert dense["activation_bytes"] == 4 * 120  # the image, for the kernel's gradient
+
+    first = lambda: nnx.Linear(120, 50, rngs=nnx.Rngs(0))  # noqa: E731
+    ours = costs(lambda: Chain(first(), LinkedLinear(50, 30, link=lk_relu, rngs=nnx.Rngs(1))), (5, 6, 4))
+    naive = costs(lambda: Chain(first(), NaiveLinked(50, 30, nnx.Rngs(1))), (5, 6, 4))
+    for counted in (ours, naive):
+        assert counted["parameters"] == 120 * 50 + 50 + 2 * 50 * 30 + 30
+        assert counted["flops"] == pytest.approx(2 * 120 * 50 + 2 * 100 * 30, rel=0.1)
+    assert ours["activation_bytes"] == 4 * (120 + 50)  # the image, and z alone
+    assert naive["activation_bytes"] >= 4 * (120 + 100)
+    few = costs(lambda: Chain(first()), (5, 6, 4), all_of_them=False)
+    assert few == {"parameters": dense["parameters"]}
+
+
+@pytest.mark.parametrize("act", ["relu", "lk_relu"])
+def test_the_flops_of_table_3_counted_by_hand(act):
+    """Two for each product of a kernel's entry with a position that it sees."""
+    link = get_activation(act)
+
+    def build():
+        return ParametersNet(
+            (32, 32, 3), 10, widths=(32, 64, 512), activation=lambda _: link, stem_init=stem_init("auto"),
+            kernel_init=default_kernel_init, rngs=nnx.Rngs(0),
+        )  # fmt: skip
+
+    first = 32 * 32 * (9 * 3) * 32
+    convs = 30 * 30 * (9 * 32) * 32 + 15 * 15 * (9 * 32) * 64 + 13 * 13 * (9 * 64) * 64
+    dense = 6 * 6 * 64 * 512 + 512 * 10
+    counted = costs(build, (32, 32, 3))
+    assert counted["flops"] == pytest.approx(2 * (first + link.arity * (convs + dense)), rel=0.1)
+    features = 32 * 32 * 32 + 30 * 30 * 32 + 15 * 15 * 64 + 13 * 13 * 64 + 512
+    assert counted["activation_bytes"] > 4 * features  # every pre-activation, and the image

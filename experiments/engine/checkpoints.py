@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -21,6 +22,9 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, every: float):
+        absl.logging.set_verbosity(
+            absl.logging.ERROR
+        )  # Orbax tells of what a killed run left half-written, and mends it
         self._every = every
         self._last = time.monotonic()
         options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)

@@ -46,9 +46,9 @@ def _depth(edition: str, cell: Mapping[str, Any]) -> float | None:
 
 
 def _parameters(edition: str, cell: Mapping[str, Any]) -> float | None:
-    act = cell["act"]
-    kind = "linked" if act.startswith("lk_") else "sqrt2" if act.endswith("_sqrt2") else "single"
-    return _tables()["parameters"][edition].get(act.removeprefix("lk_").removesuffix("_sqrt2"), {}).get(kind)
+    plain = cell["act"].removeprefix("lk_").removesuffix("_sqrt2")
+    kind = {plain: "single", f"{plain}_sqrt2": "sqrt2", f"lk_{plain}": "linked"}.get(cell["act"])
+    return _tables()["parameters"][edition].get(plain, {}).get(kind)
 
 
 def _allcnn(edition: str, cell: Mapping[str, Any]) -> float | None:

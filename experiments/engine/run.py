@@ -78,9 +78,15 @@ class _Run:
         if config.get("experiment") != self.experiment.name:
             self.record.close()
             raise UsageError(f"{self.folder} is a run of {config.get('experiment')}, not of {self.experiment.name}")
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in config["settings"].items()}
         kept = {"data_dir": asked.data_dir, "checkpoint_every": asked.checkpoint_every}
-        return type(self.experiment.presets["auto"])(**values, **kept)
+        try:
+            values = {key: tuple(v) if isinstance(v, list) else v for key, v in config["settings"].items()}
+            return type(self.experiment.presets["auto"])(**values, **kept)
+        except (AttributeError, KeyError, TypeError) as error:
+            self.record.close()
+            raise UsageError(
+                f"the settings in {self.folder}/{records.CONFIG} are damaged ({error}); start anew"
+            ) from error
 
     def go(self) -> None:
         settings, console = self.settings, self.console
@@ -92,6 +98,8 @@ class _Run:
             f"batch {settings.batch_size}, {settings.epochs} epochs"
         )
         counted = self._count()
+        for cell in self.cells:
+            self._plan(cell)  # a schedule that does not fit is refused before anything is written
         if self.record is None:
             self.record = records.Record.create(self.folder, self._config(counted))
         checkpoints = Checkpoints(self.folder, settings.checkpoint_every)
@@ -242,12 +250,8 @@ class _Run:
     def _close_with_tables(self) -> None:
         assert self.record is not None
         lines, axes = self.record.lines, self.experiment.all_axes
-        self.console.table(
-            f"{self.experiment.title}. Test accuracy on {self.data.name}, mean ± standard deviation over seeds; dead "
-            "units (zero on all test images) and the first layer with one; mean square of the pre-activations of the "
-            "first and the last layer.",
-            tables.summary(self.experiment.name, lines, axes),
-        )
+        rows = tables.summary(self.experiment.name, lines, axes)
+        self.console.table(f"{self.experiment.title}, {self.data.name}. {tables.legend(rows)}", rows)
         picture = plots.accuracy_picture(lines, axes, self.folder / f"{self.experiment.name}.png", title=str(self.data))
         self.console.say(f"record   {self.folder}\npicture  {picture}")
         times = records.read_times(self.folder)
@@ -265,7 +269,7 @@ def _public(arguments: Sequence[str]) -> list[str]:
     kept, skip = [], False
     for argument in arguments:
         option, has_value, _ = argument.partition("=")
-        if option in _PRIVATE:
+        if option.replace("_", "-") in _PRIVATE:  # tyro takes both
             skip = not has_value
         elif skip:
             skip = False

@@ -126,8 +126,8 @@ def by_net(lines: Iterable[Mapping[str, Any]], axes: Sequence[str]) -> list[tupl
 
 
 def varying(nets: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[str]:
-    """The axes with several values; and act."""
-    return [axis for axis in axes if axis == "act" or len({net[axis] for net in nets}) > 1]
+    """The axes with several values; and act and init, which are never hidden choices."""
+    return [axis for axis in axes if axis in ("act", "init") or len({net[axis] for net in nets}) > 1]
 
 
 def last_accuracy(run: Sequence[Mapping[str, Any]]) -> float:
