@@ -34,7 +34,7 @@ from experiments.engine.report_records import read_record
 from experiments.engine.settings import Cell, recorded
 
 _RATES = "--act swish lk_swish selu lk_selu lk_relu --lr 1e-2 1e-3 1e-4 1e-5 --init glorot auto"
-SWEEPS = {**{name: (name, "") for name in TABLES}, "learning_rates": ("depth", _RATES)}
+SWEEPS = {**{name: (name, "--act all") for name in TABLES}, "learning_rates": ("depth", _RATES)}
 """Name -> its table, and the options that come before those of the command line."""
 _DIVERGED = 3  # the exit code of a run that diverged: a result
 _LOCK = ".sweep.lock"

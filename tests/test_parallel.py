@@ -1,6 +1,11 @@
 """Several devices and several seeds in one program compute what one device does, one seed after another."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +87,30 @@ def test_a_batch_is_split_and_an_uneven_one_is_not():
     assert [shard.data.shape for shard in shared.addressable_shards] == [(4, 3), (4, 3)]
 
 
+def flops(digits, settings, batch_size):
+    """Of a training step, on each device."""
+    place = placement(settings)
+    plan = training.Plan(ADAM, 1, batch_size, place=place)
+    seeds = range(settings.seeds) if place.stacked else range(1)
+    cell = {"act": "lk_relu", "init": "auto", "depth": 2}
+    graph, moment = training.start([depth.build(settings, cell, digits, seed) for seed in seeds], plan)
+    index = place.batch(np.stack([np.arange(batch_size)] * len(seeds)) if place.stacked else np.arange(batch_size))
+    key = jax.random.split(jax.random.key(0), len(seeds)) if place.stacked else jax.random.key(0)
+    rest = (digits.train_images, digits.train_labels, *place.shared((plan.inputs, np.float32(1))))
+    lowered = training.step.lower(
+        place, graph, ADAM, False, moment.arrays, *rest, index, place.of_seeds(key), np.int32(0)
+    )
+    return lowered.compile().cost_analysis()["flops"]
+
+
+def test_each_device_does_its_share_of_the_work(digits):
+    alone = flops(digits, depth.Settings(), 100)
+    assert flops(digits, depth.Settings(devices=2), 100) == pytest.approx(alone / 2, rel=0.1)
+    assert flops(digits, depth.Settings(devices=2), 99) == pytest.approx(alone, rel=0.1)  # not split
+    spread = flops(digits, depth.Settings(devices=2, seeds=2, seeds_mode="spread"), 100)
+    assert spread == pytest.approx(alone, rel=0.1)
+
+
 def test_seeds_are_spread_over_the_devices():
     place = placement(depth.Settings(devices=2, seeds=4, seeds_mode="spread"))
     own = place.of_seeds(jnp.arange(4.0))
@@ -112,3 +141,36 @@ def test_more_devices_than_there_are():
     check_devices(jax.device_count())
     with pytest.raises(UsageError, match=rf"--devices 64 needs 64 devices, got {jax.device_count()} \(cpu\)"):
         check_devices(64)
+
+
+@pytest.mark.slow
+def test_four_devices_by_command(tmp_path):
+    """Batches of 480, 480 and 477, the last of which 4 does not divide; batch norm; seeds in all ways."""
+
+    def run(name, *options):
+        environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+        environment |= {"JAX_PLATFORMS": "cpu", "TERM": "dumb", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        tiny = "--preset quick --act relu_bn lk_relu --depth 3 --epochs 2 --batch-size 480 --seeds 4 --augment"
+        command = [sys.executable, "-m", "experiments.depth", *tiny.split(), *options, "--out", str(tmp_path / name)]
+        done = subprocess.run(
+            command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        said.append(done.stdout)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return {(line["act"], line["seed"], line["epoch"]): line for line in lines}
+
+    said = []
+    alone = run("alone")
+    assert len(alone) == 2 * 4 * 2
+    for mode in ("sequential", "vmap", "spread"):
+        ours = run(mode, "--devices", "4", "--seeds-mode", mode, "--time-steps", "2")
+        assert "device   4 x cpu" in said[-1]
+        assert json.loads((tmp_path / mode / "config.json").read_text())["hardware"]["devices"] == 4
+        assert ours.keys() == alone.keys()
+        for key, line in alone.items():
+            assert ours[key]["train_loss"] == pytest.approx(line["train_loss"], abs=1e-5)
+            assert ours[key]["test_accuracy"] == pytest.approx(line["test_accuracy"], abs=2 / 360)
+        times = json.loads((tmp_path / mode / "times.json").read_text())
+        assert [net["act"] for net in times["medians"]] == ["relu_bn", "lk_relu"]
+        assert all(net["step_seconds"] > 0 for net in times["medians"])

@@ -2,6 +2,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -215,3 +216,33 @@ def test_the_commit_is_unknown_outside_a_checkout_and_without_git(checkout, monk
     assert records._commit() != "unknown"
     monkeypatch.setenv("PATH", "")
     assert records._commit() == "unknown"
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from experiments.engine.records import Record
+record = Record.create(Path(sys.argv[1]), {})
+record.add({"epoch": 1})
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_process_that_is_killed_lets_go_of_its_folder(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            for take in (lambda: Record.reopen(folder), lambda: new_folder(str(folder), "name")):
+                with pytest.raises(UsageError, match=rf"by process {holder.pid} on .* since .*; wait for it, or stop"):
+                    take()
+        finally:
+            holder.kill()
+    with pytest.raises(UsageError, match="exists; pass another --out, go on with --resume"):
+        new_folder(str(folder), "name")
+    again = Record.reopen(folder)
+    assert again.lines == [{"epoch": 1}]
+    again.close()

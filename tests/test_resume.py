@@ -32,16 +32,35 @@ OPTIONS = shlex.split(
     "--preset quick --act lk_relu_bn --lr 0.01 0.02 --width 3 --epochs 3 --batch-size 360 --train-size 1100 --seeds 2 "
     "--augment"
 )
+SMALL = shlex.split(
+    "--dataset digits --depth 1 --width 2 --act lk_relu_bn --lr 0.01 0.02 --epochs 4 --batch-size 479 --augment"
+)
 EVERY_STEP = ["--checkpoint-every", "0"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Nothing here runs long enough to be worth optimising."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def start(*arguments, table=TABLE):
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "TERM": "dumb", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TERM": "dumb", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", f"experiments.{table}", *map(str, arguments)],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
     )  # fmt: skip
+
+
+def in_this_process(*arguments, table=depth.TABLE):
+    """The exit code."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "argv", [table.name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run_command(lambda: run_table(table))
+    return end.value.code
 
 
 def finish(process, timeout=300):
@@ -84,6 +103,20 @@ def checkpoints(folder):
 
 
 @pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of the small net from beginning to end, in this process."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert in_this_process(*SMALL, "--out", folder) == 0
+    return folder
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path):
+    code, _, error = kill_and_resume(tmp_path / "run", 1, 0, SMALL, "depth", longest=1.0)
+    assert (code, error) == (0, "")
+    same(tmp_path / "run", whole)
+
+
+@pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     code, _, error = finish(start(*OPTIONS, "--out", folder))
@@ -92,16 +125,16 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-def kill_and_resume(folder, kills, seed, options=OPTIONS, table=TABLE):
+def kill_and_resume(folder, kills, seed, options=OPTIONS, table=TABLE, longest=3.0):
     """Start, kill at random moments after the first checkpoint, and resume until it is done."""
     chance = random.Random(seed)
     process = start(*options, *EVERY_STEP, "--out", folder, table=table)
     for _ in range(kills):
         before = checkpoints(folder)
         wait_for(lambda before=before: checkpoints(folder) - before, process)
-        time.sleep(chance.uniform(0, 3))
+        time.sleep(chance.uniform(0, longest))
         process.kill()
-        finish(process)
+        assert finish(process)[0] == -signal.SIGKILL  # it was not done yet
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write('{"act": "lk_r')  # as if it had been killed while it wrote
         process = start("--resume", folder, *EVERY_STEP, table=table)
@@ -113,12 +146,6 @@ def same(folder, whole):
     ours, theirs = saved(folder), saved(whole)
     assert len(ours) == len(theirs) > 10
     assert ours == theirs
-
-
-def test_a_killed_run_goes_on_to_the_same_bits(uninterrupted, tmp_path):
-    code, _, error = kill_and_resume(tmp_path / "run", kills=1, seed=0)
-    assert (code, error) == (0, "")
-    same(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.slow
@@ -197,20 +224,13 @@ def test_a_complete_run_says_so(uninterrupted):
 # --- in this process
 
 
-SMALL = shlex.split(
-    "--dataset digits --depth 1 --width 2 --act relu --lr 0.01 0.02 --epochs 2 --batch-size 479 --augment"
-)
-
-
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(capsys):
     """The exit code, standard output and standard error of a table's command."""
 
     def run(*arguments, table=depth.TABLE):
-        monkeypatch.setattr(sys, "argv", [table.name, *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            run_command(lambda: run_table(table))
-        return end.value.code, *capsys.readouterr()
+        code = in_this_process(*arguments, table=table)
+        return code, *capsys.readouterr()
 
     return run
 
@@ -233,10 +253,7 @@ def interrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "interrupted"
     with pytest.MonkeyPatch.context() as monkeypatch:
         signalled_at(monkeypatch, 4, signal.SIGTERM)
-        monkeypatch.setattr(sys, "argv", ["depth", *SMALL, *EVERY_STEP, "--out", str(folder)])
-        with pytest.raises(SystemExit) as end:
-            run_command(lambda: run_table(depth.TABLE))
-    assert end.value.code == 143
+        assert in_this_process(*SMALL, *EVERY_STEP, "--out", folder) == 143
     assert len(metrics(folder)) == 1
     return folder
 
@@ -247,24 +264,23 @@ def folder(interrupted, tmp_path):
 
 
 def test_an_interrupted_run_goes_on_is_interrupted_again_and_ends_as_if_nothing_had_been(
-    folder, command, monkeypatch, tmp_path
+    folder, command, monkeypatch, whole
 ):
     with monkeypatch.context() as signalling:
-        signalled_at(signalling, 5, signal.SIGINT)
+        signalled_at(signalling, 11, signal.SIGINT)
         code, _, error = command("--resume", folder, *EVERY_STEP)
     assert code == 130
     again = shlex.join(["python", "-m", "experiments.depth", "--resume", str(folder)])
     assert error == f"interrupted by SIGINT. The run is saved; go on with: {again}\n"
-    assert len(metrics(folder)) == 2  # after the last step of the second net's first epoch, before its line
+    assert len(metrics(folder)) == 4  # after the last step of the second net's first epoch, before its line
     assert command(*shlex.split(again)[3:])[::2] == (0, "")
-    assert command(*SMALL, "--out", tmp_path / "whole")[::2] == (0, "")
-    same(folder, tmp_path / "whole")
+    same(folder, whole)
 
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.suffix not in ("", ".png")}
+    before = saved(folder), metrics(folder), (folder / "config.json").read_bytes()
     code, out, error = command("--resume", folder)
     assert (code, error) == (0, "")
     assert f"the run {folder} is complete" in out
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.suffix not in ("", ".png")} == before
+    assert (saved(folder), metrics(folder), (folder / "config.json").read_bytes()) == before
 
 
 def change(folder, **values):

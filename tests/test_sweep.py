@@ -125,11 +125,11 @@ def test_dry_run_prints_a_command_for_each_net_and_does_nothing(command, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "commands"), [("depth", 13), ("width", 16), ("resnet50", 2), ("covariate_shift", 72), ("parameters", 12)]
+    ("name", "commands"),
+    [("depth", 13), ("width", 16), ("resnet50", 16), ("covariate_shift", 72), ("parameters", 12), ("allcnn", 8)],
 )
 def test_every_table_can_be_swept(command, name, commands):
-    options = ["--", "--act", "all"] if name == "depth" else []
-    code, said, _ = command(name, "--dry-run", *options)
+    code, said, _ = command(name, "--dry-run")
     assert code == 0
     folders = re.findall(rf"^python -m experiments\.{name} .*--seeds 5 .*--out (\S+)$", said, re.MULTILINE)
     assert len(set(folders)) == commands
