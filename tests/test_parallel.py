@@ -103,6 +103,7 @@ def flops(digits, settings, batch_size):
     return lowered.compile().cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 def test_each_device_does_its_share_of_the_work(digits):
     alone = flops(digits, depth.Settings(), 100)
     assert flops(digits, depth.Settings(devices=2), 100) == pytest.approx(alone / 2, rel=0.1)
