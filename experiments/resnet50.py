@@ -14,7 +14,7 @@ from flax import nnx
 
 from experiments.engine import data as data_lib
 from experiments.engine import settings as settings_lib
-from experiments.engine.errors import run_command
+from experiments.engine.errors import UsageError, run_command
 from experiments.engine.experiment import Experiment
 from experiments.engine.rows import INITS, Row, stem_init
 from experiments.engine.run import run
@@ -44,6 +44,8 @@ PAPER = Settings(
 def build(_settings: Settings, cell: Cell, data: data_lib.Dataset, seed: int) -> ResNet50:
     """The network of one run."""
     row = Row.parse(cell["act"])
+    if row.sqrt2:
+        raise UsageError(f"--act {cell['act']}: the ResNet has fixed widths; leave _sqrt2 out")
     return ResNet50(
         data.train_images.shape[1:],
         data.classes,

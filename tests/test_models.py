@@ -11,6 +11,8 @@ from flax import nnx
 
 from experiments import allcnn, covariate_shift, depth, parameters, resnet50, width
 from experiments.engine import data as data_lib
+from experiments.engine.errors import UsageError
+from experiments.engine.published import published
 from experiments.engine.settings import NOT_PROTOCOL, Cell
 
 TABLES = (width, depth, parameters, allcnn, resnet50, covariate_shift)
@@ -302,3 +304,10 @@ def test_the_step_schedule_of_table_4():
     factors = [1, 1, 0.75, 0.75, 0.5, 0.5, 0.1, 0.1, 0.05, 0.05]
     np.testing.assert_allclose([step(10 * epoch) for epoch in epochs], factors, rtol=1e-6)
     assert fixed(30_000) == 1.0
+
+
+def test_a_resnet_has_no_wider_row():
+    with pytest.raises(UsageError, match="--act relu_sqrt2: the ResNet has fixed widths"):
+        build(resnet50, "relu_sqrt2")
+    assert published("resnet50", {"act": "lk_relu", "link": "everywhere"}) == {"paper": None, "later": None}
+    assert published("resnet50", {"act": "lk_relu", "link": "inside"}) == {"paper": 0.7656, "later": 0.9048}

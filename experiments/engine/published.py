@@ -57,6 +57,8 @@ def _allcnn(edition: str, cell: Mapping[str, Any]) -> float | None:
 
 def _resnet50(edition: str, cell: Mapping[str, Any]) -> float | None:
     act, bn = cell["act"].removesuffix("_bn"), cell["act"].endswith("_bn")
+    if cell.get("link", "inside") != "inside":  # the authors linked nothing but the insides of bottlenecks
+        return None
     with_bn = _tables()["resnet50"][edition].get(act)
     return with_bn if bn else _tables()["no_batchnorm"][edition].get(act, {}).get("accuracy")
 

@@ -68,7 +68,7 @@ class Settings:
     out: str | None = None
     """The folder for the record; by default a new one in runs/."""
     resume: str | None = None
-    """Go on with this record; its settings hold, so no other option is taken but --data-dir."""
+    """Go on with this record; its settings hold, so no other option is taken but --data-dir and --checkpoint-every."""
     checkpoint_every: float = 30.0
     """Seconds between checkpoints."""
 
