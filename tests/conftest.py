@@ -24,7 +24,7 @@ def unchecked():
 
 
 CHEAP = {
-    "test_architecture", "test_augment", "test_data", "test_depth", "test_dynamics", "test_parallel", "test_prepare",
+    "test_architecture", "test_augment", "test_data", "test_depth", "test_dynamics", "test_parallel",
     "test_published", "test_records", "test_report", "test_results", "test_resume", "test_rows", "test_settings",
     "test_sweep", "test_training",
 }  # fmt: skip

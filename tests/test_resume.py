@@ -266,6 +266,7 @@ def folder(interrupted, tmp_path):
     return shutil.copytree(interrupted, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_is_interrupted_again_and_ends_as_if_nothing_had_been(
     folder, command, monkeypatch, whole_here
 ):

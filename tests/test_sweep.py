@@ -304,6 +304,7 @@ def test_so_many_processes_at_a_time(command, monkeypatch, ran):
 # --- real processes
 
 
+@pytest.mark.slow
 def test_a_sweep(command, monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
