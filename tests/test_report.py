@@ -391,15 +391,15 @@ def test_step_times_stand_beside_the_published_ones(tmp_path):
 # --- files
 
 
-def test_csv_has_all_digits(tmp_path):
+def test_csv_has_ten_digits(tmp_path):
     (group,) = the_groups(write_record(tmp_path / "run"))
     relu, lk_relu = csv.DictReader(io.StringIO(report.csv_of(group)))
     values = [accuracy({"act": "relu"}, seed, 2) for seed in range(3)]
-    assert float(relu["last_mean"]) == pytest.approx(np.mean(values), rel=1e-12)
-    assert float(relu["last_deviation"]) == pytest.approx(np.std(values, ddof=1), rel=1e-12)
-    assert [float(value) for value in relu["last_by_seed"].split()] == values
+    assert float(relu["last_mean"]) == pytest.approx(np.mean(values), rel=1e-9)
+    assert float(relu["last_deviation"]) == pytest.approx(np.std(values, ddof=1), rel=1e-9)
+    assert [float(value) for value in relu["last_by_seed"].split()] == pytest.approx(values, rel=1e-9)
     assert (relu["seeds"], relu["seed_numbers"], relu["depth"], relu["fingerprint"]) == ("3", "0 1 2", "50", "feed")
-    assert (lk_relu["dead"], lk_relu["dead_from"], lk_relu["later"]) == ("0.0", "", "0.5667")
+    assert (lk_relu["dead"], lk_relu["dead_from"], lk_relu["later"]) == ("0", "", "0.5667")
 
 
 class _Page(HTMLParser):

@@ -40,7 +40,7 @@ def markdown_of(group: Group) -> str:
 
 
 def csv_of(group: Group) -> str:
-    """The table as CSV with all digits; the last columns have a value for each seed."""
+    """The table as CSV with ten digits, on which all Pythons agree; the last columns have a value for each seed."""
     data = group.config["data"]
     same = {"experiment": group.experiment, "dataset": data["name"], "fingerprint": data["fingerprint"]}
     rows: list[dict[str, Any]] = []
@@ -51,12 +51,16 @@ def csv_of(group: Group) -> str:
             found[f"{key}_deviation"] = statistics.stdev(row[key]) if len(row[key]) > 1 else None
         found |= {key: value for key, value in row.items() if not isinstance(value, list)}
         of_seeds = {"seed_numbers": row["seeds"], "last_by_seed": row["last"], "best_by_seed": row["best"]}
-        rows.append(found | {key: " ".join(map(str, values)) for key, values in of_seeds.items()})
+        rows.append(found | {key: " ".join(map(_digits, values)) for key, values in of_seeds.items()})
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0] if rows else same), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _digits(value) for key, value in row.items()} for row in rows)
     return file.getvalue()
+
+
+def _digits(value: Any) -> str:
+    return f"{value:.10g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def commands(group: Group) -> list[str]:
