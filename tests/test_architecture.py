@@ -13,11 +13,11 @@ import linked_jax
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
-    "linking", "activations", "moments", "certificates", "initializers", "schedules", "diagnostics", "layers",
+    "linking", "activations", "moments", "certificates", "initializers", "schedules", "diagnostics", "layers", "remedies",
 ]  # fmt: skip
 """From the ground up: a room imports from rooms before it only."""
 ALLOWED = {"jax", "numpy", "flax", "optax", "jaxtyping", "linked_jax"}
-FLAX_ROOMS = {"layers"}
+FLAX_ROOMS = {"layers", "remedies"}
 
 
 def imports(path: Path) -> set[str]:
