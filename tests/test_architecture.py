@@ -13,7 +13,8 @@ import linked_jax
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
-    "linking", "activations", "moments", "certificates", "initializers", "schedules", "diagnostics", "layers", "remedies",
+    "linking", "activations", "moments", "certificates", "initializers", "schedules", "diagnostics", "layers",
+    "remedies",
 ]  # fmt: skip
 """From the ground up: a room imports from rooms before it only."""
 ALLOWED = {"jax", "numpy", "flax", "optax", "jaxtyping", "linked_jax"}
