@@ -204,7 +204,7 @@ def _tested(examples: int, correct: Any, live: list[np.ndarray], signal: list[np
         "units": sum(chunk.size for chunk in live),
         "dead_units": sum(dead),
         "dead_by_layer": dead,
-        "signal_by_layer": [float(f"{value / examples:.4g}") for value in np.concatenate(signal)],
+        "signal_by_layer": [float(f"{value / examples:.4g}") for chunk in signal for value in chunk],
     }
 
 
