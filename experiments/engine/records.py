@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -75,6 +75,22 @@ class Record:
         except UsageError:
             _unlock(folder, lock)
             raise
+
+    @classmethod
+    def open(cls, folder: Path, config: Mapping[str, Any], *, same: Sequence[str]) -> "Record":
+        """A new record, or the one that is there, if these entries of its config are the same.
+
+        Raises:
+          UsageError: as `create` and `reopen`; and if an entry differs.
+        """
+        if not folder.exists():
+            return cls.create(folder, config)
+        record = cls.reopen(folder)
+        for key in same:
+            if record.config.get(key) != config[key]:
+                record.close()
+                raise UsageError(f"{folder} is a record with another {key}; pass another --out, or remove it")
+        return record
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Append one JSON object to metrics.jsonl."""

@@ -12,7 +12,7 @@ import shlex
 import statistics
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import tyro
@@ -70,7 +70,7 @@ def _test(claim: Claim, settings: Settings, data: data_lib.Dataset) -> None:
         "protocol": {"text": claim.protocol, "rows": list(claim.rows), "epochs": epochs},
         "data": {"name": data.name, "fingerprint": data.fingerprint, "description": str(data)},
     }
-    record = _record(Path(settings.out) / claim.name, config)
+    record = records.Record.open(Path(settings.out) / claim.name, config, same=("experiment", "protocol", "data"))
     try:
         done = {(line["row"], line["seed"]) for line in record.lines}
         todo = [(row, seed) for row in claim.rows for seed in range(settings.seeds) if (row, seed) not in done]
@@ -89,18 +89,6 @@ def _test(claim: Claim, settings: Settings, data: data_lib.Dataset) -> None:
         record.close()
     console.table(f"{claim.title}. digits, {epochs} epochs, mean ± sample standard deviation.", table(claim, record))
     console.say(f"record   {record.folder}\n")
-
-
-def _record(folder: Path, config: dict[str, Any]) -> records.Record:
-    """A new record, or the one that is there."""
-    if not folder.exists():
-        return records.Record.create(folder, config)
-    record = records.Record.reopen(folder)
-    for key in ("experiment", "protocol", "data"):
-        if record.config.get(key) != config[key]:
-            record.close()
-            raise UsageError(f"{folder} was made with another {key}; pass another --out, or remove it")
-    return record
 
 
 def table(claim: Claim, record: records.Record) -> list[dict[str, str]]:
