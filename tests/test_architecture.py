@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import linked_jax
+from linked_jax import remedies
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
@@ -62,19 +63,22 @@ def test_the_core_imports_without_the_extras():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
-def test_all_agrees_with_what_is_imported():
-    tree = ast.parse((ROOT / "linked_jax" / "__init__.py").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("package", [linked_jax, remedies], ids=["linked_jax", "remedies"])
+def test_all_agrees_with_what_is_imported(package):
+    tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
     imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert imported == set(linked_jax.__all__)
-    assert linked_jax.__all__ == sorted(linked_jax.__all__)
+    assert imported == set(package.__all__)
+    assert package.__all__ == sorted(package.__all__)
 
 
-@pytest.mark.parametrize("name", linked_jax.__all__)
-def test_public_callables_have_an_example_that_runs(name):
-    thing = getattr(linked_jax, name)
-    if name == "Certificate" or isinstance(thing, linked_jax.Link):
-        return  # made by certify; the links are one line each, explained at the top of their file
-    assert doctest.DocTestFinder(recurse=False).find(thing)[0].examples, f"{name} has no example"
+@pytest.mark.parametrize("thing", [*linked_jax.__all__, *(f"remedies.{name}" for name in remedies.__all__)])
+def test_public_callables_have_an_example_that_runs(thing):
+    found = linked_jax
+    for name in thing.split("."):
+        found = getattr(found, name)
+    if thing in ("Certificate", "remedies.Moments") or isinstance(found, linked_jax.Link):
+        return  # made by certify, the calculus; the links are one line each, explained at the top of their file
+    assert doctest.DocTestFinder(recurse=False).find(found)[0].examples, f"{thing} has no example"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,93 @@
+"""LCW: with weights that sum to zero a sigmoid network of 50 layers learns, alone and with batch norm."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments.engine.data import Dataset, scale
+from experiments.headlines.claim import Claim, Measures, train
+from linked_jax import sigmoid
+from linked_jax.remedies.lcw import LCWLinear, keep_variance
+
+DEPTH, WIDTH = 50, 64
+MIDDLE = DEPTH // 2
+OPTIMIZERS = {rate: optax.adam(rate) for rate in (0.0003, 0.003)}
+
+
+class Layer(nnx.Module):
+    """sigmoid -> dense -> norm? All rows but `sigmoid` start with weights of the same variance."""
+
+    def __init__(self, row: str, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal() if row == "sigmoid" else keep_variance(sigmoid)
+        dense = LCWLinear if row.startswith("lcw") else nnx.Linear
+        self.dense = dense(WIDTH, WIDTH, kernel_init=init, rngs=rngs)
+        norm = nnx.BatchNorm(WIDTH, momentum=0.9, rngs=rngs) if row.endswith("_bn") else None
+        self.norm = nnx.data(norm)
+
+    def __call__(self, z: Any, train: bool) -> Any:
+        z = self.dense(nnx.sigmoid(z))
+        return z if self.norm is None else self.norm(z, use_running_average=not train)
+
+
+class Net(nnx.Module):
+    """dense -> [sigmoid -> dense -> norm?] 49 times, scanned -> sigmoid -> dense."""
+
+    def __init__(self, row: str, rngs: nnx.Rngs):
+        self.first = nnx.Linear(64, WIDTH, rngs=rngs)
+        self.layers = nnx.vmap(lambda rngs: Layer(row, rngs))(rngs.split(DEPTH - 1))
+        self.last = nnx.Linear(WIDTH, 10, rngs=rngs)
+
+    def __call__(
+        self, images: Any, train: bool = False, tap: Callable[..., Any] | None = None
+    ) -> tuple[Any, list[Any]]:
+        """Images (N, 8, 8, 1) -> logits (N, 10), and what the tap returned for each pre-activation."""
+        tap = tap or (lambda _link, _z, _units: None)
+
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=(nnx.Carry, 0))
+        def layers(layer: Layer, z: Any) -> Any:
+            return layer(z, train), tap(sigmoid, z, WIDTH)
+
+        z, taps = layers(self.layers, self.first(images.reshape(len(images), -1)))
+        last = jax.tree.map(lambda leaf: leaf[None], tap(sigmoid, z, WIDTH))
+        return self.last(nnx.sigmoid(z)), [taps, last]
+
+
+def moments(model: Net, images: Any) -> dict[str, float]:
+    """The spread of the units' mean pre-activations in the middle layer, and the mean deviation over images."""
+    _, (taps, _) = model(scale(images), train=True, tap=lambda _link, z, _units: (z.mean(0), z.std(0)))
+    mean, deviation = (np.asarray(tap[MIDDLE]) for tap in taps)
+    return {"shift": float(mean.std()), "signal": float(deviation.mean())}
+
+
+def run(row: str, seed: int, data: Dataset, epochs: int) -> Measures:
+    """The shift at the start, and for each rate the test accuracy after the last epoch."""
+    measured = moments(Net(row, nnx.Rngs(seed)), data.train_images)
+    for rate, optimizer in OPTIMIZERS.items():
+        _, lines = train(Net(row, nnx.Rngs(seed)), data, optimizer=optimizer, epochs=epochs, batch_size=64, seed=seed)
+        if "diverged" not in lines[-1]:
+            measured[f"accuracy_{rate}"] = lines[-1]["test_accuracy"]
+    return measured
+
+
+CLAIM = Claim(
+    name="lcw",
+    title="Linearly constrained weights in sigmoid networks of 50 layers",
+    says=(
+        "weights that sum to zero remove the activation shift, so that sigmoid networks of 50 layers, which do not "
+        "learn otherwise, do, without batch norm and better with it (Kutsuna, Linearly constrained weights: reducing "
+        "activation shift for faster training of neural networks, 2020)"
+    ),
+    protocol="x",
+    rows=("sigmoid", "sigmoid_scaled", "sigmoid_bn", "lcw", "lcw_bn"),
+    measures={
+        "shift": "spread of means at the start",
+        "signal": "deviation over images at the start",
+    }
+    | {f"accuracy_{rate}": f"accuracy, rate {rate}" for rate in OPTIMIZERS},
+    epochs=20,
+    run=run,
+)

@@ -1,0 +1,71 @@
+"""DReLU: the difference of two rectifiers on two pre-activations of their own. Unlike a ReLU it has both signs.
+
+    DReLU and the min-max link are two things:
+
+    drelu(a, b) = max(0, a) - max(0, b)       two pre-activations, one value; flat where both are below 0
+    min_max(z)  = (max(0, z), min(0, z))      one pre-activation, two values; never flat
+
+The linked-neurons paper describes DReLU as a concatenation that is symmetric to the origin. That is the min-max link,
+`linked_jax.min_max`. Godin's DReLU is a subtraction: since -max(0, b) = min(0, -b), it is the sum of the two members
+of the min-max link, one at a and the other at -b. At b = -a it is a itself.
+"""
+
+import jax
+from jaxtyping import Array, Float
+
+
+def drelu(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The dual rectified linear unit of two independent pre-activations.
+
+        max(0, a) - max(0, b)
+
+    The derivative by a is 1 for a > 0 and 0 for a <= 0, by b it is -1 for b > 0 and 0 for b <= 0: at both kinks 0, as
+    that of `jax.nn.relu`. Where a and b are below 0 the unit is dead; no link is.
+
+    Args:
+      a: the pre-activations of the positive branch.
+      b: those of the negative branch, of the same shape.
+
+    Returns:
+      An array like a.
+
+    Reference: Godin et al., Dual rectified linear units (DReLUs), 2017. The linked-neurons paper describes it as a
+    concatenation that is symmetric to the origin; that is `linked_jax.min_max`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax import min_max
+      >>> from linked_jax.remedies.drelu import drelu
+      >>> drelu(jnp.array([3.0, -1.0, -1.0]), jnp.array([1.0, 2.0, -5.0]))
+      Array([ 2., -2.,  0.], dtype=float32)
+      >>> min_max(jnp.array([3.0, -2.0]))  # another thing: of one pre-activation, twice as many values
+      Array([ 3.,  0.,  0., -2.], dtype=float32)
+    """
+    return jax.nn.relu(a) - jax.nn.relu(b)
+
+
+def delu(a: Float[Array, "..."], b: Float[Array, "..."], *, alpha: float = 0.1) -> Float[Array, "..."]:
+    """The dual exponential linear unit of two independent pre-activations.
+
+        elu(a) - elu(b),   elu(z) = z if z > 0 else alpha (exp(z) - 1)
+
+    It is never quite flat, except where both exponentials vanish in floating point. The derivative at a = 0 is alpha,
+    the limit from the left, and -alpha at b = 0.
+
+    Args:
+      a: the pre-activations of the positive branch.
+      b: those of the negative branch, of the same shape.
+      alpha: the size of an ELU far below 0.
+
+    Returns:
+      An array like a.
+
+    Reference: Godin et al., Dual rectified linear units (DReLUs), 2017; alpha is that of the authors' code.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax.remedies.drelu import delu
+      >>> delu(jnp.array([3.0]), jnp.array([-50.0]))
+      Array([3.1], dtype=float32)
+    """
+    return jax.nn.elu(a, alpha) - jax.nn.elu(b, alpha)

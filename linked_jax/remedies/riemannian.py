@@ -1,0 +1,297 @@
+"""Riemannian batch normalisation: kernels before a batch norm, trained on the unit sphere.
+
+    ||y|| = 1 for each output column y of a kernel (kh*kw*c_in, c_out)
+
+Batch norm makes the length of y irrelevant, and yet the length sets the size of gradient steps. Here steps go along
+great circles. Apply it to kernels that only a batch norm follows; no weight decay on them.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+Kernel = Float[Array, "... rows c_out"]
+
+
+class SphereState(NamedTuple):
+    """The steps that were done, and what is kept of each kernel: (m,) of SGD-G, (m, v) of Adam-G."""
+
+    steps: Any
+    kept: Any
+
+
+def tangent(y: Kernel, g: Kernel, *, clip: float = math.inf) -> Kernel:
+    """The part of a gradient that is tangent to the sphere, shortened to at most `clip` in each column.
+
+        h = g - (y.g) y,   h <- h min(1, clip / ||h||)
+
+    >>> import jax.numpy as jnp
+    >>> from linked_jax.remedies.riemannian import tangent
+    >>> tangent(jnp.array([[1.0], [0.0]]), jnp.array([[5.0], [3.0]])).ravel()
+    Array([0., 3.], dtype=float32)
+    """
+    h = g - _dot(y, g) * y
+    norm = _norm(h)
+    return jnp.where(norm > clip, clip * h / jnp.where(norm > clip, norm, 1), h)
+
+
+def geodesic(y: Kernel, delta: Kernel) -> tuple[Kernel, Kernel]:
+    """Go from y along the great circle of delta, as far as it is long; and take delta along.
+
+        Exp_y(delta) = y cos||delta|| + u sin||delta||,   delta <- ||delta|| (u cos||delta|| - y sin||delta||)
+
+    with u = delta / ||delta||; delta = 0 changes nothing. Columns of y have norm 1, those of delta are tangent there;
+    the same holds for what is returned.
+
+    >>> import jax.numpy as jnp
+    >>> from linked_jax.remedies.riemannian import geodesic
+    >>> y, _ = geodesic(jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [jnp.pi / 6]]))
+    >>> [round(float(each), 4) for each in y[:, 0]]
+    [0.866, 0.5]
+    """
+    n = _norm(delta)
+    cos, sin_over_n = jnp.cos(n), jnp.sinc(n / jnp.pi)
+    return y * cos + delta * sin_over_n, delta * cos - y * n * jnp.sin(n)
+
+
+def sgd_g(
+    learning_rate: optax.ScalarOrSchedule, *, momentum: float = 0.9, clip: float = 0.1
+) -> optax.GradientTransformation:
+    """SGD with momentum on the sphere (SGD-G), for kernels only.
+
+        y <- y / ||y||,   h = tangent(y, g),   m <- momentum m - lr h
+        y, m <- y cos||m|| + u sin||m||, ||m|| (u cos||m|| - y sin||m||),   u = m / ||m||
+
+    Args:
+      learning_rate: lr, a number or a schedule from the count of earlier steps. The authors take 0.2 at the start.
+      momentum: in [0, 1).
+      clip: the greatest norm of a column of h.
+
+    Returns:
+      An Optax transformation; its update needs params. `optax.apply_updates(params, updates)` has columns of norm 1.
+      m and updates are float32 at least.
+
+    Raises:
+      ValueError: for a rate or a clip that is not positive, or a momentum outside [0, 1).
+
+    Reference: Cho and Lee, Riemannian approach to batch normalization, 2017. The authors' code adds 1e-8 to ||y||; we
+    leave a column of zeros as it is.
+
+    Example:
+      >>> from linked_jax.remedies.riemannian import sgd_g
+      >>> optimizer = sgd_g(0.2)
+    """
+    _check(learning_rate, clip, momentum=momentum)
+
+    def step(y: Array, g: Array, kept: tuple[Array], lr: Any, _: Any) -> tuple[Array, tuple[Array]]:
+        m = momentum * kept[0] - lr * tangent(y, g, clip=clip)
+        y, m = geodesic(y, m)
+        return y, (m,)
+
+    return _on_spheres(step, learning_rate, lambda p: (jnp.zeros(p.shape, _wide(p)),))
+
+
+def adam_g(
+    learning_rate: optax.ScalarOrSchedule, *, b1: float = 0.9, b2: float = 0.99, clip: float = 0.1
+) -> optax.GradientTransformation:
+    """Adam on the sphere (Adam-G), for kernels only; v is one number for each column.
+
+        y <- y / ||y||,   h = tangent(y, g),   m <- b1 m + (1 - b1) h,   v <- b2 v + (1 - b2) ||h||^2
+        delta = -lr sqrt(1 - b2^t) / (1 - b1^t) m / sqrt(v + 1e-8)
+        y, m <- Exp_y(delta), m - (u.m) (sin||delta|| y + (1 - cos||delta||) u),   u = delta / ||delta||
+
+    Args:
+      learning_rate: lr, a number or a schedule from the count of earlier steps. The authors take 0.05 at the start.
+      b1: in [0, 1), of the average m.
+      b2: in [0, 1), of the average v.
+      clip: the greatest norm of a column of h.
+
+    Returns:
+      See `sgd_g`.
+
+    Raises:
+      ValueError: as `sgd_g`, and for averages outside [0, 1).
+
+    Reference: Cho and Lee, Riemannian approach to batch normalization, 2017.
+
+    Example:
+      >>> from linked_jax.remedies.riemannian import adam_g
+      >>> optimizer = adam_g(0.05)
+    """
+    _check(learning_rate, clip, b1=b1, b2=b2)
+
+    def step(y: Array, g: Array, kept: tuple[Array, Array], lr: Any, t: Any) -> tuple[Array, tuple[Array, Array]]:
+        h, (m, v) = tangent(y, g, clip=clip), kept
+        m = b1 * m + (1 - b1) * h
+        v = b2 * v + (1 - b2) * _dot(h, h)
+        delta = -lr * jnp.sqrt(1 - b2**t) / (1 - b1**t) * m / jnp.sqrt(v + 1e-8)
+        n = _norm(delta)
+        u = delta / jnp.where(n > 0, n, 1)
+        m = m - _dot(u, m) * (jnp.sin(n) * y + (1 - jnp.cos(n)) * u)
+        return geodesic(y, delta)[0], (m, v)
+
+    def start(p: Array) -> tuple[Array, Array]:
+        return jnp.zeros(p.shape, _wide(p)), jnp.zeros((1,) * (p.ndim - 1) + p.shape[-1:], _wide(p))
+
+    return _on_spheres(step, learning_rate, start)
+
+
+def scale_invariant(params: Any, names: Sequence[str]) -> Any:
+    """Of named layers, a mask of the kernels with more rows (kh*kw*c_in) than columns: those for the sphere.
+
+    Args:
+      params: any tree of parameters: an `nnx.State` from `nnx.split(model, nnx.Param, ...)`, a Linen dictionary.
+      names: layers, or groups of layers, that only a batch norm follows, such as "conv1" or "blocks"; keys are joined
+        by dots, and lists count from 0. What follows a layer cannot be seen in params.
+
+    Returns:
+      A tree of bools like params.
+
+    Raises:
+      ValueError: if a name has no kernel, or no kernel has more rows than columns.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax.remedies.riemannian import scale_invariant
+      >>> scale_invariant({"conv": {"kernel": jnp.ones((3, 3, 1, 4)), "bias": jnp.ones(4)}}, ["conv"])
+      {'conv': {'bias': False, 'kernel': True}}
+    """
+    shapes = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    shapes = {name: shape for name, shape in shapes.items() if name.endswith(".kernel")}
+    named: set[str] = set()
+    for each in names:
+        found = {kernel for kernel in shapes if kernel.startswith(f"{each}.")}
+        if not found:
+            layers = [kernel.removesuffix(".kernel") for kernel in shapes]
+            near = difflib.get_close_matches(each, layers, 3, 0) or ["none"]
+            raise ValueError(f"{each!r} has no kernel in params; the nearest layers: {', '.join(near)}")
+        named |= found
+    tall = {kernel for kernel in named if math.prod(shapes[kernel][:-1]) > shapes[kernel][-1]}
+    if not tall:
+        raise ValueError(
+            f"a kernel for the sphere has more rows than columns, got none among {list(names)}; name larger kernels"
+        )
+    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in tall, params)
+
+
+def riemannian(
+    on_spheres: optax.GradientTransformation, rest: optax.GradientTransformation, mask: Any
+) -> optax.GradientTransformation:
+    """One optimiser for the kernels of a mask, another for all other parameters.
+
+    Args:
+      on_spheres: `sgd_g` or `adam_g`, with its rate.
+      rest: any optimiser, with its rate; the authors take Nesterov SGD with momentum 0.9 and rate 0.01.
+      mask: a tree of bools, see `scale_invariant`.
+
+    Returns:
+      An Optax transformation; its update needs params, and what it returns is not to be rescaled. Start from
+      `to_sphere(params, mask)`, or the first update takes the kernels there.
+
+    Raises:
+      ValueError: if the mask holds no parameter.
+
+    >>> import optax
+    >>> from linked_jax.remedies.riemannian import riemannian, sgd_g
+    >>> optimizer = riemannian(sgd_g(0.2), optax.sgd(0.01), {"conv": True, "dense": False})
+    """
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError(f"the mask holds no parameter, got {mask}; use scale_invariant, or the other optimiser alone")
+    return optax.partition({True: on_spheres, False: rest}, mask)
+
+
+def to_sphere(params: Any, mask: Any) -> Any:
+    """Give each column of the kernels of a mask norm 1, for the start. A column of zeros stays.
+
+    >>> import jax.numpy as jnp
+    >>> from linked_jax.remedies.riemannian import to_sphere
+    >>> to_sphere({"kernel": jnp.array([[3.0], [4.0]])}, {"kernel": True})["kernel"].round(3).ravel()
+    Array([0.6, 0.8], dtype=float32)
+    """
+    return jax.tree.map(lambda p, on: _unit(p).astype(p.dtype) if on else p, params, mask)
+
+
+def orthogonality_penalty(params: Any, mask: Any) -> Float[Array, ""]:
+    """The authors' regulariser: how far the columns of each kernel are from orthonormal.
+
+        0.1 / 2 sum_kernels ||Y'Y - I||_F^2
+
+    It is a scalar, float32 at least, to be added to the loss.
+
+    >>> import jax.numpy as jnp
+    >>> from linked_jax.remedies.riemannian import orthogonality_penalty
+    >>> round(float(orthogonality_penalty({"kernel": jnp.array([[1.0, 1.0], [0.0, 0.0]])}, {"kernel": True})), 6)
+    0.1
+    """
+
+    def penalty(p: Array, on: bool) -> Any:
+        if not on:
+            return 0.0
+        columns = p.reshape(-1, p.shape[-1]).astype(_wide(p))
+        return 0.05 * jnp.square(columns.T @ columns - jnp.eye(p.shape[-1])).sum()
+
+    return jnp.asarray(sum(jax.tree.leaves(jax.tree.map(penalty, params, mask))))
+
+
+def _on_spheres(
+    step: Callable[..., tuple[Array, Any]], learning_rate: optax.ScalarOrSchedule, start: Callable[[Array], Any]
+) -> optax.GradientTransformation:
+    """The Optax transformation of step(y, g, kept, lr, t) -> (y, kept)."""
+
+    def init(params: Any) -> SphereState:
+        return SphereState(jnp.zeros((), jnp.int32), jax.tree.map(start, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, SphereState]:
+        if params is None:
+            raise ValueError("steps on a sphere need the kernels, got None; pass update(gradients, state, params)")
+        lr = learning_rate(state.steps) if callable(learning_rate) else learning_rate
+        t = optax.safe_increment(state.steps)
+        kernels, tree = jax.tree.flatten(params)
+        moves, kept = [], []
+        for p, g, of_p in zip(kernels, tree.flatten_up_to(updates), tree.flatten_up_to(state.kept), strict=True):
+            y, of_y = step(_unit(p), g.astype(_wide(p)), of_p, lr, t)
+            moves.append(y - p)
+            kept.append(of_y)
+        return tree.unflatten(moves), SphereState(t, tree.unflatten(kept))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    """For each column, (1, ..., 1, c_out)."""
+    return (a * b).sum(tuple(range(a.ndim - 1)), keepdims=True)
+
+
+def _norm(a: Array) -> Array:
+    square = _dot(a, a)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+def _unit(p: Any) -> Array:
+    p = p.astype(_wide(p))
+    norm = _norm(p)
+    return p / jnp.where(norm > 0, norm, 1)
+
+
+def _wide(p: Any) -> Any:
+    return jnp.promote_types(p.dtype, jnp.float32)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def _check(learning_rate: optax.ScalarOrSchedule, clip: float, **averages: float) -> None:
+    for name, value in (("learning_rate", learning_rate), ("clip", clip)):
+        # Only plain numbers: a schedule checks itself, an array may be traced.
+        if isinstance(value, int | float) and not 0 < value < math.inf:
+            raise ValueError(f"{name} is positive and finite, got {value!r}; pass e.g. 0.1")
+    for name, value in averages.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} is in [0, 1), got {value!r}; pass e.g. 0.9")
