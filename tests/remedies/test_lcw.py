@@ -49,7 +49,7 @@ def helmert(m):
 # --- the kernel ---------------------------------------------------------------------------------------------------
 
 
-@given(st.sampled_from([2, 3, 12]), seeds)
+@given(st.sampled_from([2, 12]), seeds)
 def test_the_kernel_is_the_basis_times_v(m, seed):
     v = white(m - 1, 3, seed=seed)
     with jax.enable_x64(True):
