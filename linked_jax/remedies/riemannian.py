@@ -37,6 +37,7 @@ def tangent(y: Kernel, g: Kernel, *, clip: float = math.inf) -> Kernel:
     Array([0., 3.], dtype=float32)
     """
     h = g - _dot(y, g) * y
+    h = h - _dot(y, h) * y  # again: where g is almost parallel to y, the first h is mostly rounding
     norm = _norm(h)
     return jnp.where(norm > clip, clip * h / jnp.where(norm > clip, norm, 1), h)
 

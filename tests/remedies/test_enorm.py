@@ -340,10 +340,17 @@ def test_a_norm_beside_the_chain_is_refused_and_one_elsewhere_is_not():
         balance(with_norm, FLAT_CHAIN)
     apart = {"net": params, "norm": with_norm["norm"]}
     assert balance(apart, [Layer(f"net.{name}") for name in "abc"])["norm"] is not None
-    net = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, use_bias=False, rngs=nnx.Rngs(0)))
-    net.layers.append(nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+
+    def net():
+        layers = (
+            nnx.Linear(3, 4, rngs=nnx.Rngs(0)),
+            nnx.BatchNorm(4, rngs=nnx.Rngs(0)),
+            nnx.Linear(4, 2, rngs=nnx.Rngs(0)),
+        )
+        return nnx.Sequential(*layers)
+
     with pytest.raises(ValueError, match=r"layers.1.scale"):
-        enorm(optax.sgd(0.1), optimizer_chain()).init(nnx.state(net, nnx.Param))
+        enorm(optax.sgd(0.1), optimizer_chain()).init(nnx.state(nnx.eval_shape(net), nnx.Param))
 
 
 @pytest.mark.parametrize("name", ["swish", "elu", "tanh", "lk_elu", "softplus"])
