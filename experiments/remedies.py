@@ -33,6 +33,7 @@ from experiments.engine.console import Console
 from experiments.engine.costs import costs
 from experiments.engine.errors import UsageError, run_command
 from experiments.engine.remedies_table import STRESSES, learners, markdown, picture, table
+from experiments.engine.run import public_arguments
 from experiments.engine.timing import step_times
 from experiments.models.remedy_methods import METHODS
 from experiments.models.remedy_net import NETS
@@ -85,9 +86,10 @@ def main() -> None:
     """Run what is missing, then print the table and draw the picture."""
     settings = check(tyro.cli(Settings, prog="python -m experiments.remedies"))
     data, console = data_lib.load("digits", None), Console()
-    shown = [argument for argument in sys.argv[1:] if argument != "--out" and argument != settings.out]
     record = records.Record.open(
-        Path(settings.out), _config(settings, data, shown), same=("experiment", "protocol", "data")
+        Path(settings.out),
+        _config(settings, data, public_arguments(sys.argv[1:])),
+        same=("experiment", "protocol", "data"),
     )
     try:
         run = _Run(settings, data, record, console)
@@ -176,19 +178,12 @@ class _Run:
                 return line
         began = time.perf_counter()
         plan = self.plan(net, name, stress, rate)
-        graph, moment = training.start([self.build(net, name, seed)], plan)
-        latest = [lambda: moment]
-        lines = [
-            line
-            for (line,) in training.fit(
-                graph, moment, self.data, plan, [seed], on_step=lambda now: latest.__setitem__(0, now)
-            )
-        ]
+        model, lines = training.train(self.build(net, name, seed), self.data, plan, seed)
         last = lines[-1]
         kept = ("diverged",) if "diverged" in last else ("test_accuracy", "train_loss", "units", "dead_units")
         result = {**key, **{measure: last[measure] for measure in kept}}
         if "diverged" not in last:
-            result["shift"] = activation_shift(graph, latest[0]().arrays[:2], self.data, plan.inputs)
+            result["shift"] = activation_shift(model, self.data, plan.inputs)
         result["seconds"] = round(time.perf_counter() - began, 1)
         self.record.add(result)
         said = last.get("diverged") or f"test {last['test_accuracy']:.4f}  loss {last['train_loss']:.4f}"
@@ -224,20 +219,21 @@ class _Run:
         self.record.write_times({"steps": self.settings.time_steps, "medians": lines})
 
 
-def activation_shift(graph: Any, variables: Any, data: data_lib.Dataset, inputs: data_lib.Affine) -> float:
+def activation_shift(model: nnx.Module, data: data_lib.Dataset, inputs: data_lib.Affine) -> float:
     """How far units of a layer differ in what they see, on the test set; 0 where all have the same mean.
 
     std over units of E[z] / sqrt(mean over units of var z), averaged over the layers
     """
+    graph, state = nnx.split(model)
 
-    def of_layer(_link: Any, z: Any, units: int) -> jax.Array:
+    def of_layer(_link: Any, z: jax.Array, units: int) -> jax.Array:
         z = z.astype(jnp.float32).reshape(len(z), -1, units)
         return z.mean(axis=(0, 1)).std() / jnp.sqrt(z.var(axis=(0, 1)).mean() + np.finfo(np.float32).tiny)
 
-    def forward(variables: Any, images: jax.Array, inputs: data_lib.Affine) -> list[jax.Array]:
-        return nnx.merge(graph, *variables)(data_lib.scale(images, inputs), train=False, tap=of_layer)[1]
+    def shifts(state: Any, images: jax.Array, inputs: data_lib.Affine) -> list[jax.Array]:
+        return nnx.merge(graph, state)(data_lib.scale(images, inputs), train=False, tap=of_layer)[1]
 
-    return statistics.fmean(float(layer[0]) for layer in jax.jit(forward)(variables, data.test_images, inputs))
+    return statistics.fmean(float(layer[0]) for layer in jax.jit(shifts)(state, data.test_images, inputs))
 
 
 if __name__ == "__main__":

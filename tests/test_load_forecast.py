@@ -341,7 +341,8 @@ def test_the_made_series_has_its_cycles():
     np.testing.assert_array_equal(series.load, load_series.made().load)
     assert series.fingerprint != load_series.made(seed=1).fingerprint
     days = np.log(series.load).reshape(-1, 24)
-    weekday = np.array([(np.datetime64("2018-01-01") + np.timedelta64(day, "D")).item().weekday() for day in range(len(days))])
+    first = np.datetime64("2018-01-01")
+    weekday = np.array([(first + np.timedelta64(day, "D")).item().weekday() for day in range(len(days))])
     assert weekday[0] == 0
     assert days[weekday < 5][:, 8].mean() - days[weekday >= 5][:, 8].mean() > 0.15
     assert abs(days[weekday < 5][:, 3].mean() - days[weekday >= 5][:, 3].mean()) < 0.05

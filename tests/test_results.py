@@ -1,5 +1,6 @@
 """No number in a table of results/ without the record behind it."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from experiments import report
+from experiments.engine import records, remedies_table
+from experiments.headlines import __main__ as headlines
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -75,3 +78,25 @@ def test_a_linked_layer_meets_its_memory_goal():
     linked, plain, naive = (nets["scanned"][name]["temporary_bytes"] for name in ("linked", "plain", "naive"))
     assert linked <= 0.9 * plain
     assert linked <= 0.45 * naive
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (RESULTS / "remedies" / "headlines").glob("*")))
+def test_a_committed_claim_is_what_its_record_gives(name):
+    folder = RESULTS / "remedies" / "headlines" / name
+    claim = importlib.import_module(f"experiments.headlines.{name}").CLAIM
+    page = headlines.page(claim, records.read_config(folder), records.read_lines(folder))
+    assert (folder / headlines.PAGE).read_text(encoding="utf-8") == page
+
+
+def test_the_committed_comparison_of_remedies_is_what_its_record_gives():
+    folder = RESULTS / "remedies"
+    page = remedies_table.markdown(records.read_config(folder), records.read_lines(folder), records.read_times(folder))
+    assert (folder / "table.md").read_text(encoding="utf-8") == page
+
+
+def test_numbers_of_the_page_of_remedies_are_in_its_tables():
+    folder = RESULTS / "remedies"
+    tabled = "".join(path.read_text(encoding="utf-8") for path in folder.rglob("table.md"))
+    numbers = re.findall(r"0\.\d{4} ± 0\.\d{4}", (folder / "README.md").read_text(encoding="utf-8"))
+    assert numbers
+    assert not [number for number in numbers if number not in tabled]

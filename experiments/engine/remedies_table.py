@@ -48,9 +48,10 @@ def table(
       times: of times.json, or None.
 
     Returns:
-      Rows of column name to text. Time and activation memory are relative to relu's.
+      Rows of column name to text. Time and activation memory are relative to relu's; stresses are those that were run.
     """
     cost = _costs(net, nets, times)
+    stresses = [stress for stress in STRESSES if any(line["stress"] == stress for line in lines)]
     found = [(row, chosen(net, row, lines)) for row in cost]
     rows = []
     for row, runs in sorted(found, key=lambda pair: -statistics.fmean(map(accuracy, pair[1] or [{}]))):
@@ -71,7 +72,7 @@ def table(
             "parameters": f"{own['parameters']:,}",
             "batch 1": "yes" if own["batch_one"] else "no",
         }
-        for stress in STRESSES:
+        for stress in stresses:
             under = [line for line in lines if (line["net"], line["row"], line["stress"]) == (net, row, stress)]
             texts[stress] = spread([accuracy(line) for line in under]) if under else "-"
         rows.append(texts)
@@ -113,9 +114,13 @@ def markdown(config: Mapping[str, Any], lines: Sequence[Line], times: Mapping[st
         "training loss. A run that diverged counts as chance. dead: units that are zero on all test images; shift: "
         "standard deviation over units of their mean pre-activation, relative to its deviation over examples. time: of "
         "a training step, relative to relu's in the same run, medians; memory: what the backward pass keeps for an "
-        f"image, relative to relu's. batch 2 ({micro} epochs), raw (pixels from 0 to 255), rate x10: accuracy under "
-        "that stress, for methods that learn at all.",
+        "image, relative to relu's. batch 1: whether it can train on one example, by construction.",
     ]
+    if any(line["stress"] != "none" for line in lines):
+        parts[-1] += (
+            f" batch 2 ({micro} epochs), raw (pixels from 0 to 255), rate x10: accuracy under that stress, for methods "
+            "that learn at all."
+        )
     for net in nets:
         parts += [f"## {net}", markdown_table(table(net, lines, config["nets"], times))]
     says = {entry["row"]: entry["says"] for entry in config["nets"]}

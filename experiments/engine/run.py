@@ -38,7 +38,7 @@ class _Run:
 
     def __init__(self, experiment: Experiment, arguments: list[str]):
         self.experiment, self.console = experiment, Console()
-        self.command = shlex.join(["python", "-m", f"experiments.{experiment.name}", *_public(arguments)])
+        self.command = shlex.join(["python", "-m", f"experiments.{experiment.name}", *public_arguments(arguments)])
         settings = experiment.parse(arguments)
         self.record: records.Record | None = None
         if resumes(settings, experiment.presets["auto"]):
@@ -264,7 +264,7 @@ class _Run:
             raise NonFiniteLossError(f"{runs}{diverged[0]}; try a smaller --lr or another --init")
 
 
-def _public(arguments: Sequence[str]) -> list[str]:
+def public_arguments(arguments: Sequence[str]) -> list[str]:
     """A command line without the options that name this machine's folders."""
     kept, skip = [], False
     for argument in arguments:

@@ -174,6 +174,28 @@ def fit(
         losses, done = [], 0
 
 
+def train(model: nnx.Module, data: data_lib.Dataset, plan: Plan, seed: int) -> tuple[nnx.Module, list[dict[str, Any]]]:
+    """Train one model from start to end, without checkpoints.
+
+    Args:
+      model: left as it is.
+      data: the set.
+      plan: how to train, for one model.
+      seed: of the order of the examples.
+
+    Returns:
+      The trained model, and the lines of `fit`. If it diverged the last line says so, and the model is what was left.
+    """
+    graph, moment = start([model], plan)
+    latest: list[Callable[[], Moment]] = [lambda: moment]
+
+    def on_step(now: Callable[[], Moment]) -> None:
+        latest[0] = now
+
+    lines = [line for lines in fit(graph, moment, data, plan, [seed], on_step=on_step) for line in lines]
+    return nnx.merge(graph, *latest[0]().arrays[:2]), lines
+
+
 def evaluate(
     graph: Any, variables: Any, images: Array, labels: Array, inputs: data_lib.Affine, place: Placement
 ) -> list[dict[str, Any]]:

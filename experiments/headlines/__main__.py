@@ -11,8 +11,9 @@ import importlib
 import shlex
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -23,6 +24,7 @@ from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
 from experiments.headlines.claim import Claim
 
+PAGE = "table.md"
 NAMES = ("lcw", "batch_one", "bcn", "enorm", "ic", "bkn", "riemannian", "noise_aware", "apr")
 
 
@@ -87,23 +89,43 @@ def _test(claim: Claim, settings: Settings, data: data_lib.Dataset) -> None:
                     jax.clear_caches()
     finally:
         record.close()
-    console.table(f"{claim.title}. digits, {epochs} epochs, mean ± sample standard deviation.", table(claim, record))
+    console.table(
+        f"{claim.title}. digits, {epochs} epochs, mean ± sample standard deviation.", table(claim, record.lines)
+    )
+    (record.folder / PAGE).write_text(page(claim, record.config, record.lines), encoding="utf-8")
     console.say(f"record   {record.folder}\n")
 
 
-def table(claim: Claim, record: records.Record) -> list[dict[str, str]]:
+def table(claim: Claim, lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """A row for each method: each measure's mean and deviation over the seeds."""
     rows = []
     for name in claim.rows:
-        lines = [line for line in record.lines if line["row"] == name]
-        if lines:
+        runs = [line for line in lines if line["row"] == name]
+        if runs:
             row = {"row": name}
             for key, heading in claim.measures.items():
-                values = [line[key] for line in lines if key in line]
+                values = [run[key] for run in runs if key in run]
                 row[heading] = tables.spread(values) if values else "-"
-            seconds = statistics.fmean(line["seconds"] for line in lines)
-            rows.append(row | {"seeds": str(len(lines)), "time": f"{seconds:.0f} s"})
+            seconds = statistics.fmean(run["seconds"] for run in runs)
+            rows.append(row | {"seeds": str(len(runs)), "time": f"{seconds:.0f} s"})
     return rows
+
+
+def page(claim: Claim, config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
+    """The page of a record, from the record alone."""
+    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+    parts = [
+        f"# {claim.title}",
+        f"The claim: {config['says']}",
+        f"The test: {config['protocol']['text']}",
+        f"{config['data']['description']}, fingerprint {config['data']['fingerprint']}; {config['protocol']['epochs']} "
+        "epochs; mean ± sample standard deviation over seeds.",
+        tables.markdown(table(claim, lines)),
+        f"- versions: {versions}\n- commit: {config['commit']}\n- hardware: {config['hardware']['devices']} x "
+        f"{config['hardware']['device']}, {config['hardware']['cpu_cores']} cores",
+        f"```bash\n{config['command']}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

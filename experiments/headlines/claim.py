@@ -69,12 +69,4 @@ def train(
       The trained model, and a line for each epoch: train_loss, test_accuracy, ... A run that diverges has a last line
       with diverged, and no further ones; its model is what was left.
     """
-    plan = training.Plan(optimizer, epochs, batch_size)
-    graph, moment = training.start([model], plan)
-    latest: list[Callable[[], training.Moment]] = [lambda: moment]
-
-    def on_step(now: Callable[[], training.Moment]) -> None:
-        latest[0] = now
-
-    lines = [line for (line,) in training.fit(graph, moment, data, plan, [seed], on_step=on_step)]
-    return nnx.merge(graph, *latest[0]().arrays[:2]), lines
+    return training.train(model, data, training.Plan(optimizer, epochs, batch_size), seed)
