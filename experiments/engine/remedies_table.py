@@ -143,19 +143,20 @@ def picture(config: Mapping[str, Any], lines: Sequence[Line], times: Mapping[str
     from matplotlib.figure import Figure
 
     nets = list(dict.fromkeys(entry["net"] for entry in config["nets"]))
-    figure = Figure(figsize=(7 * len(nets), 6), layout="constrained")
+    figure = Figure(figsize=(8.5 * len(nets), 6), layout="constrained")
     for panel, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
-        for row, cost in _costs(net, config["nets"], times).items():
-            values = [accuracy(run) for run in chosen(net, row, lines)]
-            if not values or "time" not in cost:
-                continue
-            mean, error = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0
+        cost = _costs(net, config["nets"], times)
+        found = {row: [accuracy(run) for run in chosen(net, row, lines)] for row in cost if "time" in cost[row]}
+        ranked = sorted((row for row in found if found[row]), key=lambda row: -statistics.fmean(found[row]))
+        for rank, row in enumerate(ranked, start=1):
+            mean, error = statistics.fmean(found[row]), statistics.stdev(found[row]) if len(found[row]) > 1 else 0
             colour = "#0072B2" if row.startswith("lk_") else "#D55E00"
-            panel.errorbar(cost["time"], mean, error, fmt="o", color=colour, capsize=3)
-            panel.annotate(row, (cost["time"], mean), xytext=(5, 3), textcoords="offset points", fontsize=8)
-        panel.set(
-            title=net, xlabel="time of a training step / relu's", ylabel="test accuracy, last epoch", ylim=(0, 1.05)
-        )
+            bar = panel.errorbar(cost[row]["time"], mean, error, fmt="o", color=colour, capsize=3, ms=4)
+            bar.set_label(f"{rank}  {row}  {mean:.4f}")
+            panel.annotate(str(rank), (cost[row]["time"], mean), xytext=(4, 3), textcoords="offset points")
+        panel.set(title=net, xlabel="time of a training step / relu's", ylabel="test accuracy, last epoch")
+        if ranked:
+            panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
     figure.suptitle(f"{config['data']['name']}, {config['protocol']['epochs']} epochs; linked neurons in blue")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
     return path
