@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import report
-from experiments.engine import records, remedies_table
+from experiments import load_forecast, report
+from experiments.engine import records, remedies_table, tables
 from experiments.headlines import __main__ as headlines
 
 ROOT = Path(__file__).parent.parent
@@ -100,3 +100,9 @@ def test_numbers_of_the_page_of_remedies_are_in_its_tables():
     numbers = re.findall(r"0\.\d{4} ± 0\.\d{4}", (folder / "README.md").read_text(encoding="utf-8"))
     assert numbers
     assert not [number for number in numbers if number not in tabled]
+
+
+def test_the_committed_forecast_is_what_its_record_gives():
+    folder = RESULTS / "load_forecast"
+    table = load_forecast.table(records.read_lines(folder), records.read_config(folder)["nets"])
+    assert tables.markdown(table) in (folder / "README.md").read_text(encoding="utf-8")
