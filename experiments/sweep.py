@@ -36,6 +36,8 @@ from experiments.engine.settings import Cell, recorded
 _RATES = "--act swish lk_swish selu lk_selu lk_relu --lr 1e-2 1e-3 1e-4 1e-5 --init glorot auto"
 SWEEPS = {**{name: (name, "--act all") for name in TABLES}, "learning_rates": ("depth", _RATES)}
 """Name -> its table, and the options that come before those of the command line."""
+_WHOLE = ("remedies", "headlines", "plasticity")
+"""Commands that run all their nets themselves, and go on with what is there when they are given again."""
 _DIVERGED = 3  # the exit code of a run that diverged: a result
 _LOCK = ".sweep.lock"
 _LOOK_EVERY = 0.1  # seconds
@@ -113,6 +115,11 @@ def plan(sweep: Sweep, passed_on: Sequence[str], out: Path) -> list[Job]:
     Raises:
       UsageError: if there is no such table, an option is wrong, or the folder has records with other settings.
     """
+    if sweep.name in _WHOLE:
+        raise UsageError(
+            f"{sweep.name} runs all its nets by one command, which given again goes on with what is there; "
+            f"run python -m experiments.{sweep.name}"
+        )
     if sweep.name not in SWEEPS:
         raise UsageError(f"there is no table {sweep.name}; take one of {', '.join(SWEEPS)}")
     for name in ("seeds", "jobs"):

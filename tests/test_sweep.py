@@ -147,6 +147,7 @@ def test_learning_rates(command):
     ("arguments", "why"),
     [
         (["dpeth"], "no table dpeth; take one of width, depth, .*learning_rates"),
+        (["remedies"], "remedies runs all its nets by one command.*; run python -m experiments.remedies"),
         (["depth", "--jobs", "0"], "--jobs is at least 1, got 0"),
         (["depth", "--seeds", "0"], "--seeds is at least 1, got 0"),
         (["depth", "--", "--act", "lk_rleu"], "lk_rleu"),

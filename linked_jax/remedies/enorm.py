@@ -249,6 +249,9 @@ def _unit_of_input(layer: Layer, kernel: Array, before: _Part) -> np.ndarray:
 
 
 def _check(chain: Sequence[Layer], c: float) -> None:
+    for layer in chain:
+        if not isinstance(layer, Layer):
+            raise TypeError(f"a chain is made of Layer, got {layer!r}; pass e.g. Layer('conv1')")
     paths = [layer.path for layer in chain]
     for a, b in itertools.combinations(paths, 2):
         if a == b:

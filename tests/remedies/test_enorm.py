@@ -333,6 +333,11 @@ def test_bad_chains(chain, options, message):
         enorm(optax.sgd(0.1), chain, **options).init(params)
 
 
+def test_a_chain_is_made_of_layers(unchecked):
+    with pytest.raises(TypeError, match=r"made of Layer, got 'a'; pass e.g. Layer\('conv1'\)"):
+        balance({"a": {"kernel": jnp.ones((2, 2))}}, ["a", "b"])
+
+
 def test_a_norm_beside_the_chain_is_refused_and_one_elsewhere_is_not():
     params = dense_params([3, 5, 4, 2], dtype=np.float32)
     with_norm = {**params, "norm": {"scale": jnp.ones(5), "bias": jnp.zeros(5)}}
