@@ -11,8 +11,14 @@ import pytest
 
 jaxtyping.install_import_hook("linked_jax", "beartype.beartype")  # before anything imports linked_jax
 
-hypothesis.settings.register_profile("linked_jax", deadline=None, max_examples=25, derandomize=True, database=None)
-hypothesis.settings.load_profile("linked_jax")
+
+def pytest_configure(config):
+    """Hypothesis tries 10 examples, and 25 where the slow tests are asked for."""
+    examples = 10 if config.option.markexpr == "not slow" else 25
+    hypothesis.settings.register_profile(
+        "linked_jax", deadline=None, max_examples=examples, derandomize=True, database=None
+    )
+    hypothesis.settings.load_profile("linked_jax")
 
 
 @pytest.fixture
@@ -24,8 +30,7 @@ def unchecked():
 
 
 CHEAP = {
-    "test_architecture", "test_augment", "test_data", "test_depth", "test_dynamics", "test_load_forecast",
-    "test_parallel", "test_published", "test_records", "test_report", "test_results", "test_resume", "test_rows",
+    "test_architecture", "test_augment", "test_data", "test_depth", "test_parallel", "test_published", "test_records", "test_report", "test_results", "test_resume", "test_rows",
     "test_settings", "test_sweep", "test_training",
 }  # fmt: skip
 

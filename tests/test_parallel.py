@@ -61,6 +61,7 @@ def train(digits, act="relu_bn", *, devices=1, mode="sequential", optimizer=ADAM
 WAYS = [(2, "sequential"), (1, "vmap"), (2, "vmap"), (2, "spread")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "mode", "act"),
     [(2, "sequential", "relu_bn")]

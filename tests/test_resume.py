@@ -113,6 +113,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path):
     code, _, error = kill_and_resume(tmp_path / "run", 1, 0, SMALL, "depth", longest=1.0)
     assert (code, error) == (0, "")
