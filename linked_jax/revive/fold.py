@@ -1,0 +1,149 @@
+"""Fold for deployment: batch norm, LCW and NormProp become plain weights with the same outputs in evaluation.
+
+((x K + b) - mean) r + beta = x (K r) + ((b - mean) r + beta),   r = gamma / sqrt(var + epsilon)
+"""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from linked_jax.remedies.lcw import LCWConv, LCWLinear
+from linked_jax.remedies.normprop import NormPropConv, NormPropLinear, unit_filters
+from linked_jax.revive.joints import is_activation
+from linked_jax.revive.unlink import opened
+
+Layer = TypeVar("Layer", nnx.Linear, nnx.Conv)
+
+
+def fold_batch_norm(layer: Layer, norm: nnx.BatchNorm) -> Layer:
+    """One layer that computes what the layer and then the batch norm compute in evaluation.
+
+        K' = K r,   b' = (b - mean) r + beta,   r = gamma / sqrt(var + epsilon)
+
+    Args:
+      layer: an nnx.Linear or nnx.Conv, with or without a bias.
+      norm: with axis=-1 and one channel for each output of the layer; its running statistics are used.
+
+    Returns:
+      A new layer, with a bias. Computed in float32 at least, then in the dtype of the parameters.
+
+    Raises:
+      ValueError: if the two are something else or do not fit.
+
+    Reference: Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only
+    inference, 2018.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from linked_jax.revive import fold_batch_norm
+      >>> rngs = nnx.Rngs(0)
+      >>> conv, norm = nnx.Conv(3, 4, (3, 3), use_bias=False, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+      >>> fold_batch_norm(conv, norm)(jnp.ones((2, 8, 8, 3))).shape
+      (2, 8, 8, 4)
+    """
+    if type(layer) not in (nnx.Linear, nnx.Conv) or not isinstance(norm, nnx.BatchNorm):
+        raise ValueError(
+            f"a batch norm folds into nnx.Linear or nnx.Conv, got {type(layer).__name__} and {type(norm).__name__}"
+        )
+    if norm.axis != -1 or norm.num_features != layer.out_features:
+        raise ValueError(
+            f"a layer with {layer.out_features} outputs takes a batch norm of as many on axis -1, got "
+            f"{norm.num_features} on axis {norm.axis}"
+        )
+    dtype = jnp.promote_types(layer.kernel.dtype, jnp.float32)
+    kernel, bias, mean, var, scale, shift = (
+        0.0 if a is None else a[...].astype(dtype)
+        for a in (layer.kernel, layer.bias, norm.mean, norm.var, norm.scale, norm.bias)
+    )
+    ratio = (1.0 if norm.scale is None else scale) / jnp.sqrt(var + norm.epsilon)
+    return _with_weights(layer, kernel * ratio, (bias - mean) * ratio + shift)
+
+
+def fold_normprop(layer: NormPropLinear | NormPropConv) -> nnx.Linear | nnx.Conv:
+    """A plain layer with the weights of a NormProp layer, and the same output.
+
+        K = gamma w / ||w||,   b = beta
+
+    Its activation, `normalized(link)`, stays what it is.
+
+    Args:
+      layer: a `NormPropLinear` or `NormPropConv`.
+
+    Returns:
+      An nnx.Linear or nnx.Conv with parameters of its own.
+
+    Raises:
+      ValueError: if the layer is something else.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from linked_jax.remedies import NormPropLinear
+      >>> from linked_jax.revive import fold_normprop
+      >>> layer, x = NormPropLinear(8, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 8))
+      >>> jnp.abs(fold_normprop(layer)(x) - layer(x)).max() < 1e-6
+      Array(True, dtype=bool)
+    """
+    if not isinstance(layer, (NormPropLinear, NormPropConv)):
+        raise ValueError(f"fold_normprop takes a NormPropLinear or a NormPropConv, got a {type(layer).__name__}")
+    *window, in_features, out_features = layer.kernel.shape
+    options: dict[str, Any] = {"dtype": layer.dtype, "param_dtype": layer.param_dtype, "rngs": nnx.Rngs(0)}
+    if isinstance(layer, NormPropConv):
+        geometry: dict[str, Any] = {"strides": layer.strides, "padding": layer.padding}
+        plain = nnx.Conv(in_features, out_features, tuple(window), **geometry, **options)
+    else:
+        plain = nnx.Linear(in_features, out_features, **options)
+    return _with_weights(plain, layer.scale[...] * unit_filters(layer.kernel[...]), layer.bias[...])
+
+
+def fold_sequential(model: nnx.Sequential) -> nnx.Sequential:
+    """The model with everything folded that can be: LCW, NormProp, and batch norm into the layer right before it.
+
+    Linked layers become a link and a plain layer. A batch norm after an activation is refused: its shift does not pass
+    the activation, g(r z + s) is not r g(z) + s, and its scale passes one only where g is positively homogeneous.
+
+    Args:
+      model: trained.
+
+    Returns:
+      A new `nnx.Sequential` with variables of its own and the same outputs in evaluation.
+
+    Raises:
+      ValueError: if a batch norm does not follow an nnx.Linear or nnx.Conv directly; with its index.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from linked_jax.revive import fold_sequential
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=rngs), nnx.BatchNorm(16, rngs=rngs), jax.nn.relu)
+      >>> [type(layer).__name__ for layer in fold_sequential(model).layers[:1]], len(fold_sequential(model).layers)
+      (['Linear'], 2)
+    """
+    layers: list[Any] = []
+    for i, layer in enumerate(opened(model)):
+        if isinstance(layer, (LCWLinear, LCWConv)):
+            layers.append(layer.fold())
+        elif isinstance(layer, (NormPropLinear, NormPropConv)):
+            layers.append(fold_normprop(layer))
+        elif isinstance(layer, nnx.BatchNorm):
+            before: Any = layers[-1] if layers else None
+            if type(before) not in (nnx.Linear, nnx.Conv):
+                reason = "an activation, which its shift does not pass" if is_activation(before) else f"{before}"
+                raise ValueError(f"the batch norm at layers[{i}] follows {reason}; move it right behind a layer")
+            layers[-1] = fold_batch_norm(before, layer)
+        else:
+            layers.append(layer)
+    return nnx.Sequential(*layers)
+
+
+def _with_weights(layer: Any, kernel: jax.Array, bias: jax.Array) -> Any:
+    layer = nnx.clone(layer)
+    dtype = layer.kernel.dtype
+    layer.kernel[...] = kernel.astype(dtype)
+    layer.bias = nnx.Param(bias.astype(dtype))
+    layer.use_bias = True
+    return layer

@@ -1,0 +1,223 @@
+"""Where the activations of an `nnx.Sequential` are, and the layers around them.
+
+An activation is a `Link`, or a function that is elementwise and not affine; functions are tried on a few numbers. What
+stands between it and the next nnx.Linear or nnx.Conv must treat channels alike: pools, flatten, dropout, batch norm.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from linked_jax.linking import Link, join
+
+Function = Any
+_LAYERS = (nnx.Linear, nnx.Conv)
+_NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """An activation of a Sequential and what is around it, as indices of its layers.
+
+    Attributes:
+      before: the layer before it.
+      activation: the activation.
+      after: the next layer.
+      inner_norms: norms of any kind between the layer and the activation.
+      norm: the batch norm between the activation and the next layer, or None.
+      units: the layer's number of output channels C.
+      width: that of the pre-activation: C, or positions * C if a flatten stands before the activation.
+      positions: of a flatten after the activation, else 1: the next layer has positions * d * width input features.
+      link: the activation as a `Link`.
+    """
+
+    before: int
+    activation: int
+    after: int
+    inner_norms: tuple[int, ...]
+    norm: int | None
+    units: int
+    width: int
+    positions: int
+    link: Link
+
+
+def activations(model: nnx.Sequential) -> list[int]:
+    """The indices of the activations that have an nnx.Linear or nnx.Conv before them.
+
+    Raises:
+      ValueError: if model is not an nnx.Sequential, or a layer stands in it twice.
+    """
+    check_sequential(model)
+    layers = list(model.layers)
+    modules = [id(layer) for layer in layers if _has_variables(layer)]
+    if len(set(modules)) < len(modules):
+        raise ValueError("a layer stands in the model twice, and shared weights are not handled; give each its own")
+    first = next((i for i, layer in enumerate(layers) if isinstance(layer, _LAYERS)), len(layers))
+    return [i for i in range(first, len(layers)) if is_activation(layers[i])]
+
+
+def check_sequential(model: Any) -> None:
+    """Refuse other models.
+
+    Raises:
+      ValueError: if model is not an nnx.Sequential.
+    """
+    if not isinstance(model, nnx.Sequential):
+        raise ValueError(f"model is an nnx.Sequential, got a {type(model).__name__}; for other models see link_params")
+
+
+def last_layer(model: nnx.Sequential) -> int:
+    """The index of the last nnx.Linear or nnx.Conv; -1 if there is none."""
+    return max((i for i, layer in enumerate(model.layers) if isinstance(layer, _LAYERS)), default=-1)
+
+
+def joint_at(model: nnx.Sequential, index: int) -> Joint:
+    """What is around the activation at this index, one of `activations`.
+
+    Raises:
+      ValueError: if something there is not handled; with the index of the layer.
+    """
+    layers: list[Any] = list(model.layers)
+    before = max(i for i in range(index) if isinstance(layers[i], _LAYERS))
+    after = next((i for i in range(index + 1, len(layers)) if isinstance(layers[i], _LAYERS)), None)
+    if after is None:
+        raise ValueError(f"layers[{index}], an activation, has no nnx.Linear or nnx.Conv after it; add or remove one")
+    inner, outer = range(before + 1, index), range(index + 1, after)
+    for i in (*inner, *outer):
+        _check_known(layers[i], i)
+        if is_activation(layers[i]):
+            raise ValueError(f"layers[{index}] and layers[{i}] are activations in a row; write them as one function")
+    norms = [i for i in outer if isinstance(layers[i], _NORMS)]
+    for i in norms:
+        _check_outer_norm(layers[i], i, first=i == norms[0])
+    _check_next(layers[after], after)
+
+    activation = layers[index]
+    link = activation if isinstance(activation, Link) else Link((activation,))
+    units, rows = layers[before].out_features, layers[after].in_features
+    space = len(layers[before].kernel_size) if isinstance(layers[before], nnx.Conv) else None
+    inner_functions, outer_functions = (
+        [layers[i] for i in span if not isinstance(layers[i], (*_NORMS, nnx.Dropout))] for span in (inner, outer)
+    )
+    flattened = _flatten_is(inner_functions, outer_functions, space, link, grows=rows != link.arity * units)
+    if flattened == "unknown":
+        raise ValueError(
+            f"a function between layers[{before}] and layers[{after}] does not treat channels alike, or asks for one "
+            "fixed shape; pools, and a flatten to (N, -1), are fine"
+        )
+    positions, left = divmod(rows, link.arity * units)
+    if left or (positions != 1 and flattened == "nowhere"):
+        raise ValueError(
+            f"layers[{after}] has {rows} input features, which do not pair with {units} units of layers[{before}] and "
+            f"{link.arity} members of layers[{index}]"
+        )
+    return Joint(
+        before=before,
+        activation=index,
+        after=after,
+        inner_norms=tuple(i for i in inner if isinstance(layers[i], _NORMS)),
+        norm=norms[0] if norms else None,
+        units=units,
+        width=units * positions if flattened == "before" else units,
+        positions=1 if flattened == "before" else positions,
+        link=link,
+    )
+
+
+@jax.ensure_compile_time_eval()  # under jit too
+def is_activation(layer: Any) -> bool:
+    """Whether it is a link, or an elementwise function that is not affine."""
+    if isinstance(layer, Link):
+        return True
+    if isinstance(layer, (*_NORMS, nnx.Dropout)) or _has_variables(layer):
+        return False
+    rng = np.random.default_rng(0)
+    try:
+        x, y = (jnp.asarray(3 * rng.normal(size=(8, 3)), jnp.float32) for _ in range(2))
+        f = lambda x: np.asarray(layer(x), np.float64)  # noqa: E731
+        value = f(x)
+        if value.shape != x.shape:
+            return False
+        one_by_one = np.array([[f(entry[None, None]).item() for entry in row] for row in x[:2]])
+        bend = f(x + y) - value - f(y) + f(jnp.zeros_like(x))
+    except Exception:  # it does not take such an array, so it is no activation; joint_at tries it as a pool or flatten
+        return False
+    scale = 1e-2 * np.abs(value).max() + 1e-6  # more than the rounding of half precision
+    return bool(np.abs(value[:2] - one_by_one).max() <= scale and np.abs(bend).max() > scale)
+
+
+@jax.ensure_compile_time_eval()
+def _flatten_is(
+    inner: Sequence[Function], outer: Sequence[Function], space: int | None, link: Link, *, grows: bool
+) -> str:
+    """Where functions flatten: "nowhere", "before" or "after" the activation; "unknown" if they mix channels.
+
+    They are tried on three channels: what comes after the link must give the members of what it gives for each.
+    """
+    if not inner and not outer:
+        return "nowhere"
+    spaces = range(3) if space is None else [space]
+    for shape in [(2, *(size,) * n, 3) for size in (8, 32, 128) for n in spaces]:
+        rng = np.random.default_rng(0)
+        try:
+            members = [_through(inner, jnp.asarray(rng.normal(size=shape), jnp.float32)) for _ in range(2)]
+            alone = [_through(outer, a) for a in members]
+            together = _through(outer, join(members, -1, link.layout))
+        except Exception:  # pools do not take every shape
+            continue
+        width = members[0].shape[-1]
+        if not alone[0].size or alone[0].shape[-1] % width:
+            continue
+        by_position = [a.reshape(*a.shape[:-1], -1, width) for a in alone]
+        wanted = join(by_position, -1, link.layout).reshape(*alone[0].shape[:-1], -1)
+        if together.shape != wanted.shape or not np.allclose(together, wanted, rtol=1e-4, atol=1e-5):
+            continue
+        where = ["before"] * (width != 3) + ["after"] * (alone[0].shape[-1] != width)
+        if len(where) < 2 and (where or not grows):
+            return where[0] if where else "nowhere"
+    return "unknown"
+
+
+def _through(functions: Sequence[Function], x: Array) -> Array:
+    for f in functions:
+        x = f(x)
+    return x
+
+
+def _has_variables(layer: Any) -> bool:
+    return isinstance(layer, nnx.Module) and bool(jax.tree.leaves(nnx.state(layer, nnx.Variable)))
+
+
+def _check_known(layer: Any, i: int) -> None:
+    if not isinstance(layer, (*_NORMS, nnx.Dropout)) and _has_variables(layer):
+        raise ValueError(
+            f"layers[{i}], a {type(layer).__name__}, stands beside an activation and is not handled; use nnx.Linear, "
+            "nnx.Conv and nnx.BatchNorm, and fold other layers into them first"
+        )
+
+
+def _check_outer_norm(norm: Any, i: int, *, first: bool) -> None:
+    if not isinstance(norm, nnx.BatchNorm):
+        raise ValueError(
+            f"layers[{i}], a {type(norm).__name__} after an activation, would give other values with added members; "
+            "only batch norm can stand there"
+        )
+    if norm.axis != -1 or not first:
+        raise ValueError(f"layers[{i}]: one batch norm with axis=-1 may follow an activation, got axis={norm.axis}")
+
+
+def _check_next(layer: Any, i: int) -> None:
+    if type(layer) not in _LAYERS:
+        raise ValueError(
+            f"layers[{i}] is a {type(layer).__name__}, whose output may not be linear in its kernel; use nnx.Linear or "
+            "nnx.Conv itself"
+        )
+    if isinstance(layer, nnx.Conv) and (layer.feature_group_count != 1 or layer.mask is not None):
+        raise ValueError(f"layers[{i}], a grouped or masked convolution, cannot take added channels; use a plain one")

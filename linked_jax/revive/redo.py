@@ -1,0 +1,128 @@
+"""ReDo: give dormant units new weights, so that they can learn again."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from linked_jax.linking import join
+from linked_jax.revive.expand import Names, edit, leaves_by_name, same_shape
+from linked_jax.revive.joints import Joint, activations, joint_at, last_layer
+
+_START = {"mean": 0.0, "var": 1.0, "scale": 1.0, "bias": 0.0}
+
+
+def redo(
+    model: nnx.Sequential, opt_state: Any, x: Float[Array, "..."], *, tau: float = 0.025, key: PRNGKeyArray
+) -> tuple[nnx.Sequential, Any, Int[Array, ""]]:
+    """Re-initialise the units that hardly ever fire: a new model, a new optimiser state, and how many units it were.
+
+        s_i = m_i / mean_k m_k,   m_i = mean of |h_i| over batch, positions and members of the link
+        s_i <= tau:   incoming weights drawn anew, bias 0, outgoing weights 0, moments of all these 0
+
+    A linked unit is scored as one, and the weights of all its members become 0. All layers are scored first, then
+    changed. With tau = 0 and dead relu units outputs stay the same, unless a batch norm stands after the activation:
+    then the constant that it made of a dead unit is gone.
+
+    Args:
+      model: as for `link_sequential`; linked already or not. Norms between a layer and its activation are batch norms:
+        a dormant unit's entries become mean 0, variance 1, scale 1 and bias 0. It is scored in evaluation mode.
+      opt_state: of tx.init(nnx.state(model, nnx.Param)), with arrays of the parameters' shapes; counts stay.
+      x: the model's input, a batch, floating-point.
+      tau: the largest score of a dormant unit, at least 0.
+      key: for the new weights: LeCun normal, the Flax default, since layers do not keep their kernel_init. Not
+        the key that the model was built with, which could draw the same weights again.
+
+    Returns:
+      The model, the state and the number of units, an integer scalar. Works under `jax.jit`.
+
+    Raises:
+      ValueError: if there is no activation between two layers, tau is negative, or a layer is not handled.
+
+    Reference: Sokar et al., The dormant neuron phenomenon in deep reinforcement learning, 2023.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> from linked_jax.revive import redo
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=rngs), jax.nn.relu, nnx.Linear(16, 3, rngs=rngs))
+      >>> model.layers[0].bias[...] = jnp.where(jnp.arange(16) < 5, -100.0, 0.0)  # five dead units
+      >>> opt_state = optax.adam(1e-3).init(nnx.state(model, nnx.Param))
+      >>> x = jax.random.normal(jax.random.key(0), (32, 8))
+      >>> model, opt_state, units = redo(model, opt_state, x, key=jax.random.key(1))
+      >>> int(units)
+      5
+    """
+    if not tau >= 0:
+        raise ValueError(f"tau is at least 0, got {tau}; 0 finds the units that never fire")
+    joints = [joint_at(model, i) for i in activations(model) if i < last_layer(model)]
+    if not joints:
+        raise ValueError("no activation between two layers (nnx.Linear or nnx.Conv) is in the model, so no units")
+    outputs = _outputs(model, x)
+    state = nnx.state(model)
+    leaves = leaves_by_name(state)
+    new: dict[Names, tuple[Any, Any]] = {}  # where, and what
+    gone: dict[Names, Any] = {}  # where there will be 0
+    count = jnp.zeros((), int)
+    for joint, subkey in zip(joints, jax.random.split(key, len(joints)), strict=True):
+        dormant = _dormant(outputs[joint.activation], joint, tau)
+        count += dormant.sum()
+        layer = ("layers", str(joint.before))
+        kernel = leaves[*layer, "kernel"]
+        new[*layer, "kernel"] = dormant, nnx.initializers.lecun_normal()(subkey, kernel.shape, kernel.dtype)
+        new[*layer, "bias"] = dormant, 0.0
+        members = join([jnp.tile(dormant, joint.width // joint.units)] * joint.link.arity, -1, joint.link.layout)
+        for i in joint.inner_norms:
+            _check_norm(model.layers[i], i)
+            new |= _restarted(model.layers[i], i, dormant)
+        if joint.norm is not None:
+            new |= _restarted(model.layers[joint.norm], joint.norm, members)
+        gone["layers", str(joint.after), "kernel"] = jnp.tile(members, joint.positions)[:, None]
+
+    def renewed(a: Array, name: Names) -> Array:
+        where, what = new.get(name, (False, 0.0))
+        return jnp.where(gone.get(name, False), 0, jnp.where(where, what, a)).astype(a.dtype)
+
+    def forgotten(a: Array, name: Names) -> Array:
+        where, _ = new.get(name, (False, 0.0))
+        return jnp.where(where | gone.get(name, False), 0, a)
+
+    names = leaves.keys() & {*new, *gone}
+    fresh = nnx.clone(model)
+    nnx.update(fresh, edit(state, {name: functools.partial(renewed, name=name) for name in names}, leaves))
+    forget = {name: same_shape(functools.partial(forgotten, name=name), name, leaves[name]) for name in names}
+    return fresh, edit(opt_state, forget, leaves), count
+
+
+def _outputs(model: nnx.Sequential, x: Array) -> list[Array]:
+    """The output of each layer, in evaluation mode, with no trace left in the model."""
+    model = nnx.clone(model)
+    model.eval()
+    return [x := layer(x) for layer in model.layers]
+
+
+def _dormant(h: Array, joint: Joint, tau: float) -> Bool[Array, " c"]:
+    """s_i <= tau, without the division: all units of a silent layer are dormant."""
+    link = joint.link
+    shape = (link.arity, joint.width) if link.layout == "blocked" else (joint.width, link.arity)
+    size = jnp.abs(h.astype(jnp.promote_types(h.dtype, jnp.float32))).reshape(-1, *shape)
+    size = size.mean(axis=(0, 1 if link.layout == "blocked" else 2)).reshape(-1, joint.units).mean(axis=0)
+    return size <= tau * size.mean()
+
+
+def _restarted(norm: Any, i: int, mask: Array) -> dict[Names, tuple[Any, Any]]:
+    """The entries of a batch norm as at its start, for the masked channels."""
+    where = jnp.tile(mask, norm.num_features // len(mask))
+    return {("layers", str(i), name): (where, value) for name, value in _START.items()}
+
+
+def _check_norm(norm: Any, i: int) -> None:
+    if not isinstance(norm, nnx.BatchNorm) or norm.axis != -1:
+        raise ValueError(
+            f"layers[{i}], a {type(norm).__name__} before an activation: new weights of one unit would change the "
+            "others' outputs; only batch norm with axis=-1 is handled"
+        )

@@ -1,0 +1,132 @@
+"""Link a whole `nnx.Sequential`, and its optimiser's state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from linked_jax.linking import Link
+from linked_jax.revive.expand import Pair, link_moments, link_params
+from linked_jax.revive.joints import Joint, activations, joint_at, last_layer
+
+
+def link_sequential(model: nnx.Sequential, link: Link) -> nnx.Sequential:
+    """A new model with the same outputs, in which the link stands for every plain activation.
+
+        g(z) W  ->  f(z) [W; 0],   f = link,   g = its first member
+
+    Links of two or more members stay, and so do functions before the first layer and after the last one. Added channels
+    of a batch norm after an activation: see `link_params`. Dropout draws other masks for more channels.
+
+    Args:
+      model: of nnx.Linear, nnx.Conv, activations, norms, nnx.Dropout, pools, flatten and other functions. Norms other
+        than batch norm stand before activations only. A flatten must leave the number of channels open.
+      link: its first member is the model's activation, compared in values; axis -1.
+
+    Returns:
+      A new `nnx.Sequential` with variables of its own. Optimiser: `link_opt_state`.
+
+    Raises:
+      ValueError: if there is no plain activation, one is not the link's first member or has no layer after it, or what
+        stands between is not handled; with the index of the layer.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from linked_jax import lk_relu
+      >>> from linked_jax.revive import link_sequential
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=rngs), jax.nn.relu, nnx.Linear(16, 3, rngs=rngs))
+      >>> revived = link_sequential(model, lk_relu)
+      >>> x = jnp.ones((2, 8))
+      >>> jnp.abs(revived(x) - model(x)).max() < 1e-6, revived.layers[2].kernel.shape
+      (Array(True, dtype=bool), (32, 3))
+    """
+    joints = _plain_joints(model, link)
+    state = link_params(nnx.state(model), _pairs(joints), link)
+    new = nnx.clone(model)
+    nnx.update(new, state)
+    for joint in joints:
+        new.layers[joint.activation] = link
+        fit(new.layers[joint.after])
+        if joint.norm is not None:
+            fit(new.layers[joint.norm])
+    return new
+
+
+def link_opt_state(opt_state: Any, model: nnx.Sequential, link: Link) -> Any:
+    """The Optax state for the model that `link_sequential` gives: moments of kept weights kept, new ones 0.
+
+    Args:
+      opt_state: of tx.init(nnx.state(model, nnx.Param)); see `link_moments`.
+      model: the plain model, before `link_sequential`.
+      link: the same one.
+
+    Returns:
+      A new state, like that of tx.init(nnx.state(link_sequential(model, link), nnx.Param)).
+
+    Raises:
+      ValueError: as `link_sequential` and `link_moments`.
+
+    Example:
+      >>> import jax, optax
+      >>> from flax import nnx
+      >>> from linked_jax import lk_relu
+      >>> from linked_jax.revive import link_opt_state, link_sequential
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=rngs), jax.nn.relu, nnx.Linear(16, 3, rngs=rngs))
+      >>> opt_state = optax.adam(1e-3).init(nnx.state(model, nnx.Param))
+      >>> model, opt_state = link_sequential(model, lk_relu), link_opt_state(opt_state, model, lk_relu)
+      >>> opt_state[0].nu["layers"][2]["kernel"].shape
+      (32, 3)
+    """
+    return link_moments(opt_state, nnx.state(model, nnx.Param), _pairs(_plain_joints(model, link)), link)
+
+
+def fit(layer: Any) -> None:
+    """Set the sizes that a layer remembers to those of its variables."""
+    if isinstance(layer, nnx.BatchNorm):
+        layer.num_features = layer.mean.shape[0]
+    else:
+        layer.in_features = layer.kernel.shape[-2]
+        if isinstance(layer, nnx.Conv):
+            layer.kernel_shape = layer.kernel.shape
+
+
+def _plain_joints(model: nnx.Sequential, link: Link) -> list[Joint]:
+    """The places of the activations that are to be linked, each checked."""
+    plain = [i for i in activations(model) if getattr(model.layers[i], "arity", 1) == 1]
+    last = last_layer(model)
+    for i in plain:
+        same = _same_values(model.layers[i], link.members[0])
+        if i < last and not same:
+            raise ValueError(
+                f"the link's first member must be the activation, got {link} for layers[{i}], {model.layers[i]}; "
+                "pass a link that starts with it"
+            )
+        if i > last and same:
+            raise ValueError(f"layers[{i}], an activation, has no nnx.Linear or nnx.Conv after it; add or remove one")
+    inner = [i for i in plain if i < last]
+    if not inner:
+        raise ValueError("no plain activation between two layers (nnx.Linear or nnx.Conv) is in the model, got none")
+    return [joint_at(model, i) for i in inner]
+
+
+def _pairs(joints: list[Joint]) -> list[Pair]:
+    """Where the activations stand, as paths in the model's state."""
+    return [
+        Pair(
+            after=("layers", joint.after),
+            norm=None if joint.norm is None else ("layers", joint.norm),
+            positions=joint.positions,
+        )
+        for joint in joints
+    ]
+
+
+@jax.ensure_compile_time_eval()
+def _same_values(f: Any, g: Any) -> bool:
+    z = jnp.asarray(np.append(np.linspace(-9, 9, 73), [-100, 100])[:, None], jnp.float32)  # 0 is among them
+    return bool(np.allclose(f(z), g(z), rtol=1e-5, atol=1e-6, equal_nan=True))

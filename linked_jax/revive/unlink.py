@@ -1,0 +1,94 @@
+"""Unlink for deployment: a link of which one member is used becomes that member; the next kernel loses its zeros."""
+
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from linked_jax.layers import LinkedConv, LinkedLinear
+from linked_jax.linking import Link
+from linked_jax.revive.joints import Joint, activations, check_sequential, joint_at
+from linked_jax.revive.sequential import fit
+
+
+def unlink(model: nnx.Sequential) -> nnx.Sequential:
+    """A new model with the same outputs, in which each link is the one member whose weights are not all zero.
+
+        f(z) [W; 0] = g(z) W
+
+    `LinkedLinear` and `LinkedConv` become an activation and a plain layer. It undoes `link_sequential`.
+
+    Args:
+      model: as for `link_sequential`, linked.
+
+    Returns:
+      A new `nnx.Sequential` with variables of its own; its activations are links of one member.
+
+    Raises:
+      ValueError: if two members of a link have weights that are not zero, with the layer and the largest weight of the
+        second; or if no link stands between two layers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from linked_jax import lk_relu
+      >>> from linked_jax.revive import link_sequential, unlink
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=rngs), jax.nn.relu, nnx.Linear(16, 3, rngs=rngs))
+      >>> plain = unlink(link_sequential(model, lk_relu))
+      >>> plain.layers[1], plain.layers[2].kernel.shape
+      (Link(relu(z)), (16, 3))
+    """
+    new: Any = nnx.Sequential(*opened(model))
+    links = [i for i in activations(new) if getattr(new.layers[i], "arity", 1) > 1]
+    if not links:
+        raise ValueError("no link of two or more members follows an nnx.Linear or nnx.Conv in the model; nothing to do")
+    for joint in [joint_at(new, i) for i in links]:
+        layer = new.layers[joint.after]
+        used = _used_member(layer.kernel[...], joint)
+        new.layers[joint.activation] = Link((joint.link.members[used],))
+        layer.kernel.set_value(_member_rows(layer.kernel[...], -2, used, joint))
+        fit(layer)
+        if joint.norm is not None:
+            norm = new.layers[joint.norm]
+            for variable in (norm.mean, norm.var, norm.scale, norm.bias):
+                if variable is not None:
+                    variable.set_value(_member_rows(variable[...], 0, used, joint))
+            fit(norm)
+    return new
+
+
+def opened(model: nnx.Sequential) -> list[Any]:
+    """A copy of the layers, with each linked layer as its link and its plain layer."""
+    check_sequential(model)
+    layers: list[Any] = []
+    for layer in nnx.clone(model).layers:
+        if isinstance(layer, (LinkedLinear, LinkedConv)):
+            layers += [layer.link, layer.linear if isinstance(layer, LinkedLinear) else layer.conv]
+        else:
+            layers.append(layer)
+    return layers
+
+
+def _member_rows(a: Array, axis: int, member: int, joint: Joint) -> Array:
+    """An axis of positions * d * C entries -> those of one member, positions * C."""
+    axis %= a.ndim
+    blocked = joint.link.layout == "blocked"
+    parts = (-1, joint.link.arity, joint.width) if blocked else (-1, joint.width, joint.link.arity)
+    split = a.reshape(*a.shape[:axis], *parts, *a.shape[axis + 1 :])
+    one = split.take(member, axis + (1 if blocked else 2))
+    return one.reshape(*a.shape[:axis], -1, *a.shape[axis + 1 :])
+
+
+def _used_member(kernel: Array, joint: Joint) -> int:
+    """The member with weights; no other may have one."""
+    largest = [float(np.abs(_member_rows(kernel, -2, i, joint)).max()) for i in range(joint.link.arity)]
+    used = int(np.argmax(largest))
+    rest = max(size for i, size in enumerate(largest) if i != used)
+    if not rest == 0:
+        raise ValueError(
+            f"layers[{joint.after}] uses more than one member of {joint.link}: the largest weight of the others is "
+            f"{rest:.3g}; it stays linked"
+        )
+    return used

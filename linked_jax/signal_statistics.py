@@ -1,0 +1,187 @@
+"""How a layer's signal stands: shift, mean square, elimination, drift and rank. Pure functions of statistics.
+
+They take the `UnitStatistics` of one layer; see `linked_jax.diagnostics` for how to stream them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from linked_jax.diagnostics import UnitStatistics
+
+
+class ActivationShift(NamedTuple):
+    """The mean over units of their mean pre-activation, and the standard deviation over units of those means."""
+
+    mean: Float[Array, ""]
+    spread: Float[Array, ""]
+
+
+class Elimination(NamedTuple):
+    """Our proxies of the distance to elimination; see `elimination`."""
+
+    spread_of_mean: Float[Array, ""]
+    spread_of_std: Float[Array, ""]
+    active: Float[Array, " c"]
+    least_active: Float[Array, ""]
+
+
+class Drift(NamedTuple):
+    """The change of a layer's pre-activations between two steps, each the mean over units; see `covariate_drift`."""
+
+    mean: Float[Array, ""]
+    variance: Float[Array, ""]
+    wasserstein: Float[Array, ""]
+
+
+def mean_square(stats: UnitStatistics) -> Float[Array, ""]:
+    """The mean of z^2 over samples, positions and units: what a good start keeps from layer to layer.
+
+        mean over units of (var_c + mean_c^2)
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax.diagnostics import unit_statistics
+      >>> from linked_jax.signal_statistics import mean_square
+      >>> z = jnp.array([[1.0, -3.0]])
+      >>> mean_square(unit_statistics(z, z, jnp.ones_like(z)))
+      Array(5., dtype=float32)
+    """
+    return (variance(stats) + jnp.square(stats.mean)).mean()
+
+
+def variance(stats: UnitStatistics) -> Float[Array, " c"]:
+    """Each unit's variance of z over samples and positions (biased: divided by the count).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax.diagnostics import unit_statistics
+      >>> from linked_jax.signal_statistics import variance
+      >>> z = jnp.array([[1.0], [3.0]])
+      >>> variance(unit_statistics(z, z, jnp.ones_like(z)))
+      Array([1.], dtype=float32)
+    """
+    return stats.m2 / stats.count
+
+
+def activation_shift(stats: UnitStatistics) -> ActivationShift:
+    """How far the pre-activations of a layer lie from 0: mean_k mean_k(z) and its spread over the units k.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax.diagnostics import unit_statistics
+      >>> from linked_jax.signal_statistics import activation_shift
+      >>> z = jnp.array([[1.0, 5.0]])
+      >>> activation_shift(unit_statistics(z, z, jnp.ones_like(z)))
+      ActivationShift(mean=Array(3., dtype=float32), spread=Array(2., dtype=float32))
+    """
+    return ActivationShift(stats.mean.mean(), stats.mean.std())
+
+
+def elimination(stats: UnitStatistics) -> Elimination:
+    """How near a layer is to the elimination singularity, a unit that stays inactive: three proxies of our own.
+
+        std_c mean_c,   std_c std_c,   Phi(mean_c / std_c)
+
+    The last is the share of the data with z > 0 if z is Gaussian; a layer's worst unit has the least. The paper's own
+    distance needs the teacher of its toy problem. A constant z is active always or never.
+
+    Args:
+      stats: of one layer.
+
+    Returns:
+      `spread_of_mean`, `spread_of_std` and `least_active`, scalars, and `active`, a share for each unit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax.diagnostics import unit_statistics
+      >>> from linked_jax.signal_statistics import elimination
+      >>> z = jnp.array([[1.0, -4.0], [-1.0, -2.0]])
+      >>> elimination(unit_statistics(z, z, jnp.ones_like(z))).active.round(4)
+      Array([0.5   , 0.0013], dtype=float32)
+
+    Reference: Qiao et al., Rethinking normalization and elimination singularity in neural networks, 2019.
+    """
+    std = jnp.sqrt(variance(stats))
+    share = jax.scipy.stats.norm.cdf(stats.mean / jnp.where(std == 0, 1, std))
+    active = jnp.where(std == 0, stats.mean > 0, share)
+    return Elimination(stats.mean.std(), std.std(), active, active.min())
+
+
+def covariate_drift(before: UnitStatistics, after: UnitStatistics) -> Drift:
+    """How far a layer's pre-activations moved between two training steps, on the same data.
+
+        mean_k |mean' - mean|,   mean_k |var' - var|,   mean_k W2_k
+        W2_k = sqrt((mean'_k - mean_k)^2 + (std'_k - std_k)^2)
+
+    W2 is the 2-Wasserstein distance between the two Gaussians of unit k's mean and variance, in units of z. It sees
+    nothing beyond these two moments.
+
+    Args:
+      before: of one layer at one step.
+      after: of the same layer at another step.
+
+    Returns:
+      `mean`, `variance` and `wasserstein`, scalars.
+
+    Raises:
+      ValueError: if the two have different numbers of units.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax.diagnostics import unit_statistics
+      >>> from linked_jax.signal_statistics import covariate_drift
+      >>> z = jnp.array([[1.0], [-1.0]])
+      >>> before, after = (unit_statistics(x, x, jnp.ones_like(x)) for x in (z, 5 * z + 3))
+      >>> covariate_drift(before, after).wasserstein
+      Array(5., dtype=float32)
+    """
+    if before.mean.shape != after.mean.shape:
+        raise ValueError(
+            f"drift compares one layer with itself, got {before.mean.size} and {after.mean.size} units; pass the same "
+            "layer at two steps"
+        )
+    mean = jnp.abs(after.mean - before.mean)
+    variances = variance(before), variance(after)
+    std = jnp.sqrt(variances[1]) - jnp.sqrt(variances[0])
+    return Drift(mean.mean(), jnp.abs(variances[1] - variances[0]).mean(), jnp.hypot(mean, std).mean())
+
+
+def effective_rank(gram: Float[Array, "k k"]) -> Float[Array, ""]:
+    """How many directions a layer's features use: between 1 and k, and 0 for features that are all 0.
+
+        exp(-sum_i p_i log p_i),   p_i = sigma_i / sum_j sigma_j,   sigma_i = sqrt(lambda_i(gram))
+
+    sigma are the singular values of the features h, whose Gram matrix is the sum of h h^T over the data. Eigenvalues
+    below k times the dtype's epsilon of the largest are rounding, and count as 0.
+
+    Args:
+      gram: sum of h h^T, (k, k), float32 or float64; sum it with `precision="highest"` on a GPU.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: if gram is not square.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax.signal_statistics import effective_rank
+      >>> h = jnp.array([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0]])
+      >>> effective_rank(h.T @ h).round(3)
+      Array(2., dtype=float32)
+
+    Reference: Roy and Vetterli, The effective rank: a measure of effective dimensionality, 2007.
+    """
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(
+            f"gram is the sum of h h^T and square, got shape {gram.shape}; pass h.T @ h for features (n, k)"
+        )
+    eigenvalues = jnp.linalg.eigvalsh(gram)
+    noise = len(gram) * jnp.finfo(gram.dtype).eps * eigenvalues.max()
+    sigma = jnp.sqrt(jnp.where(eigenvalues <= noise, 0, eigenvalues))
+    total = sigma.sum()
+    p = sigma / jnp.where(total == 0, 1, total)
+    return jnp.where(total == 0, 0, jnp.exp(jax.scipy.special.entr(p).sum()))

@@ -1,0 +1,150 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from linked_jax.activations import lk_relu, relu
+from linked_jax.linking import Link
+from linked_jax.revive import Pair, link_moments, link_params
+
+layouts = pytest.mark.parametrize("layout", ["blocked", "interleaved"])
+
+
+def white(*shape):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+class LinenNet(nn.Module):
+    act: object = relu
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = self.act(nn.BatchNorm(not train)(nn.Conv(4, (3, 3))(x)))
+        x = nn.BatchNorm(not train, name="after")(self.act(nn.Conv(5, (3, 3), strides=2)(x)))
+        x = nn.Dense(6, name="hidden")(nn.avg_pool(x, (2, 2), (2, 2)).reshape(len(x), -1))
+        return nn.Dense(3, name="out")(self.act(x))
+
+
+LINEN_PAIRS = [
+    Pair(before="Conv_0", after="Conv_1"),
+    Pair(before=("Conv_1",), norm="after", after="hidden", positions=2),
+    Pair(before="hidden", after="out"),
+]
+X = white(2, 4, 8, 1)
+
+
+class NNXNet(nnx.Module):
+    """relu(conv(x) + x): no Sequential shows it."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.conv, self.norm = nnx.Conv(4, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(4 * 24, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)])
+        self.act = relu
+
+    def __call__(self, x):
+        x = self.norm(self.act(self.conv(x) + x))
+        return self.blocks[1](self.act(self.blocks[0](x.reshape(len(x), -1))))
+
+
+NNX_PAIRS = [Pair("blocks/0", before="conv", norm="norm", positions=24), Pair(("blocks", 1), before="blocks/0")]
+
+
+def noisy(tree):
+    return jax.tree.map(lambda a: a + jnp.abs(white(*a.shape)) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+
+
+@layouts
+def test_linen_variables(layout):
+    link = Link(lk_relu.members, layout=layout)
+    variables = noisy(LinenNet().init(jax.random.key(0), X))
+    revived = link_params(variables, LINEN_PAIRS, link)
+    shapes = jax.eval_shape(LinenNet(link).init, jax.random.key(0), X)
+    assert jax.tree.map(jnp.shape, revived) == jax.tree.map(jnp.shape, shapes)
+    scale = max(1, jnp.abs(LinenNet().apply(variables, X)).max())
+    np.testing.assert_allclose(LinenNet(link).apply(revived, X), LinenNet().apply(variables, X), atol=1e-5 * scale)
+
+
+@pytest.mark.slow
+@layouts
+def test_nnx_state(layout):
+    link, model = Link(lk_relu.members, layout=layout), NNXNet()
+    nnx.update(model, noisy(nnx.state(model)))
+    model.eval()
+    x = white(2, 4, 6, 4)
+    before = model(x)
+    state = link_params(nnx.state(model), NNX_PAIRS, link)
+    nnx.update(model, state)
+    model.act = link
+    scale = max(1, float(jnp.abs(before).max()))
+    np.testing.assert_allclose(model(x), before, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("boxed", [True, False], ids=["linen", "nnx"])
+def test_the_optimiser_follows_and_masks_and_labels_do_not_matter(boxed):
+    if boxed:
+        variables = LinenNet().init(jax.random.key(0), X)
+        params, pairs = variables["params"], LINEN_PAIRS
+        after = link_params(variables, pairs, lk_relu)["params"]
+    else:
+        model, pairs = NNXNet(), NNX_PAIRS
+        params = nnx.state(model, nnx.Param)
+        after = nnx.filter_state(link_params(nnx.state(model), pairs, lk_relu), nnx.Param)
+    label = lambda params: jax.tree.map(lambda a: "matrix" if a.ndim > 1 else "vector", params)  # noqa: E731
+    tx = optax.partition({"matrix": optax.adam(1e-2), "vector": optax.sgd(1e-2, momentum=0.9)}, label)
+    opt_state = link_moments(noisy(tx.init(params)), params, pairs, lk_relu)
+    assert jax.tree.map(jnp.shape, opt_state) == jax.tree.map(jnp.shape, tx.init(after))
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, after), opt_state, after)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, after)
+
+
+def test_a_name_inside_another_path_is_not_touched():
+    params = {"out": {"kernel": white(2, 3)}, "block": {"out": {"kernel": white(2, 3)}}}
+    opt_state = optax.adam(1e-2).init(params)
+    for path, shapes in (("out", ((4, 3), (2, 3))), ("block/out", ((2, 3), (4, 3)))):
+        pairs = [Pair(path)]
+        for tree in (link_params(params, pairs, lk_relu), link_moments(opt_state, params, pairs, lk_relu)[0].nu):
+            assert (tree["out"]["kernel"].shape, tree["block"]["out"]["kernel"].shape) == shapes
+
+
+def test_bad_input(unchecked):
+    params = {"a": {"kernel": white(2, 3), "bias": white(3)}, "b": {"kernel": white(12, 4)}, "n": {"scale": white(3)}}
+    with pytest.raises(ValueError, match="no layer with a kernel at 'c/d'; there are: a, b"):
+        link_params(params, [Pair("c/d")], lk_relu)
+    with pytest.raises(ValueError, match="no layer with a kernel at 'n'"):
+        link_params(params, [Pair("b", before="n")], lk_relu)
+    with pytest.raises(ValueError, match="there are: none"):
+        link_params({}, [Pair("b")], lk_relu)
+    for pair in (Pair("b", before="a"), Pair("b", before="a", positions=3), Pair("b", positions=5)):
+        with pytest.raises(ValueError, match=r"b has a kernel of shape \(12, 4\), which does not take"):
+            link_params(params, [pair], lk_relu)
+    with pytest.raises(ValueError, match="does not take 3 positions"):
+        link_params({"conv": {"kernel": white(3, 3, 6, 4)}}, [Pair("conv", positions=3)], lk_relu)
+    with pytest.raises(ValueError, match="no running mean and var at 'n'"):
+        link_params(params, [Pair("b", before="a", norm="n", positions=4)], lk_relu)
+    params["n"] |= {"mean": white(5), "var": white(5)}
+    with pytest.raises(ValueError, match="at 'n' has 5 channels, not 3 units"):
+        link_params(params, [Pair("b", before="a", norm="n", positions=4)], lk_relu)
+    with pytest.raises(ValueError, match="b/kernel is in two pairs"):
+        link_params(params, [Pair("b"), Pair("b")], lk_relu)
+    with pytest.raises(ValueError, match="axis=1"):
+        link_params(params, [Pair("b")], Link(lk_relu.members, axis=1))
+    large = {"big": {"kernel": white(256, 256)}}
+    with pytest.raises(ValueError, match=r"entry for big/kernel has the shape .* use one that does not factor"):
+        link_moments(optax.adafactor(1e-2).init(large), large, [Pair("big")], lk_relu)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Pair(""), lambda: Pair("a//b"), lambda: Pair(None), lambda: Pair("a", norm=())]
+)
+def test_bad_paths(make):
+    with pytest.raises(ValueError, match=r"a path such as|needs the layer after"):
+        make()
+
+
+def test_bad_positions():
+    with pytest.raises(ValueError, match="positions of at least 1"):
+        Pair("a", positions=0)

@@ -1,0 +1,236 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from linked_jax.activations import fourier, lk_leaky_relu, lk_relu, relu
+from linked_jax.linking import Link
+from linked_jax.revive import link_opt_state, link_sequential, redo
+
+layouts = pytest.mark.parametrize("layout", ["blocked", "interleaved"])
+
+
+def flatten(x):
+    return x.reshape(len(x), -1)
+
+
+def pool(x):
+    return nnx.avg_pool(x, (2, 2), strides=(2, 2))
+
+
+def white(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def network(*, dead=(1, 3), flatten_first=False, norm=False):
+    """A small net whose units in `dead` never fire, but for a link's mirrored members."""
+    rngs = nnx.Rngs(0)
+    flat = [flatten, jax.nn.relu] if flatten_first else [jax.nn.relu, pool, flatten]
+    model = nnx.Sequential(
+        nnx.Conv(2, 5, (3, 3), rngs=rngs),
+        *[nnx.BatchNorm(5, rngs=rngs)] * norm,
+        *flat,
+        nnx.Linear(5 * (24 if flatten_first else 6), 7, rngs=rngs),
+        jax.nn.relu,
+        nnx.Linear(7, 3, rngs=rngs),
+    )
+    hit = jnp.isin(jnp.arange(5), jnp.array(dead))
+    target = model.layers[1] if norm else model.layers[0]
+    target.bias[...] = jnp.where(hit, -100.0, 0.3)
+    return model
+
+
+def fill(tree):
+    """Moments that are nowhere 0."""
+    return jax.tree.map(lambda a: a + 1 if jnp.issubdtype(a.dtype, jnp.floating) else a + 3, tree)
+
+
+def state_of(model, tx):
+    return fill(tx.init(nnx.state(model, nnx.Param)))
+
+
+def scores(model, x, index, members):
+    """mean|h| per unit over the layer's mean, unit by unit; members(k) are the channels of unit k."""
+    evaluated = nnx.clone(model)
+    evaluated.eval()
+    h = x
+    for layer in list(evaluated.layers)[: index + 1]:
+        h = layer(h)
+    h = np.abs(np.asarray(h, np.float64)).reshape(-1, h.shape[-1])
+    each = np.array([h[:, channels].mean() for channels in members])
+    return each / each.mean()
+
+
+X = white(16, 4, 6, 2)
+
+
+@pytest.mark.parametrize("tau", [0.025, 0.8])
+def test_conv_to_dense_against_a_reference_unit_by_unit(tau):
+    model, tx = network(), optax.adam(1e-3)
+    opt_state = state_of(model, tx)
+    new, new_state, count = redo(model, opt_state, X, tau=tau, key=jax.random.key(7))
+    conv = np.flatnonzero(scores(model, X, 1, [[c] for c in range(5)]) <= tau)
+    dense = np.flatnonzero(scores(model, X, 5, [[c] for c in range(7)]) <= tau)
+    assert {1, 3} <= set(conv)
+    assert len(conv) < 5
+    assert len(dense) < 7
+    assert int(count) == len(conv) + len(dense)
+
+    touched = {  # layer -> which entries of kernel and bias change
+        0: (np.zeros((3, 3, 2, 5), bool), np.zeros(5, bool)),
+        4: (np.zeros((5 * 6, 7), bool), np.zeros(7, bool)),
+        6: (np.zeros((7, 3), bool), np.zeros(3, bool)),
+    }
+    rows = {0: [], 4: [position * 5 + unit for position in range(6) for unit in conv], 6: list(dense)}
+    for layer, units in ((0, conv), (4, dense)):
+        touched[layer][0][..., units] = True
+        touched[layer][1][units] = True
+    for layer, (kernel, _) in touched.items():
+        old, fresh = (np.asarray(m.layers[layer].kernel[...]) for m in (model, new))
+        incoming = kernel.copy()
+        kernel[..., rows[layer], :] = True
+        np.testing.assert_array_equal(fresh[~kernel], old[~kernel])
+        assert not fresh[..., rows[layer], :].any()
+        incoming[..., rows[layer], :] = False
+        assert (fresh[incoming] != old[incoming]).all()
+        old, fresh = (np.asarray(m.layers[layer].bias[...]) for m in (model, new))
+        np.testing.assert_array_equal(fresh, np.where(touched[layer][1], 0, old))
+        for moment in ("mu", "nu"):
+            for field, where in zip(("kernel", "bias"), touched[layer], strict=True):
+                old, fresh = (
+                    np.asarray(getattr(s[0], moment)["layers"][layer][field][...]) for s in (opt_state, new_state)
+                )
+                np.testing.assert_array_equal(fresh, np.where(where, 0, old))
+    assert int(new_state[0].count) == int(opt_state[0].count)
+
+
+def test_new_weights_are_lecun_normal():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(300, 400, rngs=rngs), jax.nn.relu, nnx.Linear(400, 2, rngs=rngs))
+    model.layers[0].bias[...] = jnp.full(400, -1000.0)
+    new, _, count = redo(model, (), white(8, 300), key=jax.random.key(7))
+    kernel = np.asarray(new.layers[0].kernel[...])
+    assert int(count) == 400  # a silent layer: all of it
+    assert abs(kernel.std() * 300**0.5 - 1) < 0.02
+    assert abs(kernel.mean()) < 0.001
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flatten_first", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_at_tau_zero_outputs_stay_and_dead_units_fire_again(norm, flatten_first):
+    model, tx = network(norm=norm, flatten_first=flatten_first), optax.adam(1e-3)
+    model.eval()
+    new, new_state, count = redo(model, state_of(model, tx), X, tau=0.0, key=jax.random.key(7))
+    channels = [[c + 5 * p for p in range(24 if flatten_first else 1)] for c in range(5)]
+    layers = list(model.layers)
+    index = layers.index(jax.nn.relu)
+    dense = scores(model, X, len(layers) - 2, [[c] for c in range(7)])
+    assert set(np.flatnonzero(scores(model, X, index, channels) == 0)) == {1, 3}
+    assert int(count) == 2 + (dense == 0).sum()
+    np.testing.assert_allclose(new(X), model(X), atol=1e-5)
+    assert (scores(new, X, index, channels) > 0).all()
+    if norm:
+        for name, start in {"mean": 0, "var": 1, "scale": 1, "bias": 0}.items():
+            assert getattr(new.layers[1], name)[...][jnp.array([1, 3])].tolist() == [start, start]
+        assert new_state[0].mu["layers"][1]["scale"][...].tolist() == [1, 0, 1, 0, 1]
+
+
+@layouts
+def test_a_link_is_scored_as_one_and_all_its_members_reset(layout):
+    link, tx = Link(lk_relu.members, layout=layout), optax.adam(1e-3)
+    model = network(dead=())
+    model.layers[0].bias[...] = jnp.array([0.0, -100.0, 0.0, 100.0, 0.0])  # half of the members of 1 and 3 are silent
+    opt_state = link_opt_state(state_of(model, tx), model, link)
+    model = link_sequential(model, link)
+    _, _, count = redo(model, opt_state, X, tau=0.0, key=jax.random.key(7))
+    assert int(count) == 0
+    new, _, count = redo(model, opt_state, X, tau=0.3, key=jax.random.key(7))
+    quiet, dense = [0, 2, 4], [[c, c + 7] if layout == "blocked" else [2 * c, 2 * c + 1] for c in range(7)]
+    assert int(count) == 3 + (scores(model, X, 5, dense) <= 0.3).sum()
+    kernel = np.asarray(new.layers[4].kernel[...]).reshape(6, 10, 7)
+    channel = (lambda c, m: m * 5 + c) if layout == "blocked" else (lambda c, m: 2 * c + m)
+    for unit in range(5):
+        for member in range(2):
+            assert kernel[:, channel(unit, member)].any() == (unit not in quiet and member == 0)
+
+
+@pytest.mark.slow
+def test_a_batch_norm_after_the_activation_restarts_too():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Conv(2, 5, (3, 3), rngs=rngs),
+        relu,
+        flatten,
+        nnx.BatchNorm(5 * 24, rngs=rngs),
+        nnx.Linear(120, 3, rngs=rngs),
+    )
+    model.layers[0].bias[...] = jnp.array([0.0, -100.0, 0.0, 0.0, 0.0])
+    model.layers[3].var[...] = jnp.full(120, 7.0)
+    new, _, count = redo(model, (), X, key=jax.random.key(7))
+    assert int(count) == 1
+    np.testing.assert_array_equal(new.layers[3].var[...], np.tile([7, 1, 7, 7, 7], 24))
+
+
+@pytest.mark.slow
+def test_nothing_of_the_old_model_changes_and_modes_and_statistics_stay():
+    model = network(norm=True)
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    new, *_ = redo(model, (), X, key=jax.random.key(7))
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))
+    assert not model.layers[1].use_running_average
+    assert not new.layers[1].use_running_average
+
+
+def test_under_jit_it_is_the_same():
+    model, tx = network(norm=True), optax.adam(1e-3)
+    arguments = (model, state_of(model, tx), X)
+    eager = redo(*arguments, key=jax.random.key(7))
+    compiled = jax.jit(redo)(*arguments, key=jax.random.key(7))
+    for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(compiled), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_units_that_are_not_finite_are_not_dormant():
+    model = network(dead=(1,))
+    model.layers[0].kernel[...] = model.layers[0].kernel[...].at[..., 0].set(jnp.nan)
+    _, _, count = redo(model, (), X, key=jax.random.key(7))
+    assert int(count) == 0
+
+
+@pytest.mark.slow
+def test_it_trains_on():
+    model, tx = network(), optax.adam(1e-2)
+    model, opt_state, _ = redo(model, tx.init(nnx.state(model, nnx.Param)), X, key=jax.random.key(7))
+    graph, params = nnx.split(model)
+    grads = jax.grad(lambda p: jnp.square(nnx.merge(graph, p)(X) - 1).mean())(params)
+    updates, _ = tx.update(grads, opt_state, params)
+    moved = updates["layers"][4]["kernel"][...].reshape(6, 5, 7)
+    assert jnp.abs(moved[:, jnp.array([1, 3])]).max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("link", [fourier, lk_leaky_relu])
+def test_links_that_always_give_something_have_no_dormant_units(link):
+    model = link_sequential(
+        nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), link.members[0], nnx.Linear(4, 2, rngs=nnx.Rngs(1))), link
+    )
+    assert int(redo(model, (), white(64, 3), tau=0.1, key=jax.random.key(7))[2]) == 0
+
+
+def test_bad_input(unchecked):
+    rngs, key = nnx.Rngs(0), jax.random.key(7)
+    first, last = nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
+    with pytest.raises(ValueError, match="tau is at least 0, got -1"):
+        redo(nnx.Sequential(first, relu, last), (), white(2, 3), tau=-1, key=key)
+    with pytest.raises(ValueError, match="no activation between two layers"):
+        redo(nnx.Sequential(first, last, jnp.tanh), (), white(2, 3), key=key)
+    with pytest.raises(ValueError, match=r"layers\[1\], a LayerNorm before an activation"):
+        redo(nnx.Sequential(first, nnx.LayerNorm(4, rngs=rngs), relu, last), (), white(2, 3), key=key)
+    model = nnx.Sequential(nnx.Linear(3, 200, rngs=rngs), relu, nnx.Linear(200, 200, rngs=rngs))
+    factored = optax.adafactor(1e-3).init(nnx.state(model, nnx.Param))
+    with pytest.raises(ValueError, match=r"entry for layers/0/.* and not the weight's"):
+        redo(model, factored, white(2, 3), key=key)

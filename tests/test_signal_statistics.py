@@ -1,0 +1,149 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from linked_jax.diagnostics import combine, unit_statistics
+from linked_jax.signal_statistics import (
+    activation_shift,
+    covariate_drift,
+    effective_rank,
+    elimination,
+    mean_square,
+    variance,
+)
+
+# Compiled, as a probe uses them; the doctests call them as they are.
+UNIT_STATISTICS, ELIMINATION, DRIFT, RANK = map(
+    jax.jit, (unit_statistics, elimination, covariate_drift, effective_rank)
+)
+
+
+def statistics(z):
+    z = jnp.asarray(z, jnp.float32)
+    return UNIT_STATISTICS(z, z, z)
+
+
+def with_moments(mean, std, n=8):
+    """Data (n, C) whose mean and standard deviation are exactly these, up to rounding."""
+    return np.where(np.arange(n)[:, None] % 2, 1.0, -1.0) * np.asarray(std) + np.asarray(mean)
+
+
+def images(seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(6, 4, 5, 3)) * np.array([0.5, 1.0, 3.0]) + np.array([-1.0, 0.0, 2.0])
+
+
+def test_moments_are_those_of_numpy_over_samples_and_positions():
+    z = images()
+    stats = combine(statistics(z[:2]), statistics(z[2:]))
+    means, stds = z.mean((0, 1, 2)), z.std((0, 1, 2))
+    np.testing.assert_allclose(variance(stats), stds**2, rtol=1e-5)
+    np.testing.assert_allclose(mean_square(stats), (z**2).mean(), rtol=1e-5)
+    np.testing.assert_allclose(activation_shift(stats), (means.mean(), means.std()), rtol=1e-5)
+    found = ELIMINATION(stats)
+    np.testing.assert_allclose(found.spread_of_mean, means.std(), rtol=1e-5)
+    np.testing.assert_allclose(found.spread_of_std, stds.std(), rtol=1e-5)
+    np.testing.assert_allclose(found.active, scipy.stats.norm.cdf(means / stds), rtol=1e-5)
+    np.testing.assert_allclose(found.least_active, min(found.active), rtol=0)
+
+
+def test_phi_is_the_active_share_of_gaussian_data():
+    z = np.random.default_rng(1).normal(size=(20_000, 5)) * np.array([0.1, 1, 2, 3, 1]) + np.array([0.2, -1, 0, 3, -3])
+    stats = statistics(z)
+    np.testing.assert_allclose(ELIMINATION(stats).active, stats.active / stats.count, atol=0.01)
+    np.testing.assert_allclose(ELIMINATION(stats).least_active, (z > 0).mean(0).min(), atol=0.01)
+
+
+def test_a_constant_pre_activation_is_active_always_or_never():
+    assert ELIMINATION(statistics(np.tile([2.0, -2.0, 0.0], (4, 1)))).active.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_normalised_units_are_far_from_elimination():
+    found = ELIMINATION(statistics(with_moments(np.zeros(4), np.ones(4))))
+    np.testing.assert_allclose((found.spread_of_mean, found.spread_of_std, found.least_active), (0, 0, 0.5), atol=1e-6)
+
+
+def test_nothing_drifts_from_itself():
+    stats = statistics(images())
+    np.testing.assert_allclose(DRIFT(stats, stats), 0, atol=1e-6)  # compiled, a variance may differ from itself
+
+
+@pytest.mark.parametrize(("mean", "std"), [(3.0, 5.0), (-2.0, 1.0), (0.0, 0.25), (1.0, 0.0)])
+def test_wasserstein_has_its_closed_form(mean, std):
+    standard, other = statistics(with_moments([0.0], [1.0])), statistics(with_moments([mean], [std]))
+    for drift in (DRIFT(standard, other), DRIFT(other, standard)):
+        wanted = (abs(mean), abs(std**2 - 1), np.sqrt(mean**2 + (std - 1) ** 2))
+        np.testing.assert_allclose(drift, wanted, atol=1e-5)
+
+
+def test_wasserstein_is_the_distance_of_matched_quantiles():
+    """In one dimension W2 is that of the sorted samples; for a Gaussian it has the closed form that is used."""
+    quantiles = scipy.stats.norm.ppf((np.arange(20_000) + 0.5) / 20_000)[:, None]
+    before, after = 0.5 * quantiles - 1, 2 * quantiles + 0.3
+    found = DRIFT(statistics(before), statistics(after)).wasserstein
+    np.testing.assert_allclose(found, np.sqrt(((after - before) ** 2).mean()), rtol=1e-3)
+
+
+def test_drift_is_the_mean_over_units():
+    before, after = statistics(with_moments([0, 0], [1, 1])), statistics(with_moments([-3, 0], [1, 5]))
+    np.testing.assert_allclose(DRIFT(before, after), (1.5, 12.0, 3.5), rtol=1e-5)  # W2 is 3 and 4
+
+
+def test_drift_between_two_layers_is_refused(unchecked):
+    with pytest.raises(ValueError, match="got 3 and 2 units"):
+        covariate_drift(statistics(np.ones((4, 3))), statistics(np.ones((4, 2))))
+
+
+# --- effective rank -----------------------------------------------------------------------------------------------
+
+
+def reference_rank(h):
+    """From the singular values of the features themselves."""
+    sigma = np.linalg.svd(h, compute_uv=False)
+    p = sigma / sigma.sum()
+    p = p[p > 0]
+    return np.exp(-(p * np.log(p)).sum())
+
+
+def features(k=12, seed=0):
+    return np.random.default_rng(seed).normal(size=(100, k)) * np.linspace(1, 0.05, k)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-3), (np.float64, 1e-9)])
+def test_effective_rank_is_that_of_the_singular_values_of_the_features(dtype, tolerance):
+    h = features()
+    with jax.enable_x64(dtype == np.float64):
+        found = RANK(jnp.asarray(h.T @ h, dtype))
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found, reference_rank(h), rtol=tolerance)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 64])
+def test_effective_rank_of_an_isotropic_gram_is_its_dimension(rank):
+    basis = np.linalg.qr(np.random.default_rng(1).normal(size=(64, 64)))[0][:, :rank]
+    np.testing.assert_allclose(RANK(jnp.asarray(basis @ basis.T, jnp.float32)), rank, rtol=1e-3)
+
+
+def test_effective_rank_knows_no_rotation_and_no_scale():
+    h = features()
+    rotation = np.linalg.qr(np.random.default_rng(2).normal(size=(12, 12)))[0]
+    ranks = [RANK(jnp.asarray(c * x.T @ x, jnp.float32)) for x in (h, h @ rotation) for c in (1, 1e-6, 1e6)]
+    np.testing.assert_allclose(ranks, ranks[0], rtol=1e-3)
+    assert 1 < ranks[0] < 12
+
+
+def test_effective_rank_lies_between_one_and_the_rank():
+    h = features()[:, :5] @ np.random.default_rng(3).normal(size=(5, 12))
+    assert 1 < RANK(jnp.asarray(h.T @ h, jnp.float32)) < 5
+
+
+def test_effective_rank_of_silent_features_is_zero_and_of_nan_is_nan():
+    assert RANK(jnp.zeros((4, 4))) == 0
+    assert np.isnan(RANK(jnp.full((4, 4), jnp.nan)))
+
+
+def test_effective_rank_of_features_instead_of_their_gram_is_refused(unchecked):
+    with pytest.raises(ValueError, match=r"got shape \(5, 4\)"):
+        effective_rank(jnp.ones((5, 4)))
