@@ -1,0 +1,108 @@
+"""What `experiments.revive` found, as tables and as a picture, made from a record's lines alone."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.engine.tables import markdown as markdown_table
+from experiments.engine.tables import spread
+
+Line = Mapping[str, Any]
+
+LEGEND = "test accuracy, mean ± standard deviation over seeds, and dead units by layer, means over seeds"
+_STYLES = {
+    "harmed": ("black", "-"),
+    "continued": ("#777777", "--"),
+    "redo": ("#D55E00", "--"),
+    "revived": ("#CC79A7", "-"),
+    "fresh": ("#009E73", ":"),
+    "fresh_linked": ("#0072B2", ":"),
+}
+
+
+def of_way(harm: str, way: str, lines: Sequence[Line]) -> list[Line]:
+    """The nets that went on like that, one a seed."""
+    return [line for line in lines if (line["harm"], line["way"]) == (harm, way)]
+
+
+def table(harm: str, lines: Sequence[Line]) -> list[dict[str, str]]:
+    """A row for each way to go on: before, at that moment, after an epoch and after the last."""
+    harmed = of_way(harm, "harmed", lines)
+    rows = []
+    for way in dict.fromkeys(line["way"] for line in lines if line["harm"] == harm and line["way"] != "harmed"):
+        runs, new = of_way(harm, way, lines), way.startswith("fresh")
+        difference = max(run["difference"] for run in runs)
+        rows.append(
+            {
+                "net": way,
+                "before": "-" if new else spread([run["accuracy"][-1] for run in harmed]),
+                "at": spread([run["accuracy"][0] for run in runs]),
+                "after 1 epoch": spread([run["accuracy"][1] for run in runs]),
+                "after": spread([run["accuracy"][-1] for run in runs]),
+                "logits differ by": "-" if new else f"{difference:.2g}",
+                "of": "-" if new else f"{max(run['largest_logit'] for run in runs):.3g}",
+                "dead before": "-" if new else _dead(harmed, -1),
+                "dead at": _dead(runs, 0),
+                "dead after": _dead(runs, -1),
+                "seeds": str(len(runs)),
+            }
+        )
+    return rows
+
+
+def _dead(runs: Sequence[Line], when: int) -> str:
+    layers = zip(*(run["dead"][when] for run in runs), strict=True)
+    return " / ".join(f"{statistics.fmean(layer):.1f}".removesuffix(".0") for layer in layers)
+
+
+def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
+    """The page of a record."""
+    protocol, hardware, data = config["protocol"], config["hardware"], config["data"]
+    parts = [
+        "# Revival: a dead ReLU net is linked and learns again",
+        f"{data['description']}, fingerprint {data['fingerprint']}; standardised pixels plus {protocol['offset']:g}, "
+        f"three hidden layers of {protocol['units']} units, Adam, batch size {protocol['batch_size']}. "
+        f"{protocol['harmful_epochs']} epochs at a rate that harms, then {protocol['epochs']} at {protocol['rate']:g}. "
+        "Test accuracy, mean ± sample standard deviation over seeds: before, at the moment of the change, after one "
+        "epoch and after the last. logits differ by: the largest difference at that moment of any logit of any test "
+        "image and seed; of: the largest logit. dead: units that are zero on all training images, by layer, means over "
+        "seeds; a linked unit is dead if both of its members are. continued: nothing is done; redo: dormant units (tau "
+        f"{protocol['tau']}) are made anew before each epoch; revived: linked once; fresh, fresh_linked: new nets.",
+    ]
+    for harm, rate in protocol["harmful_rates"].items():
+        parts += [f"## {harm} (rate {rate:g})", markdown_table(table(harm, lines))]
+    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+    parts += [
+        f"- versions: {versions}\n- commit: {config['commit']}\n- hardware: {hardware['devices']} x "
+        f"{hardware['device']}, {hardware['cpu_cores']} cores",
+        f"```bash\n{config['command']}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def picture(config: Mapping[str, Any], lines: Sequence[Line], path: Path) -> Path:
+    """Accuracy and the share of dead units by epoch, a row a harm; bands are one standard deviation."""
+    from matplotlib.figure import Figure
+
+    harms, turn = config["protocol"]["harmful_rates"], config["protocol"]["harmful_epochs"]
+    figure = Figure(figsize=(13, 4.2 * len(harms) + 0.6), layout="constrained")
+    for (harm, rate), (left, right) in zip(harms.items(), figure.subplots(len(harms), 2, squeeze=False), strict=True):
+        for way, (colour, style) in _STYLES.items():
+            runs = of_way(harm, way, lines)
+            shares = np.array([run["dead"] for run in runs]).sum(axis=2) / (3 * config["protocol"]["units"])
+            for panel, values in ((left, np.array([run["accuracy"] for run in runs])), (right, shares)):
+                mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1 if len(values) > 1 else 0)
+                epoch = np.arange(len(mean)) + (0 if way == "harmed" else turn)
+                panel.plot(epoch, mean, style, color=colour, label=way, lw=1.8)
+                panel.fill_between(epoch, mean - deviation, mean + deviation, color=colour, alpha=0.13, lw=0)
+        for panel, title in ((left, "test accuracy"), (right, "dead share of hidden units")):
+            panel.axvline(turn, color="0.6", lw=0.8)
+            panel.set(title=f"{harm} (rate {rate:g} up to the line): {title}", xlabel="epoch", xlim=(0, None))
+            panel.set_ylim(-0.02, 1.02)
+            panel.grid(alpha=0.25)
+        right.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    return path
