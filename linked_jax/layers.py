@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from linked_jax.activations import ACTIVATIONS, lk_relu, prelu
 from linked_jax.initializers import Initializer, default_kernel_init
-from linked_jax.linking import Layout, Link, from_the_right, join, linked
+from linked_jax.linking import Layout, Link, from_the_right, join, linked, marked
 
 
 @runtime_checkable
@@ -214,7 +214,7 @@ class ChannelPReLU(nnx.Module):
             raise ValueError(
                 f"slopes of shape {slope.shape} do not fit z of shape {z.shape}; build it with z's features"
             )
-        return prelu(z, slope)
+        return marked(lambda z: prelu(z, slope), z, "1:blocked:-1:ChannelPReLU(z)")
 
 
 class LinkedPReLU(nnx.Module):
@@ -268,7 +268,8 @@ class LinkedPReLU(nnx.Module):
     def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_linked"]:
         """z (..., C) -> (..., 2*C)."""
         members = (self.positive, lambda z: self.mirrored(-z))
-        return join([from_the_right(member)(z) for member in members], -1, self.layout)
+        label = f"2:{self.layout}:-1:LinkedPReLU(z)"
+        return marked(lambda z: join([from_the_right(g)(z) for g in members], -1, self.layout), z, label)
 
 
 ACTIVATIONS.update(prelu=ChannelPReLU, lk_prelu=LinkedPReLU)

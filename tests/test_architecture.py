@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 
 import linked_jax
-from linked_jax import remedies
+from linked_jax import probe, remedies, revive
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
-    "linking", "activations", "moments", "certificates", "initializers", "schedules", "diagnostics", "layers",
-    "remedies",
+    "linking", "activations", "moments", "certificates", "initializers", "schedules", "diagnostics",
+    "signal_statistics", "layers", "remedies", "probe", "revive",
 ]  # fmt: skip
 """From the ground up: a room imports from rooms before it only."""
 ALLOWED = {"jax", "numpy", "flax", "optax", "jaxtyping", "linked_jax"}
-FLAX_ROOMS = {"layers", "remedies"}
+FLAX_ROOMS = {"layers", "remedies", "probe", "revive"}
+LAZY = {"probe": {"rich", "matplotlib"}}
+"""What a room imports when it is asked to show something."""
+PACKAGES = {"linked_jax": linked_jax, "probe": probe, "remedies": remedies, "revive": revive}
 
 
 def imports(path: Path) -> set[str]:
@@ -44,7 +47,7 @@ def test_every_file_of_the_library_is_a_room_of_the_map():
 def test_imports_go_upwards_only(room):
     files = [ROOT / "linked_jax" / f"{room}.py", *(ROOT / "linked_jax" / room).glob("*.py")]
     found = set().union(*(imports(file) for file in files if file.exists()))
-    outside = {name.split(".")[0] for name in found} - ALLOWED - sys.stdlib_module_names
+    outside = {name.split(".")[0] for name in found} - ALLOWED - LAZY.get(room, set()) - sys.stdlib_module_names
     assert not outside, f"{room} imports {outside}"
     inside = {name.split(".")[1] for name in found if name.startswith("linked_jax.")} - {room}
     assert inside <= set(ROOMS[: ROOMS.index(room)]), f"{room} imports from rooms below it: {inside}"
@@ -59,11 +62,11 @@ def test_the_library_does_not_need_the_experiments():
 
 def test_the_core_imports_without_the_extras():
     extras = ["chex", "tensorflow_datasets", "sklearn", "matplotlib", "tyro", "hypothesis", "beartype", "PIL"]
-    code = f"import sys; [sys.modules.__setitem__(m, None) for m in {extras}]; import linked_jax"
+    code = f"import sys; [sys.modules.__setitem__(m, None) for m in {extras}]; import linked_jax.probe, linked_jax.revive"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
-@pytest.mark.parametrize("package", [linked_jax, remedies], ids=["linked_jax", "remedies"])
+@pytest.mark.parametrize("package", PACKAGES.values(), ids=PACKAGES)
 def test_all_agrees_with_what_is_imported(package):
     tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
     imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
@@ -71,13 +74,15 @@ def test_all_agrees_with_what_is_imported(package):
     assert package.__all__ == sorted(package.__all__)
 
 
-@pytest.mark.parametrize("thing", [*linked_jax.__all__, *(f"remedies.{name}" for name in remedies.__all__)])
+@pytest.mark.parametrize(
+    "thing", [f"{package}.{name}" for package, module in PACKAGES.items() for name in module.__all__]
+)
 def test_public_callables_have_an_example_that_runs(thing):
-    found = linked_jax
-    for name in thing.split("."):
-        found = getattr(found, name)
-    if thing in ("Certificate", "remedies.Moments") or isinstance(found, linked_jax.Link):
-        return  # made by certify, the calculus; the links are one line each, explained at the top of their file
+    package, name = thing.split(".")
+    found = getattr(PACKAGES[package], name)
+    made_by_others = {"linked_jax.Certificate", "remedies.Moments", "probe.LayerReport", "probe.Report"}
+    if thing in made_by_others or isinstance(found, linked_jax.Link):
+        return  # made by certify, the calculus, probe; the links are one line each, explained at the top of their file
     assert doctest.DocTestFinder(recurse=False).find(found)[0].examples, f"{thing} has no example"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments import load_forecast, report
-from experiments.engine import records, remedies_table, tables
+from experiments.engine import plasticity_plots, records, remedies_table, revive_plots, tables
 from experiments.headlines import __main__ as headlines
 
 ROOT = Path(__file__).parent.parent
@@ -94,12 +94,21 @@ def test_the_committed_comparison_of_remedies_is_what_its_record_gives():
     assert (folder / "table.md").read_text(encoding="utf-8") == page
 
 
-def test_numbers_of_the_page_of_remedies_are_in_its_tables():
-    folder = RESULTS / "remedies"
+@pytest.mark.parametrize("name", ["plasticity", "revive"])
+def test_the_committed_tables_of_continual_learning_are_what_their_records_give(name):
+    folder = RESULTS / name
+    markdown = {"plasticity": plasticity_plots.markdown, "revive": revive_plots.markdown}[name]
+    page = markdown(records.read_config(folder), records.read_lines(folder))
+    assert (folder / "table.md").read_text(encoding="utf-8") == page
+
+
+@pytest.mark.parametrize("name", ["remedies", "plasticity", "revive"])
+def test_numbers_of_a_page_are_in_its_tables(name):
+    folder = RESULTS / name
     tabled = "".join(path.read_text(encoding="utf-8") for path in folder.rglob("table.md"))
     numbers = re.findall(r"0\.\d{4} ± 0\.\d{4}", (folder / "README.md").read_text(encoding="utf-8"))
     assert numbers
-    assert not [number for number in numbers if number not in tabled]
+    assert all(number in tabled for number in numbers)
 
 
 def test_the_committed_forecast_is_what_its_record_gives():

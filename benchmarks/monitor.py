@@ -1,0 +1,168 @@
+"""What does a `Monitor` cost? A training loop with and without one, and one look beside one training step.
+
+    python -m benchmarks.monitor
+
+A linked conv net on digits, Adam. The loops with and without the monitor take turns, and so do the training step, the
+forward pass and the look, on the same batch; times are medians after warm-up. The first look, which traces the model
+and compiles, is reported by itself. With --with-loss a look goes backward too.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from jaxtyping import Array
+
+from experiments.engine import data as data_lib
+from experiments.engine import records
+from experiments.engine.console import Console
+from experiments.engine.errors import UsageError, run_command
+from linked_jax import LinkedConv, LinkedLinear
+from linked_jax.probe import Monitor
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Time of a training loop with and without a monitor, and of one look at the units."""
+
+    depth: int = 4
+    """3x3 convs."""
+    width: int = 32
+    """Units in every layer."""
+    batch_size: int = 128
+    """Images of a step, and of a look."""
+    every: int = 100
+    """Steps from look to look."""
+    steps: int = 300
+    """Steps of a loop."""
+    rounds: int = 7
+    """Timed loops of each kind; they take turns. Each piece is timed ten times as often."""
+    with_loss: bool = False
+    """Let the monitor measure gradients too."""
+    out: Path | None = None
+    """A JSON file for the record."""
+
+
+class Bench:
+    """The net, its training step, and a monitor of it."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        data, rngs, width = data_lib.load("digits"), nnx.Rngs(0), settings.width
+        if settings.batch_size > len(data.train_labels):
+            raise UsageError(f"--batch-size is at most the {len(data.train_labels)} images, got {settings.batch_size}")
+        convs = (LinkedConv(width, width, (3, 3), rngs=rngs) for _ in range(settings.depth - 1))
+        net = nnx.Sequential(
+            nnx.Conv(1, width, (3, 3), rngs=rngs),
+            *convs,
+            lambda z: z.mean((1, 2)),
+            LinkedLinear(width, data.classes, rngs=rngs),
+        )
+        graph, self.params = nnx.split(net, nnx.Param)
+        self.images = data.train_images[: settings.batch_size].astype(np.float32) / 255
+        self.labels, optimizer = data.train_labels[: settings.batch_size], optax.adam(1e-3)
+        self.opt_state = optimizer.init(self.params)
+
+        def model_fn(params: Any, images: Array) -> Array:
+            return nnx.merge(graph, params)(images)
+
+        def loss_fn(logits: Array, labels: Array) -> Array:
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        @jax.jit
+        def step(params: Any, opt_state: Any, images: Array, labels: Array) -> tuple[Any, Any]:
+            grads = jax.grad(lambda params: loss_fn(model_fn(params, images), labels))(params)
+            updates, opt_state = optimizer.update(grads, opt_state)
+            return optax.apply_updates(params, updates), opt_state
+
+        self._step, self._forward = step, jax.jit(model_fn)
+        batches, loss = ([(self.images, self.labels)], loss_fn) if settings.with_loss else ([self.images], None)
+        self.monitor = Monitor(model_fn, batches, every=settings.every, loss_fn=loss)
+
+    def train_step(self) -> Any:
+        """One update from the start: the parameters stay as they are."""
+        return self._step(self.params, self.opt_state, self.images, self.labels)
+
+    def forward(self) -> Array:
+        """The forward pass alone."""
+        return self._forward(self.params, self.images)
+
+    def look(self) -> None:
+        """One look of the monitor."""
+        self.monitor(0, self.params)
+
+    def loop(self) -> Any:
+        """Train, unwatched."""
+        carry = self.params, self.opt_state
+        for _ in range(self.settings.steps):
+            carry = self._step(*carry, self.images, self.labels)
+        return carry
+
+    def watched_loop(self) -> Any:
+        """Train, and look from time to time."""
+        carry = self.params, self.opt_state
+        for step in range(self.settings.steps):
+            self.monitor(step, carry[0])
+            carry = self._step(*carry, self.images, self.labels)
+        return carry
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    """Of one call, until its arrays are there."""
+    start = time.perf_counter()
+    jax.block_until_ready(action())
+    return time.perf_counter() - start
+
+
+def medians(actions: dict[str, Callable[[], Any]], rounds: int, advance: Callable[[int], None]) -> dict[str, float]:
+    """Median seconds of each action; they take turns, and the first round is warm-up."""
+    times = {name: [] for name in actions}
+    for done in range(rounds + 1):
+        for name, action in actions.items():
+            taken = seconds(action)
+            if done:
+                times[name].append(taken)
+        advance(1)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def main() -> None:
+    """Measure, print the ratios, and write the record."""
+    settings = tyro.cli(Settings, prog="python -m benchmarks.monitor")
+    for option, value in dataclasses.asdict(settings).items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise UsageError(f"--{option.replace('_', '-')} is at least 1, got {value}")
+    bench, console = Bench(settings), Console()
+    results = {"first look": seconds(bench.look)}
+    pieces = {"training step": bench.train_step, "forward pass": bench.forward, "look": bench.look}
+    with console.progress("pieces", 10 * settings.rounds + 1) as advance:
+        results |= medians(pieces, 10 * settings.rounds, advance)
+    loops = {"loop": bench.loop, "loop with monitor": bench.watched_loop}
+    with console.progress("loops", settings.rounds + 1) as advance:
+        results |= medians(loops, settings.rounds, advance)
+    unit = dict.fromkeys(results, results["training step"]) | dict.fromkeys(loops, results["loop"])
+    console.table(
+        f"{settings.depth} linked convs of {settings.width} units on {jax.devices()[0].device_kind}, relative to a "
+        f"training step, and to the loop of {settings.steps} steps:",
+        [
+            {"what": name, "milliseconds": f"{1e3 * taken:.3g}", "relative": f"{taken / unit[name]:.3g}"}
+            for name, taken in results.items()
+        ],
+    )
+    if settings.out:
+        config = {key: value for key, value in dataclasses.asdict(settings).items() if key != "out"}
+        record = {"benchmark": "monitor", "settings": config, "results": results, **records.environment()}
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        settings.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,176 @@
+"""Which equations of a jaxpr are an activation: z -> h.
+
+Three kinds are known. A link of this library marks its two ends. Most activations of jax.nn are one equation, a call
+that bears their name. Others are inlined, and are found by comparing with the jaxpr of the function itself.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+
+from linked_jax.linking import Layout
+from linked_jax.probe.names import is_normalisation
+
+CALLS = {
+    "celu", "elu", "gelu", "hard_sigmoid", "hard_silu", "hard_swish", "hard_tanh", "leaky_relu", "log_sigmoid", "mish",
+    "prelu", "relu", "relu6", "selu", "sigmoid", "silu", "soft_sign", "softplus", "sparse_plus", "sparse_sigmoid",
+    "squareplus", "swish",
+}  # fmt: skip
+"""The names of calls that are activations if they map one array to one of its shape."""
+
+INLINED: tuple[tuple[str, Callable[..., Any]], ...] = (
+    ("gelu", jax.nn.gelu),
+    ("gelu", functools.partial(jax.nn.gelu, approximate=False)),
+    ("prelu", lambda z, slope: jnp.where(z >= 0, z, slope * z)),  # as Flax writes it
+    ("relu", lambda z: jnp.where(z > 0, z, 0)),
+    ("silu", lambda z: z * jax.nn.sigmoid(z)),
+    ("silu", lambda z: jax.nn.sigmoid(z) * z),
+    ("relu", lambda z: jnp.maximum(z, 0)),
+    ("relu", lambda z: jnp.maximum(0, z)),
+    ("tanh", jnp.tanh),
+    ("sigmoid", jax.nn.sigmoid),
+)
+"""Activations that leave no call in a jaxpr; the longer first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """An activation in a list of equations: those from the one it was found at, up to stop, make h of z."""
+
+    stop: int
+    z: Var
+    h: Var
+    activation: str
+    arity: int = 1
+    layout: Layout = "blocked"
+    axis: int = -1
+
+
+def activation_at(equations: Sequence[JaxprEqn], i: int) -> Site | None:
+    """The activation that begins at the i-th equation; None if none does.
+
+    >>> import jax
+    >>> from linked_jax.probe.recognise import activation_at
+    >>> jaxpr = jax.make_jaxpr(lambda z: jax.nn.gelu(2 * z))(jax.numpy.ones((4, 3))).jaxpr
+    >>> activation_at(jaxpr.eqns, 0) is None, activation_at(jaxpr.eqns, 1).activation
+    (True, 'gelu')
+    """
+    site = _link_at(equations, i) or _call_at(equations, i) or _inlined_at(equations, i)
+    return site if site and _is_layer(site) else None
+
+
+def has_activation(jaxpr: Any) -> bool:
+    """Whether there is an activation in a jaxpr or in one inside it."""
+    equations = opened(jaxpr)[0].eqns
+    return any(activation_at(equations, i) for i in range(len(equations))) or any(
+        has_activation(inner) for equation in equations for inner in inner_jaxprs(equation)
+    )
+
+
+def inner_jaxprs(equation: JaxprEqn) -> list[Any]:
+    """The jaxprs among an equation's parameters: a call's body, the branches of a cond."""
+    values = [value if isinstance(value, tuple) else (value,) for value in equation.params.values()]
+    return [x for value in values for x in value if hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")]
+
+
+def opened(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
+    """A jaxpr, closed or not, and its constants."""
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def _is_layer(site: Site) -> bool:
+    if isinstance(site.z, Literal):
+        return False
+    z, h = _aval(site.z), _aval(site.h)
+    return z.ndim > 0 and z.size > 0 and jnp.issubdtype(z.dtype, jnp.floating) and h.size == site.arity * z.size
+
+
+def _link_at(equations: Sequence[JaxprEqn], i: int) -> Site | None:
+    prefix, label = "linked_jax.z:", _mark(equations[i])
+    if not label.startswith(prefix):
+        return None
+    label = label.removeprefix(prefix)
+    for stop, last in enumerate(equations[i + 1 :], i + 2):
+        if _mark(last) == f"linked_jax.h:{label}":
+            arity, layout, axis, name = label.split(":", 3)
+            name = name[5:-1] if name.startswith("Link(") else name
+            name = name.removesuffix("(z)") if arity == "1" else name
+            z, h = cast(Var, equations[i].invars[0]), last.outvars[0]
+            return Site(stop, z, h, name, int(arity), cast(Layout, layout), int(axis))
+    return None
+
+
+def _mark(equation: JaxprEqn) -> str:
+    return equation.params["name"] if equation.primitive.name == "name" else ""
+
+
+def _call_at(equations: Sequence[JaxprEqn], i: int) -> Site | None:
+    call, arrays = equations[i], _arrays(equations[i])
+    name = _call_name(call)
+    if name not in CALLS or len(arrays) != 1 or [_aval(v).shape for v in call.outvars] != [_aval(arrays[0]).shape]:
+        return None
+    return Site(i + 1, arrays[0], call.outvars[0], name)
+
+
+def _call_name(call: JaxprEqn) -> str:
+    """The called function's name; a custom rule bears none, but what it wraps does."""
+    if call.primitive.name in ("jit", "pjit"):
+        return call.params["name"]
+    bodies = [opened(jaxpr)[0].eqns for jaxpr in inner_jaxprs(call)] if "custom" in call.primitive.name else []
+    return _call_name(bodies[0][0]) if len(bodies) == 1 and len(bodies[0]) == 1 else ""
+
+
+def _inlined_at(equations: Sequence[JaxprEqn], i: int) -> Site | None:
+    arrays = _arrays(equations[i])
+    if not arrays or not jnp.issubdtype(_aval(arrays[0]).dtype, jnp.floating):
+        return None
+    for k, (name, _) in enumerate(INLINED):
+        template = _template(k, _aval(arrays[0]).shape, _aval(arrays[0]).dtype)
+        stop = i + len(template.eqns)
+        found = _match(template, equations[i:stop])
+        if found and not (len(template.eqns) == 1 and is_normalisation(equations[i])):
+            return Site(stop, found[template.invars[0]], found[template.outvars[0]], name)
+    return None
+
+
+def _arrays(equation: JaxprEqn) -> list[Any]:
+    """The operands with an axis or more."""
+    return [atom for atom in equation.invars if getattr(atom.aval, "ndim", 0) > 0]
+
+
+def _aval(atom: Any) -> Any:
+    return atom.aval
+
+
+@functools.lru_cache(maxsize=4096)
+def _template(k: int, shape: tuple[int, ...], dtype: Any) -> Jaxpr:
+    name, function = INLINED[k]
+    shapes = [shape, ()] if name == "prelu" else [shape]
+    return jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(s, dtype) for s in shapes)).jaxpr
+
+
+def _match(template: Jaxpr, equations: Sequence[JaxprEqn]) -> dict[Any, Any] | None:
+    """What stands for each variable of the template, if these equations are the template's but for names."""
+    if [e.primitive for e in equations] != [e.primitive for e in template.eqns]:
+        return None
+    found: dict[Any, Any] = {}
+    for wanted, equation in zip(template.eqns, equations, strict=True):
+        if _options(wanted) != _options(equation) or len(wanted.invars) != len(equation.invars):
+            return None
+        for a, b in zip([*wanted.invars, *wanted.outvars], [*equation.invars, *equation.outvars], strict=True):
+            if isinstance(a, Literal):
+                if not isinstance(b, Literal) or a.val != b.val:
+                    return None
+            elif _aval(a).shape != _aval(b).shape or found.setdefault(a, b) is not b:
+                return None
+    return found
+
+
+def _options(equation: JaxprEqn) -> str:
+    """The parameters; of a call, whose body may be batched, the name."""
+    return equation.params["name"] if inner_jaxprs(equation) else str(sorted(equation.params.items()))

@@ -1,0 +1,206 @@
+"""What a probe saw: a table, a JSON file, a plot."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+
+from linked_jax import signal_statistics
+from linked_jax.diagnostics import UnitStatistics
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerReport:
+    """One activation. A unit is one channel of its pre-activation z, scored over its whole link.
+
+    Attributes:
+      name: the module's path or scope, else the line of the source; with [i] for the i-th iteration of a scan, and #k
+        for the k-th activation of that name.
+      source: file and line.
+      activation: the function's name, or the link's members.
+      arity: the link's number of members.
+      units: the number C of channels of z.
+      samples: samples times positions.
+      dead: every output 0 for every sample, (C,).
+      dead_link: no member has a gradient for any sample, (C,).
+      dormancy: the mean output, relative to the layer's, (C,).
+      dormant: dormancy at most tau, (C,).
+      linearised: alive, and z never changes sign, (C,).
+      saturated: no member is steeper than 0.01 for any sample, (C,).
+      mean: of z, (C,).
+      std: of z, (C,).
+      active: Phi(mean / std), our proxy of the distance to elimination: see `signal_statistics.elimination`, (C,).
+      activation_shift: the mean over units of their mean.
+      spread_of_mean: the standard deviation over units of their mean.
+      spread_of_std: that of their std.
+      least_active: the least of `active`.
+      mean_square: of z.
+      gradient_mean_square: of the gradient of one sample's loss for z; None without a loss, or where a function with
+        a custom derivative hides it.
+      effective_rank: of the outputs h; None for more than 4,096 features.
+    """
+
+    name: str
+    source: str
+    activation: str
+    arity: int
+    units: int
+    samples: int
+    dead: Bool[np.ndarray, " c"]
+    dead_link: Bool[np.ndarray, " c"]
+    dormancy: Float[np.ndarray, " c"]
+    dormant: Bool[np.ndarray, " c"]
+    linearised: Bool[np.ndarray, " c"]
+    saturated: Bool[np.ndarray, " c"]
+    mean: Float[np.ndarray, " c"]
+    std: Float[np.ndarray, " c"]
+    active: Float[np.ndarray, " c"]
+    activation_shift: float
+    spread_of_mean: float
+    spread_of_std: float
+    least_active: float
+    mean_square: float
+    gradient_mean_square: float | None
+    effective_rank: float | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Report:
+    """What `probe` saw, layer by layer in order of execution. `str(report)` is a table.
+
+    Attributes:
+      layers: the activations.
+      tau: the threshold of dormancy.
+      not_seen: what has activations inside and was not looked into: cond, while and the like.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from linked_jax import linked
+      >>> from linked_jax.probe import probe
+      >>> batches = [jax.random.normal(jax.random.key(0), (64, 2))]
+      >>> report = probe(lambda w, x: linked(jax.nn.relu)(x @ w), jnp.eye(2), batches)
+      >>> layer, = report.layers
+      >>> layer.activation, layer.units, layer.dead.tolist()
+      ('relu(z), relu(-z)', 2, [False, False])
+    """
+
+    layers: tuple[LayerReport, ...]
+    tau: float
+    not_seen: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        rows = [_COLUMNS, *map(_row, self.layers)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        adjusts = [str.ljust] * 2 + [str.rjust] * (len(_COLUMNS) - 2)
+        lines = ["  ".join(f(x, n) for f, x, n in zip(adjusts, row, widths, strict=True)) for row in rows]
+        return "\n".join([*lines, *(f"not seen: {what}" for what in self.not_seen)])
+
+    def print(self) -> None:
+        """The table in colours; needs rich (pip install linked_jax[report])."""
+        try:
+            from rich.console import Console
+            from rich.table import Table
+        except ImportError as error:
+            raise ImportError("Report.print needs rich; pip install linked_jax[report], or print(report)") from error
+        table = Table(box=None)
+        for i, column in enumerate(_COLUMNS):
+            table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
+        for layer in self.layers:
+            sick = layer.dead.any() or layer.dead_link.any()
+            table.add_row(*_row(layer), style="red" if sick else "yellow" if layer.dormant.any() else None)
+        needed = max(map(len, str(self).splitlines())) + 2 * len(_COLUMNS)
+        console = Console(width=max(needed, Console().width))  # rich would cut names to fit
+        console.print(table)
+        for what in self.not_seen:
+            console.print(f"not seen: {what}", markup=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON, whole or not at all. Numbers that are not finite are strings."""
+        content = {"tau": self.tau, "not_seen": self.not_seen, "layers": [_encoded(layer) for layer in self.layers]}
+        path = Path(path)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Report":
+        """Read what `save` wrote; the same to the last bit."""
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        layers = tuple(LayerReport(**{name: _decoded(name, x) for name, x in one.items()}) for one in content["layers"])
+        return cls(layers, content["tau"], tuple(content["not_seen"]))
+
+    def drift(self, later: "Report") -> tuple[signal_statistics.Drift, ...]:
+        """How far each layer's pre-activations moved, as `signal_statistics.covariate_drift`; three floats for each.
+
+        Args:
+          later: a report of the same model on the same batches, at another training step.
+
+        Raises:
+          ValueError: if the two have other layers.
+        """
+        mine, other = ([(layer.name, layer.units) for layer in report.layers] for report in (self, later))
+        if mine != other:
+            raise ValueError(f"drift compares a model with itself, got the layers {mine} and {other}")
+        pairs = zip(self.layers, later.layers, strict=True)
+        drifts = [signal_statistics.covariate_drift(_moments(a), _moments(b)) for a, b in pairs]
+        return tuple(signal_statistics.Drift(*map(float, drift)) for drift in drifts)  # type: ignore[arg-type]
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the state of every unit and the signal by depth; needs matplotlib (pip install linked_jax[report])."""
+        from linked_jax.probe.plot import draw
+
+        draw(self, path)
+
+
+_COLUMNS = (
+    "name",
+    "activation",
+    "units",
+    "dead",
+    "no grad",
+    "dormant",
+    "linear",
+    "satur.",
+    "shift",
+    "z²",
+    "grad²",
+    "rank",
+)
+
+
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    counts = (layer.dead, layer.dead_link, layer.dormant, layer.linearised, layer.saturated)
+    scalars = (layer.activation_shift, layer.mean_square, layer.gradient_mean_square, layer.effective_rank)
+    cells = ("" if x is None else f"{x:.3g}" for x in scalars)
+    return (layer.name, layer.activation, str(layer.units), *(str(int(x.sum())) for x in counts), *cells)
+
+
+def _encoded(layer: LayerReport) -> dict[str, Any]:
+    """Fields ready for JSON, float32 and not finite ones included."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, list):
+            return [plain(y) for y in x]
+        return str(x) if isinstance(x, float) and not math.isfinite(x) else x
+
+    fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
+    return {name: plain(x.tolist() if isinstance(x, np.ndarray) else x) for name, x in fields.items()}
+
+
+def _decoded(name: str, x: Any) -> Any:
+    if isinstance(x, list):
+        return np.asarray(x, bool if isinstance(x[0], bool) else np.float32)
+    return float(x) if isinstance(x, str) and name not in ("name", "source", "activation") else x
+
+
+def _moments(layer: LayerReport) -> UnitStatistics:
+    """Statistics with the mean and variance of a layer, and nothing else true."""
+    false, zero = jnp.zeros(layer.units, bool), jnp.zeros(layer.units)
+    mean, variance = jnp.asarray(layer.mean), jnp.square(jnp.asarray(layer.std))
+    return UnitStatistics(jnp.float32(1), false, zero, false, zero, mean, variance, zero)
