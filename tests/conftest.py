@@ -30,8 +30,9 @@ def unchecked():
 
 
 CHEAP = {
-    "test_architecture", "test_augment", "test_data", "test_depth", "test_parallel", "test_published", "test_records", "test_report", "test_results", "test_resume", "test_rows",
-    "test_settings", "test_sweep", "test_training",
+    "test_architecture", "test_augment", "test_data", "test_depth", "test_parallel", "test_published",
+    "test_records", "test_report", "test_results", "test_resume", "test_rows", "test_settings", "test_sweep",
+    "test_training",
 }  # fmt: skip
 
 

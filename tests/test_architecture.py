@@ -62,7 +62,8 @@ def test_the_library_does_not_need_the_experiments():
 
 def test_the_core_imports_without_the_extras():
     extras = ["chex", "tensorflow_datasets", "sklearn", "matplotlib", "tyro", "hypothesis", "beartype", "PIL"]
-    code = f"import sys; [sys.modules.__setitem__(m, None) for m in {extras}]; import linked_jax.probe, linked_jax.revive"
+    rooms = "linked_jax.probe, linked_jax.revive"
+    code = f"import sys; [sys.modules.__setitem__(m, None) for m in {extras}]; import {rooms}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
