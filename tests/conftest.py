@@ -38,11 +38,15 @@ CHEAP = {
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """The fast suite tries the first case of each law of the library; the slow one tries the rest."""
+    """The fast suite tries the first case of each law of the library; the slow one the rest, and remedies' examples."""
     cases = {}
     for item in items:
         if hasattr(item, "callspec") and item.path.stem not in CHEAP:
             cases.setdefault((item.path, item.originalname), []).append(item)
-    for law in cases.values():
-        for item in law[1:]:
-            item.add_marker(pytest.mark.slow)
+    examples_of_remedies = [
+        item
+        for item in items
+        if item.path.parent.name == "remedies" and item.path.suffix == ".py" and isinstance(item, pytest.DoctestItem)
+    ]
+    for item in [*examples_of_remedies, *(item for law in cases.values() for item in law[1:])]:
+        item.add_marker(pytest.mark.slow)

@@ -78,6 +78,7 @@ def values_of(table, names):
     return lambda z: {name: table[name](z) for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_values_are_exactly_the_formulas(transform, dtype):
@@ -190,6 +191,7 @@ def test_prelu_keeps_the_dtype(dtype):
     assert prelu(jnp.ones(3, dtype), jnp.float32(0.25)).dtype == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slope", [0.25, 0.0, -1.5])
 def test_prelu_derivative_at_zero_is_its_slope_and_1_when_mirrored(slope):
     for zero in (0.0, -0.0):

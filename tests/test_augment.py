@@ -31,6 +31,7 @@ def shifts_of(moved, original, largest=(2, 3)):
     return found
 
 
+@pytest.mark.slow
 def test_every_image_is_flipped_and_shifted_as_a_whole_by_at_most_a_tenth():
     before = images(12)
     after = np.asarray(jax.jit(flip_and_shift)(jax.random.key(0), before))
@@ -40,6 +41,7 @@ def test_every_image_is_flipped_and_shifted_as_a_whole_by_at_most_a_tenth():
     assert len({explanations[0] for explanations in found}) > 6
 
 
+@pytest.mark.slow
 def test_flips_are_as_likely_as_not_and_shifts_are_uniform():
     """The pixels are their own coordinates, so that the middle one says where it came from."""
     n, height, width = 4000, 21, 41
@@ -56,6 +58,7 @@ def test_flips_are_as_likely_as_not_and_shifts_are_uniform():
         assert counts[1:-1] == pytest.approx(1 / (0.2 * (height if largest == 2 else width)), abs=0.03)
 
 
+@pytest.mark.slow
 def test_the_key_decides():
     before = images(8)
     first, again, other = (flip_and_shift(jax.random.key(key), before) for key in (2, 2, 3))
@@ -63,6 +66,7 @@ def test_the_key_decides():
     assert not np.array_equal(first, other)
 
 
+@pytest.mark.slow
 def test_no_shift_leaves_the_image_or_its_mirror():
     before = np.asarray(images(16))
     after = np.asarray(flip_and_shift(jax.random.key(4), jnp.asarray(before), shift=0.0))

@@ -122,6 +122,7 @@ def test_saturating_mirrors_are_not_linked(name, dtype):
     assert certificate.dead_interval_count == 2
 
 
+@pytest.mark.slow
 def test_jax_gelu_breaks_in_float16_and_lk_gelu_does_not():
     broken = certificate_of("jax_gelu", jnp.float16)
     assert not broken.linked

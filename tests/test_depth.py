@@ -125,6 +125,7 @@ def test_a_run_leaves_its_record(a_run):
     assert str(folder.parent) not in (folder / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_the_picture_is_a_picture(a_run):
     from matplotlib.image import imread
 
@@ -136,6 +137,7 @@ def test_the_picture_is_a_picture(a_run):
     assert pixels.std() > 0.01
 
 
+@pytest.mark.slow
 def test_help_explains_each_option():
     run = command("--help")
     assert (run.returncode, run.stderr) == (0, "")
@@ -226,6 +228,7 @@ def test_an_existing_record_is_refused_and_kept(in_process, tmp_path):
     assert [path.read_text() for path in (tmp_path / "record").iterdir()] == ["mine"]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_with_3_and_keeps_the_record(in_process, tmp_path):
     folder = tmp_path / "record"
     options = "--depth 1 --width 2 --optimizer sgd --lr 1e30"
@@ -237,6 +240,7 @@ def test_a_loss_that_is_not_finite_ends_with_3_and_keeps_the_record(in_process, 
     assert line["diverged"].startswith("the loss is")
 
 
+@pytest.mark.slow
 def test_a_net_that_diverges_leaves_the_others_to_run(in_process, tmp_path):
     options = ["--depth", "1", "--width", "2", "--optimizer", "sgd", "--lr", "1e30", "1e-3", "--seeds", "2"]
     code, said, error = in_process(*TINY, *options, "--out", tmp_path / "record")

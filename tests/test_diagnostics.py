@@ -167,6 +167,7 @@ def over_batches(link, z, cuts):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: dtype.__name__)
 @layouts
 @hypothesis.settings(max_examples=5)

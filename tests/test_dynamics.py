@@ -221,6 +221,7 @@ def test_an_existing_record_is_refused_and_kept(in_process, tmp_path):
     assert [path.read_text() for path in (tmp_path / "record").iterdir()] == ["mine"]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_with_3_and_keeps_the_record(in_process, tmp_path):
     code, _, error = in_process(tmp_path, "--act", "lk_relu", "--steps", 9, "--lr", 1e30, "--out", "record")
     assert code == 3
@@ -257,6 +258,7 @@ MEMBERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("act", "bias"), [("relu", -2.0), ("lk_selu", -10.0)])
 def test_one_step_is_gradient_descent_and_the_norms_are_of_its_gradient(act, bias):
     lines = trained(act, steps=1, bias=bias, seed=3)

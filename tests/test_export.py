@@ -57,6 +57,7 @@ def test_link_lowers_for_the_platform(link, platform, layout):
     assert [(out.shape, out.dtype) for out in exported.out_avals] == [((4, 3 * link.arity), jnp.bfloat16)]
 
 
+@pytest.mark.slow
 @platforms
 @over_links
 def test_forward_pass_lowers_for_the_platform(link, platform):
@@ -66,6 +67,7 @@ def test_forward_pass_lowers_for_the_platform(link, platform):
     assert [out.shape for out in exported.out_avals] == [(4, 3)]
 
 
+@pytest.mark.slow
 @platforms
 @over_links
 def test_training_step_lowers_for_the_platform(link, platform):

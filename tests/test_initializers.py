@@ -120,6 +120,7 @@ def test_variance_preserving_dense_keeps_the_forward_mean_square(link):
     assert mean_squares(white(2048, 32)) == pytest.approx([1, 1], abs=0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", [relu, lk_relu, laid_out(min_max, "interleaved")], ids=str)
 def test_variance_preserving_conv_keeps_the_forward_mean_square_on_average(link):
     @jax.jit
@@ -131,6 +132,7 @@ def test_variance_preserving_conv_keeps_the_forward_mean_square_on_average(link)
     assert mean_square(white(16, 6, 6, 8), jax.random.split(KEY, 200)) == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", [relu, lk_relu, lk_elu], ids=["relu", "lk_relu", "lk_elu"])
 def test_variance_preserving_kernel_is_orthogonal_times_the_gain(link):
     kernel = variance_preserving(link)(KEY, (3, link.arity * 4, 6)).reshape(-1, 6)
@@ -140,6 +142,7 @@ def test_variance_preserving_kernel_is_orthogonal_times_the_gain(link):
 # --- read_out -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_read_out_exists_for_exactly_these_named_links():
     def has_one(link):
         try:
@@ -219,6 +222,7 @@ def test_dense_layer_is_linear_and_its_half_orthogonal(link, layout):
     close(link(z) @ kernel, z @ half)
 
 
+@pytest.mark.slow
 @layouts
 @over_linear_links
 def test_conv_layer_is_a_pointwise_rotation(link, layout):
@@ -316,6 +320,7 @@ def test_strided_layer_with_room_for_all_pixels_keeps_the_norm_exactly(case):
         np.testing.assert_allclose(*(np.square(x).sum(tuple(range(1, x.ndim))) for x in (y, z)), rtol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [2, 3, 4, 5, 7])
 def test_strided_layer_gives_every_pixel_a_gradient(window):
     kernel = looks_linear(lk_relu, strides=2)(KEY, (window, window, 8, 4))
@@ -346,6 +351,7 @@ def test_strided_layer_keeps_forward_signals_of_white_inputs(c_in, c_out):
 # --- looks_linear: a thousand layers ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "space"), [((32,), (64, 32)), ((8, 8, 4), (3, 3, 8, 4))], ids=["dense_32", "conv_8x8x4"]
 )
@@ -397,6 +403,7 @@ def test_same_key_same_kernel_and_another_key_another(init):
     assert (kernel != init(OTHER_KEY, (3, 3, 8, 4))).any()
 
 
+@pytest.mark.slow
 @over_inits
 def test_init_under_jit_and_vmap_is_init_outside(init):
     keys = jnp.stack([KEY, OTHER_KEY])

@@ -151,6 +151,7 @@ def test_given_kernel_init_is_used_for_the_whole_kernel(make, shape):
     assert (plain_layer(layer).kernel[...] == 2).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strides", [1, 2])
 @pytest.mark.parametrize("link", [min_max, Link(lk_swish.members, layout="interleaved")], ids=str)
 def test_layer_starts_linear(link, strides):
@@ -183,6 +184,7 @@ def small_net(link=lk_relu, seed=0):
     )
 
 
+@pytest.mark.slow
 def test_sequential_is_one_layer_after_the_other():
     net = small_net()
     z = white(2, 4, 4, 1)
@@ -245,6 +247,7 @@ def test_optax_steps_lower_the_loss(link):
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 def test_orbax_checkpoint_restores_the_net(tmp_path):
     net = small_net(LinkedPReLU(4), seed=0)
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
@@ -277,6 +280,7 @@ def test_hessian_and_jvp_go_through_a_layer(link, make, shape):
     close(*hessians, 1e-5)
 
 
+@pytest.mark.slow
 @over_few_links
 def test_link_is_an_activation_of_linen(link):
     class Net(flax.linen.Module):
@@ -421,6 +425,7 @@ def test_slope_gradients_are_finite_differences(make, share, features, slopes):
     close(*difference_and_derivative(state, direction), 1e-4)
 
 
+@pytest.mark.slow
 @layouts
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_jacobian_of_linked_prelu_at_zero_is_the_limit_from_the_right(layout, zero):
@@ -445,6 +450,7 @@ def test_prelu_at_the_start_is_its_link(make):
     np.testing.assert_array_equal(jax.jacobian(module)(z), jax.jacobian(module.link)(z))
 
 
+@pytest.mark.slow
 def test_linked_prelu_with_zero_slopes_starts_as_lk_relu():
     z = white(5, 3).at[0].set(0)
     module = LinkedPReLU(3, negative_slope=0.0)
@@ -452,6 +458,7 @@ def test_linked_prelu_with_zero_slopes_starts_as_lk_relu():
     np.testing.assert_array_equal(jax.jacobian(module)(z), jax.jacobian(lk_relu)(z))
 
 
+@pytest.mark.slow
 @layouts
 @pytest.mark.parametrize("slope", [0.0, 0.25, 0.9])
 def test_layer_after_linked_prelu_starts_linear_and_isometric(slope, layout):

@@ -119,6 +119,7 @@ def test_equal_links_as_static_arguments_trace_once():
     assert len(traces) == 2
 
 
+@pytest.mark.slow
 def test_link_as_a_closure_of_jit():
     z = jnp.linspace(-3.0, 3.0, 7)
     for name, actual in for_all(LINKS, lambda link, z: link(z), z).items():
@@ -248,6 +249,7 @@ def test_jacobian_at_zero_is_the_limit_from_the_right():
         np.testing.assert_allclose(reverse[name], [limit, limit], rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float64])
 def test_jacobian_at_zero_is_that_of_the_members_next_to_it(dtype):
     def slopes(g, z):
@@ -264,12 +266,14 @@ def test_jacobian_at_zero_is_that_of_the_members_next_to_it(dtype):
         np.testing.assert_allclose(actual[name], plain[name], rtol=4 * eps, atol=2 * tiny, err_msg=name)
 
 
+@pytest.mark.slow
 def test_jacobian_at_zero_of_an_eager_call():
     for zero in (0.0, -0.0):
         np.testing.assert_array_equal(jax.jacfwd(linked(jax.nn.relu))(zero), [1, 0])
         np.testing.assert_array_equal(jax.jacrev(linked(jax.nn.relu))(zero), [1, 0])
 
 
+@pytest.mark.slow
 def test_second_derivatives_at_zero_are_finite():
     for name, hessian in for_all(AT_ZERO, lambda link, z: jax.vmap(jax.hessian(link))(z), ZEROS).items():
         assert np.isfinite(hessian).all(), name
@@ -323,6 +327,7 @@ def test_member_over_a_traced_value_has_both_gradients(slope):
     np.testing.assert_allclose(by_z, (jacobian * weights.reshape(2, 4)).sum(0), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_member_over_a_vmapped_value_has_both_gradients():
     slopes = jnp.array([0.25, 0.0, -0.5])
     jacobian = jax.vmap(lambda a: jax.jacobian(linked(lambda z: prelu(z, a)))(0.0))(slopes)
@@ -371,6 +376,7 @@ def test_there_are_two_devices():
     assert len(jax.devices("cpu")) == 2
 
 
+@pytest.mark.slow
 @over_transforms
 def test_gradient_through_a_transformation(transform):
     names = ("lk_relu", "lk_elu", "lk_swish", "min_max", "fourier")  # kinked in each way, smooth, and not a mirror

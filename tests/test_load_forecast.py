@@ -191,6 +191,7 @@ def test_each_target_hour_is_in_one_part_and_the_parts_follow_each_other():
         assert cut.mean == pytest.approx(np.arange(1, int(hours["validation"].min()) + 1).mean())
 
 
+@pytest.mark.slow
 def test_a_forecast_sees_nothing_of_its_own_hours():
     series = load_series.made(days=60)
     cut = load_series.windows(series)
@@ -274,6 +275,7 @@ def test_the_net_is_the_loop(cell):
     np.testing.assert_allclose(found, h @ v + c, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", NUMPY)
 def test_the_number_of_parameters_is_that_of_the_net_and_alike_for_all(cell):
     wanted = load_forecast.Settings().parameters
@@ -284,6 +286,7 @@ def test_the_number_of_parameters_is_that_of_the_net_and_alike_for_all(cell):
     assert abs(count / wanted - 1) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", ["lk_relu", "tanh", "drelu"])
 def test_the_recurrence_starts_orthogonal(cell):
     net = recurrent_net.RecurrentNet(cell, 6, features=4, horizon=2, rngs=nnx.Rngs(0))

@@ -144,12 +144,14 @@ def images():
     return data_lib.scale(fake().train_images[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ACTS)
 def test_table_1_written_out(act, images):
     model, f = net(width, act), ACTS[act]
     close(model, lambda x: dense(f(conv(x, model.conv).reshape(2, -1)), model.read_out.linear), images, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ACTS)
 def test_table_3_written_out(act, images):
     model, f = net(parameters, act), ACTS[act]
@@ -183,6 +185,7 @@ def test_table_4_written_out(act, images):
     close(model, written_out, images, 6)
 
 
+@pytest.mark.slow
 def test_dropout_is_there_in_training_only(images):
     images = images[:, ::4, ::4]
     model = net(allcnn, "relu", width=4)

@@ -123,6 +123,7 @@ def test_each_update_is_keras_update(case, kind):
     assert relative_error(path, expected) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_eager_equals_jit(case):
     optimizer = CASES[case][0](LEARNING_RATES["drop"])

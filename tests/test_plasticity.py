@@ -42,6 +42,7 @@ def net(row, *, width=8, column="equal_width"):
 # --- streams ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_permuted_task_has_the_same_pixels_in_another_order_everywhere():
     task = tasks.permuted(BASE, tasks.task_key(0, 3))
     pairs = [(BASE.images, task.images), (BASE.test_images, task.test_images)]

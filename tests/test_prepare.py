@@ -221,6 +221,7 @@ def command(monkeypatch, *arguments):
 # --- the good cases
 
 
+@pytest.mark.slow
 def test_the_set_is_what_the_stock_builder_promises(tmp_path, capsys):
     folder = prepare("cifar10", str(tmp_path / "new" / "folder"))
     assert_prepared(tmp_path / "new" / "folder", folder)
@@ -317,6 +318,7 @@ finally:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_tensorflow(server, tmp_path):
     folder = tmp_path / "tfds"
     ran = in_new_process(folder, address(server, "good"))
@@ -534,6 +536,7 @@ def test_a_run_that_is_stopped_at_its_last_step(step, tmp_path, monkeypatch):
     assert_prepared(tmp_path, prepare("cifar10", str(tmp_path)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_killed_while_it_writes(signum, server, tmp_path):
     killed = f"prepare.Image.fromarray = lambda _: os.kill(os.getpid(), {int(signum)})"

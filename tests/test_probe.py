@@ -85,6 +85,7 @@ ONE_MEMBER = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batched", [False, True], ids=["plain", "vmapped"])
 @pytest.mark.parametrize("g", ONE_MEMBER.values(), ids=ONE_MEMBER)
 def test_every_activation_is_seen_once_with_its_pre_activation(g, batched):
@@ -479,6 +480,7 @@ def test_drift_is_that_of_the_diagnostics():
 # --- compiles, and the monitor ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_trace_for_each_shape_and_none_for_a_later_look():
     traces = []
 

@@ -229,6 +229,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_lets_go_of_its_folder(tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-c", HOLDER, str(folder)]

@@ -120,6 +120,7 @@ def test_a_claim_says_what_it_compares(name):
     assert "Adam" in claim.protocol or "SGD" in claim.protocol
 
 
+@pytest.mark.slow
 def test_a_claim_is_recorded_gone_on_with_and_tabled(tmp_path, monkeypatch, capsys):
     ran = []
 

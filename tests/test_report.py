@@ -339,6 +339,7 @@ def test_a_damaged_record_is_named_with_the_reason_and_skipped(tmp_path, garble,
     assert "\n" not in problem
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_after_a_damaged_record(command, tmp_path):
     write_record(tmp_path / "runs" / "good")
     (write_record(tmp_path / "runs" / "bad") / "config.json").unlink()
@@ -470,6 +471,7 @@ def test_the_page_has_every_table_and_needs_nothing_else(a_report):
         assert said in text
 
 
+@pytest.mark.slow
 def test_the_same_records_make_the_same_bytes(a_report, tmp_path):
     folder, found = a_report
     report.write(tmp_path / "again", found, ["bad: <i>why</i>"])

@@ -324,6 +324,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_go_on_is_refused_in_one_line(case, folder, command):
     damage, why = REFUSED[case]

@@ -54,6 +54,7 @@ def test_dead_units_are_those_that_numpy_finds():
     np.testing.assert_allclose(found["accuracy"], right.mean(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_at_its_revival_a_net_computes_the_same_and_no_unit_is_dead():
     net = harmed()
     model, opt_state = revive.WAYS["revived"](net, FEW, 0)

@@ -71,6 +71,7 @@ def test_an_activation_is_a_link_or_a_new_module_of_that_many_features(name):
         assert {leaf.shape[-1] for leaf in jax.tree.leaves(nnx.state(one))} == {3}
 
 
+@pytest.mark.slow
 def test_the_plain_form_of_a_link_is_its_first_member():
     z = jnp.linspace(-3, 3, 101)[:, None]
     for name in ACTIVATIONS:
@@ -87,6 +88,7 @@ def test_the_plain_form_of_a_link_is_its_first_member():
 # --- where kernels start
 
 
+@pytest.mark.slow
 def test_an_initialiser_that_a_link_does_not_allow_is_refused_by_name():
     for name in ("auto", "glorot", "glorot_normal", "he"):
         for act in ACTIVATIONS:
@@ -111,6 +113,7 @@ def test_the_variance_that_the_literature_says(name):
     assert (abs(kernel) <= bound).all() == (name == "glorot")  # uniform; the others have longer tails
 
 
+@pytest.mark.slow
 def test_the_stem_sees_no_link():
     kernel = np.asarray(stem_init("auto")(jax.random.key(0), (3, 3, 2, 18), jnp.float32)).reshape(18, 18)
     np.testing.assert_allclose(kernel @ kernel.T, np.eye(18), atol=1e-5)

@@ -52,6 +52,7 @@ def test_inverse_time_decay_starts_at_init_value_and_never_rises(init_value, dec
     assert np.all(values > 0)
 
 
+@pytest.mark.slow
 def test_step_schedule_changes_at_the_boundary_and_not_before():
     schedule = step_schedule((0, 3, 10), (1.0, 2.0, 0.25), init_value=0.5)
     expected = [0.5] * 3 + [1.0] * 7 + [0.125] * 3
@@ -134,6 +135,7 @@ def test_a_scaled_all_cnn_schedule_has_the_papers_factor_at_the_same_fraction_of
     assert np.all(np.diff(values) <= 0)
 
 
+@pytest.mark.slow
 def test_all_five_steps_are_seen_from_twelve_updates_on():
     for updates in range(12, 200):
         rates = np.asarray(all_cnn_schedule(1.0, epochs=updates, steps_per_epoch=1)(jnp.arange(200)))

@@ -27,6 +27,7 @@ OTHER = {
 # --- which rows
 
 
+@pytest.mark.slow
 def test_all_is_every_row_of_the_table():
     for module in MODULES.values():
         table = module.TABLE
@@ -78,6 +79,7 @@ def test_seeds_fit_into_31_bits(first, count, fine):
             check(Settings(seed=first, seeds=count), ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 def test_a_checked_setting_passes_again(module):
     for preset in module.TABLE.presets.values():

@@ -35,6 +35,7 @@ def images(seed=0):
     return rng.normal(size=(6, 4, 5, 3)) * np.array([0.5, 1.0, 3.0]) + np.array([-1.0, 0.0, 2.0])
 
 
+@pytest.mark.slow
 def test_moments_are_those_of_numpy_over_samples_and_positions():
     z = images()
     stats = combine(statistics(z[:2]), statistics(z[2:]))

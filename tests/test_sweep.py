@@ -124,6 +124,7 @@ def test_dry_run_prints_a_command_for_each_net_and_does_nothing(command, tmp_pat
     assert cells == depth.TABLE.cells(asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "commands"),
     [("depth", 13), ("width", 16), ("resnet50", 16), ("covariate_shift", 72), ("parameters", 12), ("allcnn", 8)],
@@ -178,6 +179,7 @@ def test_options_that_the_table_does_not_have(command, ran):
 # --- skip, resume, fail
 
 
+@pytest.mark.slow
 def test_a_second_call_finishes_what_the_first_left(command, ran):
     ran.codes["lk_relu-2-auto"] = 1
     code, said, error = command(*tiny(["relu", "lk_relu", "selu"]))
@@ -279,6 +281,7 @@ def test_two_sweeps_in_a_folder(command, ran, tmp_path):
     assert command(*tiny(["relu"]))[0] == 0
 
 
+@pytest.mark.slow
 def test_so_many_processes_at_a_time(command, monkeypatch, ran):
     running = []
 

@@ -166,6 +166,7 @@ def test_odd_images(shape):
 # --- the evaluation
 
 
+@pytest.mark.slow
 def test_accuracy_counts_every_example_once(digits, monkeypatch):
     model = net("relu", seed=3)
     guesses = np.asarray(written_out(model, digits.test_images, MEMBERS["relu"])[0]).argmax(axis=-1)
@@ -203,6 +204,7 @@ def test_dead_units_equal_a_count_over_all_activations(digits, monkeypatch):
     np.testing.assert_allclose(measured["signal_by_layer"], [np.square(z).mean() for z in zs], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_linked_net_in_the_same_state_has_no_dead_unit(digits, monkeypatch):
     monkeypatch.setattr(training, "_EVALUATE_AT_ONCE", 25)
     model = net("lk_relu", seed=3)
@@ -244,6 +246,7 @@ def test_the_loss_falls_and_the_model_passed_in_stays(digits):
         np.testing.assert_array_equal(now, then)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers_to_the_bit(digits):
     first, second = (without_seconds(fit(net(), digits, epochs=2, seed=5)) for _ in range(2))
     assert first == second
@@ -254,6 +257,7 @@ def test_the_same_seed_gives_the_same_numbers_to_the_bit(digits):
     assert without_seconds(stored_order) == without_seconds(again)
 
 
+@pytest.mark.slow
 def test_the_train_loss_is_the_mean_over_examples_and_must_be_finite(digits):
     """Nothing moves in the first epoch, of 100 + 100 + 100 + 31 examples; the second explodes."""
     rate = sgd(lambda step: jnp.where(step < 4, 1e-30, 1e30))
@@ -278,6 +282,7 @@ def test_scanned_and_unrolled_layers_are_the_same_network(digits):
     assert one["signal_by_layer"] == pytest.approx(other["signal_by_layer"], rel=2e-3)
 
 
+@pytest.mark.slow
 def test_batch_norm_trains_and_its_running_statistics_move(digits):
     model = net("relu", norm="batch")
     graph, parameters, state = nnx.split(model, nnx.Param, ...)
@@ -301,6 +306,7 @@ def test_depth_one_and_links_with_parameters_train(act, depth, digits):
     assert len(lines[-1]["dead_by_layer"]) == len(lines[-1]["signal_by_layer"]) == depth
 
 
+@pytest.mark.slow
 def test_augmented_images_are_drawn_anew_for_each_step_and_epoch(digits):
     """With a rate of nearly nothing, in the stored order, each epoch's losses differ by their images alone."""
 
@@ -393,6 +399,7 @@ def test_the_costs_of_dense_layers_counted_by_hand():
     assert few == {"parameters": dense["parameters"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ["relu", "lk_relu"])
 def test_the_flops_of_table_3_counted_by_hand(act):
     """Two for each product of a kernel's entry with a position that it sees."""

@@ -36,6 +36,7 @@ def gained(key, x, gain):
 # --- recombination
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(8, 8, 3), (7, 5, 1), (1, 1, 1), (2, 3, 4)]))
 def test_recombination_is_the_formula(seed, shape):
     a, p = images(2, *shape, seed=seed), images(2, *shape, seed=seed + 1)
@@ -105,6 +106,7 @@ def test_a_mixed_batch_has_the_amplitudes_of_a_permutation_and_its_own_phases(se
     np.testing.assert_allclose(mixed, by_hand(x[partner], x)[0], atol=1e-10)
 
 
+@pytest.mark.slow
 def test_one_coin_for_a_batch_at_the_probability():
     x, keys = jnp.asarray(images(3), jnp.float32), jax.random.split(jax.random.key(0), 2000)
     mixed = jax.jit(jax.vmap(lambda key: apr_p(key, x)))(keys)

@@ -72,6 +72,7 @@ def test_the_ratio_is_a_mean_over_channels():
     close(fuse(predicted, observed, 0.5).mean, jnp.full(4, 0.5), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("v_pred", [0.0, 1.0])
 def test_a_constant_batch_has_no_prediction_and_finite_gradients(v_pred):
     predicted = Moments(jnp.ones(2), jnp.full(2, v_pred))
@@ -315,6 +316,7 @@ def blocks(reference=False):
     return [Block(nnx.Rngs(seed), reference) for seed in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", [False, True])
 def test_a_scan_over_equal_layers_equals_a_loop(reference):
     graph = nnx.graphdef(Block(nnx.Rngs(0), reference))

@@ -128,6 +128,7 @@ def test_pooling_is_the_loop(seed, steps):
     np.testing.assert_allclose(found, np.stack(h, 1), atol=1e-14)
 
 
+@pytest.mark.slow
 @over_candidates
 @pytest.mark.parametrize("use_norm", [True, False])
 @pytest.mark.parametrize("kernel_size", [2, 1, 3])

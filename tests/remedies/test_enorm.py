@@ -89,6 +89,7 @@ def sum_of_squares(params):
 # --- the function stays -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @over_links
 @flattenings
 def test_a_conv_net_computes_the_same(link, flattened):
@@ -338,6 +339,7 @@ def test_a_chain_is_made_of_layers(unchecked):
         balance({"a": {"kernel": jnp.ones((2, 2))}}, ["a", "b"])
 
 
+@pytest.mark.slow
 def test_a_norm_beside_the_chain_is_refused_and_one_elsewhere_is_not():
     params = dense_params([3, 5, 4, 2], dtype=np.float32)
     with_norm = {**params, "norm": {"scale": jnp.ones(5), "bias": jnp.zeros(5)}}

@@ -76,6 +76,7 @@ def step(name, graph, state, x):
     return LAYERS[name].call(layer, x), nnx.state(layer)
 
 
+@pytest.mark.slow
 @cases
 def test_half_precision_in_half_precision_out(name):
     x = examples(name)
@@ -136,6 +137,7 @@ def test_state_survives_a_checkpoint(name, tmp_path):
     chex.assert_trees_all_equal(_numbers(step(name, graph, found, x)), _numbers(step(name, graph, state, x)))
 
 
+@pytest.mark.slow
 @cases
 def test_one_example_trains(name):
     graph, params, rest = nnx.split(build(name), nnx.Param, ...)

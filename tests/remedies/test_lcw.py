@@ -95,6 +95,7 @@ def test_gradient_is_that_of_the_basis():
 # --- the layers ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @over_geometries
 def test_layer_is_flax_own_with_the_constrained_kernel_and_folds_to_it(make, plain, shape):
     layer, wanted = make(rngs=nnx.Rngs(0)), plain(rngs=nnx.Rngs(1))

@@ -139,6 +139,7 @@ def test_perturb_under_jit_and_vmap_equals_eager():
 # --- recalibrate ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_statistics_are_the_average_of_those_of_the_batches():
     """Against NumPy; dropout is off although the model was left in training mode."""
     model, batches = Net(), images(3, 5)
@@ -147,6 +148,7 @@ def test_statistics_are_the_average_of_those_of_the_batches():
     close(statistics(calibrated), jax.tree.map(lambda *values: np.mean(values, 0), *each), 1e-4)
 
 
+@pytest.mark.slow
 def test_under_noise_they_are_the_average_over_the_noisy_models(monkeypatch):
     drawn = []
 
@@ -169,6 +171,7 @@ def test_under_noise_they_are_the_average_over_the_noisy_models(monkeypatch):
     assert all((a[0] != b[0]).all() and (a[1] != b[1]).all() for a, b in itertools.combinations(drawn, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_all_but_the_running_statistics_is_bit_for_bit_the_same(mode):
     model = Net()
@@ -208,6 +211,7 @@ def test_statistics_that_are_not_finite_are_repaired():
     close(statistics(recalibrate(model, images(2, 3))), statistics(recalibrate(Net(), images(2, 3))), 0)
 
 
+@pytest.mark.slow
 def test_forward_is_traced_once_for_batches_of_one_shape_and_all_noises():
     traces = []
 

@@ -143,6 +143,7 @@ def test_kernels_off_the_sphere_are_brought_there_and_their_length_is_nothing(ma
     np.testing.assert_allclose(found[0], found[1], atol=1e-6)
 
 
+@pytest.mark.slow
 @over_optimizers
 def test_it_finds_the_first_axis(make):
     """The least y.a on the sphere is at -a / ||a||."""

@@ -62,6 +62,7 @@ def in_numpy(layer, x, moments):
 # --- the equation -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_linear_is_the_equation_and_passes_on_beta_and_s_squared():
     layer, moments, x = linear(), some_moments(3), white(4, 3)
     y, out = layer(x, moments)
@@ -163,6 +164,7 @@ def test_fold_of_a_linear_layer_is_a_flax_linear_with_the_same_output():
 # --- batches, modes, transformations ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_example_equals_its_row_of_a_batch_in_training_and_evaluation():
     layer, x = conv(), white(8, 5, 6, 3)
     layer.train()

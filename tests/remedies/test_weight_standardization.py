@@ -96,6 +96,7 @@ GEOMETRIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_layer_is_flax_conv_of_the_standardised_kernel_and_folds_to_it(geometry):
     kernel_size, options, shape = GEOMETRIES[geometry]

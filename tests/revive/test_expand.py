@@ -57,6 +57,7 @@ def noisy(tree):
     return jax.tree.map(lambda a: a + jnp.abs(white(*a.shape)) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
 
 
+@pytest.mark.slow
 @layouts
 def test_linen_variables(layout):
     link = Link(lk_relu.members, layout=layout)
@@ -83,6 +84,7 @@ def test_nnx_state(layout):
     np.testing.assert_allclose(model(x), before, atol=1e-5 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("boxed", [True, False], ids=["linen", "nnx"])
 def test_the_optimiser_follows_and_masks_and_labels_do_not_matter(boxed):
     if boxed:

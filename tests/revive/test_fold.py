@@ -51,6 +51,7 @@ def test_one_layer_gives_what_layer_and_norm_give(make, shape, options, dtype, t
         np.testing.assert_allclose(jax.jit(lambda s: nnx.merge(graph, s)(x))(state), folded(x), atol=10 * tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conv", [True, False])
 def test_normprop_becomes_plain(conv):
     if conv:

@@ -106,6 +106,7 @@ def test_conv_to_dense_against_a_reference_unit_by_unit(tau):
     assert int(new_state[0].count) == int(opt_state[0].count)
 
 
+@pytest.mark.slow
 def test_new_weights_are_lecun_normal():
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(nnx.Linear(300, 400, rngs=rngs), jax.nn.relu, nnx.Linear(400, 2, rngs=rngs))
@@ -138,6 +139,7 @@ def test_at_tau_zero_outputs_stay_and_dead_units_fire_again(norm, flatten_first)
         assert new_state[0].mu["layers"][1]["scale"][...].tolist() == [1, 0, 1, 0, 1]
 
 
+@pytest.mark.slow
 @layouts
 def test_a_link_is_scored_as_one_and_all_its_members_reset(layout):
     link, tx = Link(lk_relu.members, layout=layout), optax.adam(1e-3)
@@ -184,6 +186,7 @@ def test_nothing_of_the_old_model_changes_and_modes_and_statistics_stay():
     assert not new.layers[1].use_running_average
 
 
+@pytest.mark.slow
 def test_under_jit_it_is_the_same():
     model, tx = network(norm=True), optax.adam(1e-3)
     arguments = (model, state_of(model, tx), X)

@@ -77,6 +77,7 @@ def close(actual, desired, tolerance=1e-6):
 # --- the same outputs ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [32, 64])
 @layouts
 @over_architectures
@@ -128,6 +129,7 @@ def test_any_stack_of_stages_computes_the_same(data):
     close(link_sequential(model, link)(x), model(x), 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["norm before", "norm after", "norm after flatten"])
 def test_in_training_too_and_so_do_the_running_statistics(name):
     layers, shape = ARCHITECTURES[name]
@@ -222,6 +224,7 @@ def train(model, tx, opt_state, x, steps):
     return nnx.merge(graph, params, rest), opt_state, grads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tx", OPTIMISERS.values(), ids=OPTIMISERS)
 @pytest.mark.parametrize("name", ["norm after", "flatten"])
 def test_moments_of_kept_weights_are_kept_and_new_ones_zero(tx, name):
@@ -255,6 +258,7 @@ def with_dead_units(dead=5):
     return model
 
 
+@pytest.mark.slow
 @layouts
 def test_added_weights_learn_in_the_first_update_and_dead_units_in_the_second(layout):
     dead, link = 5, Link(lk_relu.members, layout=layout)

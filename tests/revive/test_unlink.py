@@ -35,6 +35,7 @@ def network(activation, *, arity=1):
 X = white(4, 4, 6, 2)
 
 
+@pytest.mark.slow
 @layouts
 @pytest.mark.parametrize("members", [lk_relu.members, (jax.nn.relu, jnp.sin, jnp.cos)], ids=["mirror", "three"])
 def test_it_undoes_the_linking_exactly(members, layout):
@@ -48,6 +49,7 @@ def test_it_undoes_the_linking_exactly(members, layout):
     assert revived.layers[4].in_features == 120 * len(members)  # as it was
 
 
+@pytest.mark.slow
 @layouts
 def test_the_used_member_may_be_any_and_another_one_in_each_layer(layout):
     link = Link(lk_swish.members, layout=layout)
