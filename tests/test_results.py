@@ -95,10 +95,10 @@ def test_the_committed_comparison_of_remedies_is_what_its_record_gives():
     assert (folder / "table.md").read_text(encoding="utf-8") == page
 
 
-@pytest.mark.parametrize("name", ["plasticity", "revive"])
+@pytest.mark.parametrize("name", ["plasticity", "plasticity/cifar10", "revive"])
 def test_the_committed_tables_of_continual_learning_are_what_their_records_give(name):
     folder = RESULTS / name
-    markdown = {"plasticity": plasticity_plots.markdown, "revive": revive_plots.markdown}[name]
+    markdown = revive_plots.markdown if name == "revive" else plasticity_plots.markdown
     page = markdown(records.read_config(folder), records.read_lines(folder))
     assert (folder / "table.md").read_text(encoding="utf-8") == page
 
