@@ -247,3 +247,11 @@ def test_a_process_that_is_killed_lets_go_of_its_folder(tmp_path):
     again = Record.reopen(folder)
     assert again.lines == [{"epoch": 1}]
     again.close()
+
+
+def test_what_is_there_and_is_no_record_is_not_gone_on_with(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UsageError, match="is there and is no record; pass --out"):
+            Record.open(folder, {"experiment": "x"}, same=("experiment",))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

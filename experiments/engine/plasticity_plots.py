@@ -154,7 +154,8 @@ def picture(column: str, config: Mapping[str, Any], lines: Sequence[Line], path:
     panels = figure.subplots(len(streams), len(_PANELS), squeeze=False)
     for stream, row in zip(streams, panels, strict=True):
         for (measure, title), panel in zip(_PANELS.items(), row, strict=True):
-            wide = min(_SMOOTHED[stream], config["protocol"]["tasks"]) if measure == "accuracy" else 1
+            most = max(1, config["protocol"]["tasks"] // 2)  # so that a line is left
+            wide = min(_SMOOTHED[stream], most) if measure == "accuracy" else 1
             for net in _nets(column, config):
                 runs = chosen(of_net(stream, net["row"], net["width"], lines))
                 values = np.array([np.convolve(run[measure], np.ones(wide) / wide, "valid") for run in runs])

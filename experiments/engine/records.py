@@ -85,6 +85,8 @@ class Record:
         """
         if not folder.exists():
             return cls.create(folder, config)
+        if not (folder / CONFIG).is_file():
+            raise UsageError(f"{folder} is there and is no record; pass --out with a new folder, or that of a record")
         record = cls.reopen(folder)
         for key in same:
             if record.config.get(key) != config[key]:
