@@ -4,7 +4,7 @@
 
 A unit is one pre-activation channel. It is scored by its whole link and never by its members: half of the members of
 a mirrored relu are zero by construction. A unit that saw NaN is never called dead, dormant, linear or saturated; its
-mean is NaN.
+mean is NaN. `not_finite_units` finds it.
 """
 
 import math
@@ -110,13 +110,6 @@ def combine(a: UnitStatistics, b: UnitStatistics) -> UnitStatistics:
 
         mean = mean_a + delta n_b / n,   m2 = m2_a + m2_b + delta^2 n_a n_b / n,   delta = mean_b - mean_a
 
-    Args:
-      a: of one batch, or of many.
-      b: of another one, of the same layer.
-
-    Returns:
-      A `UnitStatistics`, as if of the concatenated data.
-
     Example:
       >>> import jax.numpy as jnp
       >>> from linked_jax.diagnostics import combine, unit_statistics
@@ -203,7 +196,7 @@ def dead_links(stats: UnitStatistics) -> Bool[Array, " c"]:
 def dormancy(stats: UnitStatistics) -> Float[Array, " c"]:
     """Each unit's mean output relative to its layer's; 0 throughout a layer whose outputs are all 0.
 
-        s_c = m_c / mean_k m_k,   m_c = mean over data and members of |h_c|
+        s_c = m_c / mean_k m_k,   m_c = mean over data and members of |h_c|,   k over the finite units
 
     Example:
       >>> import jax.numpy as jnp
@@ -214,7 +207,7 @@ def dormancy(stats: UnitStatistics) -> Float[Array, " c"]:
 
     Reference: Sokar et al., The dormant neuron phenomenon in deep reinforcement learning, 2023.
     """
-    layer = stats.magnitude.mean()
+    layer = stats.magnitude.mean(where=~not_finite_units(stats))
     return stats.magnitude / jnp.where(layer == 0, 1, layer)
 
 
@@ -256,8 +249,7 @@ def linearised_units(stats: UnitStatistics) -> Bool[Array, " c"]:
       >>> linearised_units(unit_statistics(z, z, jnp.ones_like(z))).tolist()
       [True, False]
     """
-    changes_sign = (stats.active > 0) & stats.negative
-    return stats.live & ~changes_sign & ~jnp.isnan(stats.mean)
+    return stats.live & ~((stats.active > 0) & stats.negative) & ~jnp.isnan(stats.mean)
 
 
 def saturated_units(stats: UnitStatistics, epsilon: float = 0.01) -> Bool[Array, " c"]:
@@ -283,6 +275,19 @@ def saturated_units(stats: UnitStatistics, epsilon: float = 0.01) -> Bool[Array,
     if not epsilon >= 0:
         raise ValueError(f"epsilon is at least 0, got {epsilon}; 0 finds the dead links alone")
     return (stats.steepest <= epsilon) & ~jnp.isnan(stats.mean)
+
+
+def not_finite_units(stats: UnitStatistics) -> Bool[Array, " c"]:
+    """Units that saw NaN or infinity, in z or in an output; they do not change the `dormancy` of the others.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax.diagnostics import not_finite_units, unit_statistics
+      >>> z = jnp.array([[1.0, jnp.inf], [2.0, 0.0]])
+      >>> not_finite_units(unit_statistics(z, z, jnp.ones_like(z))).tolist()
+      [False, True]
+    """
+    return ~(jnp.isfinite(stats.mean) & jnp.isfinite(stats.magnitude))
 
 
 def _by_member(x: Array, arity: int, layout: Layout) -> Array:

@@ -18,6 +18,7 @@ from linked_jax.diagnostics import (
     dormant_units,
     linearised_units,
     live_units,
+    not_finite_units,
     saturated_units,
     unit_statistics,
 )
@@ -322,6 +323,21 @@ def test_every_unit_of_a_silent_layer_is_dormant(tau):
     stats = statistics(relu, -jnp.ones((3, 4)))
     assert dormancy(stats).tolist() == [0.0] * 4
     assert dormant_units(stats, tau).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_unit_that_is_not_finite_leaves_the_others_their_scores(bad):
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.float32)
+    spoilt = statistics(lk_relu, z.at[3, 1].set(bad))
+    assert not_finite_units(spoilt).tolist() == [False, True, False, False]
+    others = jnp.array([0, 2, 3])
+    np.testing.assert_allclose(dormancy(spoilt)[others], dormancy(statistics(lk_relu, z[:, others])), rtol=1e-6)
+
+
+def test_an_output_alone_may_not_be_finite():
+    z = jnp.zeros((2, 1))
+    assert not_finite_units(unit_statistics(z, jnp.array([[0.0], [jnp.inf]]), z)).all()
+    assert not not_finite_units(unit_statistics(z, z, z)).any()
 
 
 def test_nan_is_no_verdict():

@@ -81,7 +81,17 @@ ONE_MEMBER = {
     "maximum of zero": lambda z: jnp.maximum(0.0, z),
     "where": lambda z: jnp.where(z > 0, z, 0), "Flax' PReLU": nnx.PReLU(), "linen": flax.linen.swish,
     "a link of one": Link((jax.nn.relu,)), "a tap": Link((lambda z: jnp.where(z > 1, z - 1, z / 8),)),
-    "Flax' GELU": nnx.gelu,
+    "Flax' GELU": nnx.gelu, "clip": lambda z: jnp.clip(z, 0, 1), "clip below": lambda z: z.clip(min=0),
+    "clip by name": lambda z: jnp.clip(z, min=0, max=1), "minimum": lambda z: jnp.minimum(jnp.maximum(z, 0), 1),
+    "minimum of relu": lambda z: jnp.minimum(jax.nn.relu(z), 1), "where >=": lambda z: jnp.where(z >= 0, z, 0),
+    "where <": lambda z: jnp.where(z < 0, 0, z), "where <=": lambda z: jnp.where(z <= 0, 0, z),
+    "written leaky": lambda z: jnp.where(z > 0, z, 0.1 * z), "maximum of a z": lambda z: jnp.maximum(z, 0.1 * z),
+    "quick gelu": lambda z: z * jax.nn.sigmoid(1.702 * z), "quick gelu 2": lambda z: jax.nn.sigmoid(z * 1.7) * z,
+    "GPT-2": lambda z: 0.5 * z * (1 + jnp.tanh(jnp.sqrt(2 / jnp.pi) * (z + 0.044715 * jnp.power(z, 3)))),
+    "written gelu": lambda z: 0.5 * z * (1.0 + jnp.tanh(0.79788456 * (z + 0.044715 * z**3))),
+    "Horner's gelu": lambda z: 0.5 * z * (1 + jnp.tanh(z * 0.79788456 * (1 + 0.044715 * z * z))),
+    "erf": lambda z: 0.5 * z * (1 + jax.lax.erf(z / jnp.sqrt(2.0))),
+    "written mish": lambda z: z * jnp.tanh(jax.nn.softplus(z)),
 }  # fmt: skip
 
 
@@ -97,6 +107,20 @@ def test_every_activation_is_seen_once_with_its_pre_activation(g, batched):
     (layer,) = probe(forward, w, [x]).layers
     member = g.members[0] if isinstance(g, Link) else g
     agrees(layer, x @ w, [lambda z: member(z[None])[0]], rank=not batched)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("g", [lambda z: jnp.maximum(z, jnp.zeros_like(z)), lambda z: jnp.where(z > 0, z, z * 0.0)])
+def test_zeros_of_the_shape_of_z(g):
+    x = white(32, 4)
+    (layer,) = probe(lambda _, x: g(x + 1), {}, [x]).layers
+    agrees(layer, x + 1)
+
+
+@pytest.mark.slow
+def test_a_gate_is_its_own_activation():
+    (layer,) = probe(lambda _, x: x * jax.nn.sigmoid(1.7 * x[:, ::-1]), {}, [white(8, 4)]).layers
+    assert layer.activation == "sigmoid"
 
 
 def test_a_residual_sum_is_the_pre_activation():
@@ -180,6 +204,63 @@ def test_the_channels_of_a_link_may_be_elsewhere_and_vmapped():
     x = white(8, 3, 5)
     (layer,) = probe(lambda _, x: jax.vmap(link)(x), {}, [x]).layers
     agrees(layer, x.swapaxes(1, 2), [jax.nn.relu, lambda z: jax.nn.relu(-z)])
+
+
+# --- which axis is that of the units ------------------------------------------------------------------------------
+
+MATRIX = white(6, 6, seed=3).at[1].multiply(1e-3)
+ROWS = [white(n, 6, seed=n) for n in (32, 32, 5)]
+"""The last batch is short."""
+ONE_LAYER = {
+    "plain": (lambda w, x: jax.nn.relu(x @ w.T), [jax.nn.relu]),
+    "vmapped": (lambda w, x: jax.vmap(lambda x: w @ jax.nn.relu(w @ x))(x), [jax.nn.relu]),
+    "vmapped link": (lambda w, x: jax.vmap(lambda x: lk_relu(w @ x))(x), [jax.nn.relu, lambda z: jax.nn.relu(-z)]),
+    "map": (lambda w, x: jax.lax.map(lambda x: jax.nn.relu(w @ x), x), [jax.nn.relu]),
+    "transposed": (lambda w, x: jax.nn.relu(w @ x.T).T, [jax.nn.relu]),
+    "vmapped link of one": (lambda w, x: jax.vmap(lambda x: relu(w @ x))(x), [jax.nn.relu]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:2], [white(6, 6)]], ids=["short", "equal", "square"])
+@pytest.mark.parametrize(("forward", "members"), ONE_LAYER.values(), ids=ONE_LAYER)
+def test_samples_are_never_units(forward, members, rows):
+    (layer,) = probe(forward, MATRIX, rows).layers
+    agrees(layer, jnp.concatenate(rows) @ MATRIX.T, members)
+    assert layer.name.startswith("test_probe.py:")  # and not vmap()
+
+
+ONE_UNIT = {
+    "squeezed": lambda _, x: jax.nn.sigmoid(x.sum(-1)),
+    "vmapped": lambda _, x: jax.vmap(lambda x: jax.nn.sigmoid(x.sum()))(x),
+    "vmapped link": lambda _, x: jax.vmap(lambda x: Link((jax.nn.sigmoid,))(x.sum()))(x),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ONE_UNIT)
+def test_a_number_for_each_sample_is_one_unit(name):
+    (layer,) = probe(ONE_UNIT[name], {}, ROWS).layers
+    agrees(layer, jnp.concatenate(ROWS).sum(-1)[:, None], [jax.nn.sigmoid])
+
+
+@pytest.mark.slow
+def test_a_link_of_a_number_for_each_sample():
+    mirrored = [jax.nn.relu, lambda z: jax.nn.relu(-z)]
+    (layer,) = probe(lambda _, x: jax.vmap(lambda x: lk_relu(x.sum()))(x), {}, ROWS).layers
+    agrees(layer, jnp.concatenate(ROWS).sum(-1)[:, None], mirrored)
+
+
+@pytest.mark.slow
+def test_all_pairs_of_samples_are_one_unit():
+    (layer,) = probe(lambda _, x: jax.nn.sigmoid(x @ x.T), {}, ROWS).layers
+    assert (layer.units, layer.samples) == (1, 32**2 + 32**2 + 5**2)
+
+
+@pytest.mark.slow
+def test_a_model_of_one_batch_size_is_looked_at_still():
+    (layer,) = probe(lambda w, x: jax.nn.relu(x.reshape(32, 6) @ w.T), MATRIX, ROWS[:2]).layers
+    agrees(layer, jnp.concatenate(ROWS[:2]) @ MATRIX.T)
 
 
 @pytest.mark.slow
@@ -368,6 +449,24 @@ def test_killed_units_are_named_exactly():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_unit_that_is_not_finite_is_shown(bad, monkeypatch):
+    x = white(32, 4)
+    report = probe(lambda _, x: jax.nn.relu(x), {}, [x.at[3, 1].set(bad)])
+    (layer,) = report.layers
+    (clean,) = probe(lambda _, x: jax.nn.relu(x), {}, [x[:, jnp.array([0, 2, 3])]]).layers
+    assert layer.not_finite.tolist() == [False, True, False, False]
+    np.testing.assert_allclose(layer.dormancy[[0, 2, 3]], clean.dormancy, rtol=1e-5)
+    head, row = str(report).splitlines()
+    assert row[: head.index("NaN/inf") + 7].endswith(" 1")
+    assert STATES[unit_states(report.layers)[0, 1]][0] == "not finite"
+    console, styles = pytest.importorskip("rich.console").Console, []
+    monkeypatch.setattr(console, "print", lambda _, table: styles.extend(row.style for row in table.rows))
+    report.print()
+    assert styles == ["red"]
+
+
+@pytest.mark.slow
 def test_tau_is_the_threshold_of_dormancy():
     x = jnp.array([[1.0, 0.1, 0.0]])
     dormant = [probe(lambda _, x: relu(x), {}, [x], tau=tau).layers[0].dormant.tolist() for tau in (0.0, 0.5)]
@@ -454,7 +553,7 @@ def test_the_plot_is_a_picture(report, tmp_path):
     assert (tmp_path / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     states = unit_states(report.layers)
     names = [STATES[k][0] for k in states[0]]
-    assert names[1:3] == ["dead", "linearised"]
+    assert names[1:3] == ["dead or no gradient", "linearised"]
     assert states.mask.sum(axis=1).tolist() == [6 - layer.units for layer in report.layers]
 
 
@@ -492,7 +591,7 @@ def test_one_trace_for_each_shape_and_none_for_a_later_look():
     monitor = Monitor(forward, batches, every=2)
     for step in range(5):
         assert (monitor(step, WEIGHTS[step % 3]) is None) == bool(step % 2)
-    assert traces == [(8, 4), (3, 4)]
+    assert traces == [(8, 4), (16, 4), (3, 4), (6, 4)]  # and one of twice the batch, to find its axis
 
 
 @pytest.mark.slow
@@ -537,6 +636,21 @@ BAD = {
     "no scalar": (lambda: probe(mlp, WEIGHTS, [(X, 0)], loss_fn=lambda out, _: out), "scalar"),
     "no batches": (lambda: probe(mlp, WEIGHTS), "pass batches last"),
     "tau": (lambda: probe(mlp, WEIGHTS, [X], tau=-1.0), "tau is at least 0"),
+    "tau of words": (lambda: probe(mlp, WEIGHTS, [X], tau="small"), "tau is a number"),
+    "sizes": (lambda: probe(mlp, WEIGHTS, [{"a": X, "b": X[:3]}]), r"one leading axis.*\[3, 8\]"),
+    "labels": (lambda: probe(mlp, WEIGHTS, [(X, X[:3])], loss_fn=mean_of_squares), r"one leading axis.*\[3, 8\]"),
+    "pair of losses": (
+        lambda: probe(mlp, WEIGHTS, [(X, 0)], loss_fn=lambda out, _: (out.sum(), 1)), "scalar.*a tuple of 2",
+    ),
+    "Linen alone": (lambda: probe(flax.linen.Dense(3), [X]), r"pass probe\(model, variables, batches\)"),
+    "NNX twice": (lambda: probe(*[nnx.Linear(4, 4, rngs=nnx.Rngs(0))] * 2, [X]), r"pass probe\(model, batches\)"),
+    "no function": (lambda: probe("a", "b", [X]), "model_fn is a function"),
+    "link along the samples": (lambda: probe(lambda _, x: lk_relu(x[:, 0]), {}, [X]), "along the axis of the samples"),
+    "other units": (
+        lambda: probe(lambda _, x: jax.nn.relu(x.T + (1 / 0 if len(x) > 8 else 0)), {}, [X, X[:4]]),
+        "other numbers of units",
+    ),
+    "every of a half": (lambda: Monitor(mlp, [X], every=0.5), "every is an integer"),
     "every": (lambda: Monitor(mlp, [X], every=0), "every is at least 1"),
     "iterator": (lambda: Monitor(mlp, iter([X])), "pass a list"),
 }  # fmt: skip

@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jaxtyping import Array, Float
 
 from linked_jax.diagnostics import combine, unit_statistics
 from linked_jax.linking import join
+from linked_jax.probe.axes import Samples, units_last
 from linked_jax.probe.names import scope_of, source_of
 from linked_jax.probe.recognise import Site, activation_at, has_activation, inner_jaxprs, opened
 
@@ -63,7 +65,7 @@ def is_tap(x: Any) -> bool:
 
 
 def look_into(
-    jaxpr: Any, args: Sequence[Any], varies: Sequence[bool], ears: Any = None, scope: str = ""
+    jaxpr: Any, args: Sequence[Any], varies: Sequence[bool], samples: Samples, ears: Any = None, scope: str = ""
 ) -> tuple[list[Any], list[Any]]:
     """Evaluate a jaxpr with its activations observed.
 
@@ -75,6 +77,7 @@ def look_into(
       jaxpr: closed or open.
       args: its arguments.
       varies: for each argument, whether it comes from the data: an activation of parameters alone is no layer.
+      samples: the axes of the samples, of `sample_axes`.
       ears: the `heard` of the taps of a first call, in their structure, to be differentiated for; or None.
       scope: the names of the callers.
 
@@ -92,11 +95,11 @@ def look_into(
         ear = None if ears is None or len(taps) == len(ears) else ears[len(taps)]
         if site and site.z in data:
             stop = site.stop
-            outputs, tap = _tap(body, body.eqns[i:stop], site, env, ear, scope)
+            outputs, tap = _tap(body, body.eqns[i:stop], site, env, samples, ear, scope)
             taps.append(tap)
         elif any(has_activation(inner) for inner in inner_jaxprs(equation)):
             from_data = [not isinstance(atom, Literal) and atom in data for atom in equation.invars]
-            values, inside = _enter(body, equation, env, from_data, ear, scope)
+            values, inside = _enter(body, equation, env, from_data, samples, ear, scope)
             outputs = dict(zip(equation.outvars, values, strict=True))
             taps.append(inside)
         else:
@@ -110,27 +113,30 @@ def look_into(
 
 
 def _enter(
-    body: Jaxpr, equation: JaxprEqn, env: Env, from_data: list[bool], ear: Any, scope: str
+    body: Jaxpr, equation: JaxprEqn, env: Env, from_data: list[bool], samples: Samples, ear: Any, scope: str
 ) -> tuple[list[Any], Any]:
     """The outputs of an equation that holds jaxprs, and the taps inside."""
     kind, params = equation.primitive.name, equation.params
     inputs, inner = [_read(atom, env) for atom in equation.invars], inner_jaxprs(equation)[0]
     scope = scope_of(equation, scope)
     if kind == "scan":
-        return _scan(equation, inputs, from_data, ear, scope)
+        return _scan(equation, inputs, from_data, samples, ear, scope)
     if kind in ("jit", "pjit", "closed_call", "core_call"):
-        return look_into(inner, inputs, from_data, ear, scope)
+        return look_into(inner, inputs, from_data, samples, ear, scope)
     if kind in ("remat2", "remat", "checkpoint"):
         options = {name: params[name] for name in ("policy", "prevent_cse")}
-        return jax.checkpoint(lambda x, ear: look_into(inner, x, from_data, ear, scope), **options)(inputs, ear)
+        look = jax.checkpoint(lambda x, ear: look_into(inner, x, from_data, samples, ear, scope), **options)
+        return look(inputs, ear)
     values = list(_evaluate(body, [equation], env).values())
     if kind.startswith(("custom_jvp_call", "custom_vjp_call")):
-        taps = look_into(inner, jax.lax.stop_gradient(inputs), from_data, None, scope)[1]
+        taps = look_into(inner, jax.lax.stop_gradient(inputs), from_data, samples, None, scope)[1]
         return values, jax.tree.map(lambda tap: dataclasses.replace(tap, heard=None), taps, is_leaf=is_tap)
     return values, NotSeen(f"{kind} in {scope or source_of(equation) or 'the model'}")
 
 
-def _scan(equation: JaxprEqn, inputs: list[Any], from_data: list[bool], ear: Any, scope: str) -> tuple[list[Any], Any]:
+def _scan(
+    equation: JaxprEqn, inputs: list[Any], from_data: list[bool], samples: Samples, ear: Any, scope: str
+) -> tuple[list[Any], Any]:
     """Where the scan goes over the data its iterations are times, else each is a layer."""
     jaxpr = equation.params["jaxpr"]
     body = opened(jaxpr)[0]
@@ -146,7 +152,7 @@ def _scan(equation: JaxprEqn, inputs: list[Any], from_data: list[bool], ear: Any
 
     def step(carry: list[Any], x: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
         arguments = [*inputs[:n_consts], *carry, *x[0]]
-        outputs, taps = look_into(jaxpr, arguments, varies, ear if over_time else x[1], scope)
+        outputs, taps = look_into(jaxpr, arguments, varies, samples, ear if over_time else x[1], scope)
         return outputs[:n_carry], (outputs[n_carry:], taps)
 
     options = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
@@ -157,22 +163,22 @@ def _scan(equation: JaxprEqn, inputs: list[Any], from_data: list[bool], ear: Any
 
 
 def _tap(
-    body: Jaxpr, equations: list[JaxprEqn], site: Site, env: Env, ear: Any, scope: str
+    body: Jaxpr, equations: list[JaxprEqn], site: Site, env: Env, samples: Samples, ear: Any, scope: str
 ) -> tuple[dict[Any, Any], Tap]:
     """The values of an activation's equations, and its statistics."""
     z = _read(site.z, env)
     if ear is not None:
         z = _listened(z, ear)
     values = _evaluate(body, equations, env | {site.z: z})
-    # Batching moves a link's axis: it is the one that the link made longer.
-    shapes = zip(z.shape, values[site.h].shape, strict=True)
-    axis = next((k for k, (before, after) in enumerate(shapes) if before != after), site.axis)
+    z_order, h_order, one_unit = units_last(site, z.shape, values[site.h].shape, samples)
 
     def f(z: Array) -> Array:
-        outputs = _evaluate(body, equations, env | {site.z: jnp.moveaxis(z, -1, axis)})
-        return jnp.moveaxis(outputs[site.h], axis, -1)
+        z = (z[..., 0] if one_unit else z).transpose(np.argsort(z_order))
+        h = _evaluate(body, equations, env | {site.z: z})[site.h].transpose(h_order)
+        return h[..., None] if h.ndim < len(z_order) + one_unit else h
 
-    z = jax.lax.stop_gradient(jnp.moveaxis(z, axis, -1))
+    z = z.transpose(z_order)
+    z = jax.lax.stop_gradient(z[..., None] if one_unit else z)
     h, slopes = (jax.lax.stop_gradient(x) for x in _with_slopes(f, z, site, equations))
     features = h.reshape(-1, h.shape[-1]).astype(jnp.promote_types(h.dtype, jnp.float32))
     small = features.shape[-1] <= LARGEST_GRAM

@@ -5,10 +5,12 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from linked_jax.probe.axes import Samples, sample_axes
 from linked_jax.probe.listen import NotSeen, Tap, is_tap, look_into, together
 from linked_jax.probe.names import named_calls
 from linked_jax.probe.report import Report
@@ -31,11 +33,17 @@ def probe(
         probe(lambda params, x: ..., params, batches)              any function
 
     The model is traced to a jaxpr, and its activations are found there: links of this library; calls to jax.nn and
-    flax activations; tanh, sigmoid, maximum(z, 0), where(z > 0, z, 0), z * sigmoid(z) and Flax's PReLU written out.
+    flax activations; and written out tanh, sigmoid, relu by maximum, where or clip, clip(z, 0, a), leaky relu,
+    Flax's PReLU, z * sigmoid(a * z), mish, and the usual ways to write gelu.
     So in relu(conv(h) + h) the pre-activation is the sum. Remat, scan and calls are looked into, softmax and the like
-    are no activations, and other formulas are not known: mark one as `Link((my_function,))`, a link with one member.
-    Units are the last axis of z, or the link's axis. A scan over layers gives a layer for each iteration; a scan over
-    the data (time) gives one layer. `Report.not_seen` names the cond, while and others with activations inside.
+    are no activations, and other formulas are not known: one that has a tanh or sigmoid inside is seen as that, with
+    the verdicts of that. Mark it as `Link((my_function,))`, a link with one member, which bears the function's name.
+    Units are the link's axis, or the last axis of z that does not grow with the batch; all else are samples and
+    positions, and z of shape (N,) is one unit. To know the axes that grow, the model is traced a second time, for twice
+    the batch; if it fails there, the samples are along the first axis. Members of an ensemble or experts, made by vmap
+    over parameters, would be pooled as if they were samples: probe them one at a time. A scan over layers gives a
+    layer for each iteration; a scan over the data (time) gives one layer. `Report.not_seen` names the cond, while and
+    others with activations inside.
 
     The model is run as it is and is not changed: its batch statistics and random streams are copies. Call `.eval()`
     first, unless you want to see it train. One pass, in constant memory; one compile for each shape of a batch.
@@ -52,8 +60,8 @@ def probe(
       A `Report`.
 
     Raises:
-      ValueError: if no activation is found, there is no batch, a batch is no array or pair, the loss is no scalar, or
-        tau is negative.
+      ValueError: if no activation is found, there is no batch, a batch is no array or pair or its arrays differ in N,
+        the loss is no scalar, the model is no function or module, a link is laid along the samples, or tau is negative.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -67,12 +75,28 @@ def probe(
       ('layers.1', 'relu', 32, [False, False, True])
     """
     if batches is not None:
+        _check_model(model_fn, params_or_model)
         return look_at_all(looker(model_fn, loss_fn), params_or_model, batches, loss_fn is not None, tau)
+    if isinstance(model_fn, flax.linen.Module):
+        raise ValueError(
+            f"a Linen module needs its variables, got {type(model_fn).__name__} alone; pass "
+            "probe(model, variables, batches)"
+        )
     if not isinstance(model_fn, nnx.Module):
         raise ValueError(
             f"without params_or_model the model is an NNX module, got {_kind(model_fn)}; pass batches last"
         )
     return look_at_all(looker(None, loss_fn), model_fn, params_or_model, loss_fn is not None, tau)
+
+
+def _check_model(model_fn: Any, params_or_model: Any) -> None:
+    if isinstance(model_fn, nnx.Module) and isinstance(params_or_model, nnx.Module):
+        raise ValueError(
+            f"model_fn and the model are two NNX modules, {type(model_fn).__name__} and "
+            f"{type(params_or_model).__name__}; pass probe(model, batches)"
+        )
+    if not callable(model_fn) and not callable(getattr(model_fn, "apply", None)):
+        raise ValueError(f"model_fn is a function or a Linen module, got {_kind(model_fn)}; pass model_fn(params, x)")
 
 
 Looker = Callable[[Any, Any, Any], Any]
@@ -93,20 +117,21 @@ def _look(call: Any, loss_fn: Any, graph: Any, state: Any, batch: Any) -> Any:
             return call(model, inputs)
 
     jaxpr, outputs = jax.make_jaxpr(forward, return_shape=True)(state, inputs)
+    samples = _sample_axes(forward, jaxpr, state, inputs)
     arguments = jax.tree.leaves((state, inputs))
     varies = [False] * len(jax.tree.leaves(state)) + [True] * len(jax.tree.leaves(inputs))
     if loss_fn is None:
-        taps = look_into(jaxpr, arguments, varies)[1]
+        taps = look_into(jaxpr, arguments, varies, samples)[1]
         return jax.tree.map(lambda tap: dataclasses.replace(tap, heard=None), taps, is_leaf=is_tap)
 
     def loss(ears: Any) -> tuple[Any, Any]:
-        leaves, taps = look_into(jaxpr, arguments, varies, ears)
+        leaves, taps = look_into(jaxpr, arguments, varies, samples, ears)
         value = loss_fn(jax.tree.unflatten(jax.tree.structure(outputs), leaves), labels)
-        if jnp.shape(value):
-            raise ValueError(f"loss_fn returns a scalar, the mean over the batch, got shape {jnp.shape(value)}")
+        if not jax.tree.all(jax.tree.map(lambda x: not jnp.shape(x), value)) or isinstance(value, (tuple, list, dict)):
+            raise ValueError(f"loss_fn returns a scalar, the mean over the batch, got {_kind(value)}")
         return value, taps
 
-    silent = jax.eval_shape(lambda: look_into(jaxpr, arguments, varies)[1])
+    silent = jax.eval_shape(lambda: look_into(jaxpr, arguments, varies, samples)[1])
     ears = jax.tree.map(lambda tap: None if tap.heard is None else jnp.zeros(tap.heard.shape), silent, is_leaf=is_tap)
     heard, taps = jax.grad(loss, has_aux=True)(ears)
     n = jax.tree.leaves(inputs)[0].shape[0]
@@ -116,6 +141,18 @@ def _look(call: Any, loss_fn: Any, graph: Any, state: Any, batch: Any) -> Any:
     )  # fmt: skip
 
 
+def _sample_axes(forward: Any, jaxpr: Any, state: Any, inputs: Any) -> Samples:
+    """The axes of the samples in a model's jaxpr, by a second one of twice the batch; that one is never run."""
+
+    def twice(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype, weak_type=jax.typeof(x).weak_type)
+
+    try:
+        return sample_axes(jaxpr, jax.make_jaxpr(forward)(state, jax.tree.map(twice, inputs)))
+    except Exception:  # whatever a model made for one size of batch raises: then its samples are along the first axis
+        return None
+
+
 @jax.jit
 def _add(a: Any, b: Any) -> Any:
     return jax.tree.map(together, a, b, is_leaf=is_tap)
@@ -123,12 +160,21 @@ def _add(a: Any, b: Any) -> Any:
 
 def look_at_all(look: Looker, model: Any, batches: Iterable[Any], has_loss: bool, tau: float) -> Report:
     """The report of a model on all batches, by a `looker`."""
+    try:
+        tau = float(tau)
+    except (TypeError, ValueError):
+        raise ValueError(f"tau is a number, got {_kind(tau)}; 0.025 is usual") from None
     if not tau >= 0:
         raise ValueError(f"tau is at least 0, got {tau}; 0 finds the units that are always zero")
     graph, state = nnx.split(model) if isinstance(model, nnx.Module) else (None, model)
     total = None
     for batch in _checked(batches, has_loss):
         taps = look(graph, state, batch)
+        if total is not None and _shapes(total) != _shapes(taps):
+            raise ValueError(
+                "the layers of two batches have other numbers of units, or the model has other layers for them; pass "
+                "batches of one shape, and models that work for any number of samples"
+            )
         total = taps if total is None else _add(total, taps)
     if total is None:
         raise ValueError("there is no batch to look at: batches is empty, or an iterator that was read before")
@@ -141,6 +187,10 @@ def look_at_all(look: Looker, model: Any, batches: Iterable[Any], has_loss: bool
             "write an activation of your own as linked_jax.Link((my_function,))"
         )
     return make_report(taps, not_seen, tau)
+
+
+def _shapes(taps: Any) -> Any:
+    return jax.tree.structure(taps), [x.shape for x in jax.tree.leaves(taps)]
 
 
 def _checked(batches: Any, has_loss: bool) -> Iterator[Any]:
@@ -156,6 +206,9 @@ def _checked(batches: Any, has_loss: bool) -> Iterator[Any]:
         leaves = jax.tree.leaves(inputs)
         if not leaves or not all(getattr(leaf, "ndim", 0) and leaf.shape[0] and _is_number(leaf) for leaf in leaves):
             raise ValueError(f"the inputs of a batch are arrays (N, ...) of numbers, N at least 1, got {_kind(inputs)}")
+        sizes = sorted({x.shape[0] for x in jax.tree.leaves(batch) if getattr(x, "ndim", 0)})
+        if len(sizes) > 1:
+            raise ValueError(f"the arrays of a batch have one leading axis, of its N samples, got the sizes {sizes}")
         yield tuple(batch) if has_loss else batch
 
 

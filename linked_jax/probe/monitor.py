@@ -20,13 +20,13 @@ class Monitor:
       tau: as for `probe`.
 
     Attributes:
-      history: for each look {"step", "layers": [{"name", "dead", "dormant", "linearised", "saturated", "mean_square",
-        "gradient_mean_square", "effective_rank", "drift"}]}, ready for JSON. The first are shares of the units; drift
-        is the 2-Wasserstein distance to the look before, None at the first. Not a number is None.
+      history: for each look {"step", "layers": [{"name", "dead", "dormant", "not_finite", "linearised", "saturated",
+        "mean_square", "gradient_mean_square", "effective_rank", "drift"}]}, ready for JSON. The first are shares of
+        the units; drift is the 2-Wasserstein distance to the look before, None at the first. Not a number is None.
       report: the last look's `Report`; None before the first.
 
     Raises:
-      ValueError: if every is below 1, or batches is an iterator, which could be read only once.
+      ValueError: if every is no integer or below 1, or batches is an iterator, which could be read only once.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -47,6 +47,8 @@ class Monitor:
         loss_fn: Callable[[Any, Any], Any] | None = None,
         tau: float = 0.025,
     ):
+        if isinstance(every, bool) or not hasattr(every, "__index__"):
+            raise ValueError(f"every is an integer, got {every!r}; it is the number of steps from look to look")
         if every < 1:
             raise ValueError(f"every is at least 1, got {every}; it is the number of steps from look to look")
         if isinstance(batches, Iterator):
@@ -69,7 +71,9 @@ class Monitor:
 
 
 def _compact(layer: LayerReport, drift: Drift | None) -> dict[str, Any]:
-    shares = {name: getattr(layer, name).mean() for name in ("dead", "dormant", "linearised", "saturated")}
+    shares = {
+        name: getattr(layer, name).mean() for name in ("dead", "dormant", "not_finite", "linearised", "saturated")
+    }
     scalars = {name: getattr(layer, name) for name in ("mean_square", "gradient_mean_square", "effective_rank")}
     values = shares | scalars | {"drift": drift and drift.wasserstein}
     finite = {name: float(x) if x is not None and math.isfinite(x) else None for name, x in values.items()}

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def scope_of(equation: Any, outer: str = "") -> str:
     'model/net.conv'
     """
     parts = [part for part in f"{outer}/{equation.source_info.name_stack}".split("/") if part]
+    parts = [part for part in parts if not re.fullmatch(r"(\w+\()+\)+", part)]  # a transform of no scope: vmap(jvp())
     kept = [a for a, b in itertools.pairwise([*parts, ""]) if b != a and not b.startswith(f"{a}.")]
     return "/".join(kept)
 

@@ -5,8 +5,14 @@ from typing import Any
 
 import numpy as np
 
-STATES = (("alive", "#9ecae1"), ("linearised", "#fdd870"), ("dormant", "#f16913"), ("dead", "#252525"))
-"""From the mildest to the gravest; a unit is drawn in its gravest state. Dead: no output, or no gradient."""
+STATES = (
+    ("alive", "#9ecae1"),
+    ("linearised", "#fdd870"),
+    ("dormant", "#f16913"),
+    ("dead or no gradient", "#252525"),
+    ("not finite", "#e31a1c"),
+)
+"""From the mildest to the gravest; a unit is drawn in its gravest state."""
 
 
 def draw(report: Any, path: str | os.PathLike[str]) -> None:
@@ -15,6 +21,7 @@ def draw(report: Any, path: str | os.PathLike[str]) -> None:
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError("Report.plot needs matplotlib; pip install linked_jax[report]") from error
     layers = report.layers
@@ -27,6 +34,7 @@ def draw(report: Any, path: str | os.PathLike[str]) -> None:
     colours = ListedColormap([colour for _, colour in STATES])
     units.pcolormesh(states, cmap=colours, vmin=0, vmax=len(STATES) - 1)
     units.set(xlabel="unit", title="state of each unit")
+    units.xaxis.set_major_locator(MaxNLocator(integer=True))
     every = -(-len(layers) // 60)
     units.set_yticks(depth[::every] + 0.5, names[::every], fontsize=8)
     units.invert_yaxis()
@@ -49,6 +57,6 @@ def unit_states(layers: Any) -> np.ma.MaskedArray:
     """(layers, most units): the index of each unit's state in STATES; masked beyond a layer's last unit."""
     states = np.ma.masked_all((len(layers), max(layer.units for layer in layers)), int)
     for row, layer in zip(states, layers, strict=True):
-        grave = [layer.linearised, layer.dormant, layer.dead | layer.dead_link]
+        grave = [layer.linearised, layer.dormant, layer.dead | layer.dead_link, layer.not_finite]
         row[: layer.units] = np.max([(k + 1) * flags for k, flags in enumerate(grave)], axis=0)
     return states

@@ -6,6 +6,7 @@ that bears their name. Others are inlined, and are found by comparing with the j
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -24,18 +25,38 @@ CALLS = {
 """The names of calls that are activations if they map one array to one of its shape."""
 
 INLINED: tuple[tuple[str, Callable[..., Any]], ...] = (
-    ("gelu", jax.nn.gelu),
+    ("gelu", lambda z, a: 0.5 * z * (1 + jnp.tanh(jnp.sqrt(2 / jnp.pi) * (z + a * z**3)))),  # as GPT-2 writes it
+    ("gelu", lambda z, a, b: 0.5 * z * (1 + jnp.tanh(b * (z + a * z**3)))),
+    ("gelu", lambda z, a, b: 0.5 * z * (1 + jnp.tanh(z * b * (1 + a * z * z)))),
+    ("gelu", lambda z, a, b: 0.5 * z * (1 + jnp.tanh(b * z * (1 + a * z**2)))),
+    ("gelu", lambda z, a, b: z * (0.5 * (1 + jnp.tanh(b * (z + a * z**3))))),
+    ("gelu", lambda z: 0.5 * z * (1 + jax.lax.erf(z / jnp.sqrt(2.0)))),
+    ("gelu", lambda z, a: 0.5 * z * (1 + jax.lax.erf(z / a))),
     ("gelu", functools.partial(jax.nn.gelu, approximate=False)),
-    ("prelu", lambda z, slope: jnp.where(z >= 0, z, slope * z)),  # as Flax writes it
+    ("quick_gelu", lambda z, a: z * jax.nn.sigmoid(a * z)),
+    ("mish", lambda z: z * jnp.tanh(jax.nn.softplus(z))),
+    ("prelu", lambda z, a: jnp.where(z >= 0, z, a * z)),  # as Flax writes it
+    ("leaky_relu", lambda z, a: jnp.where(z > 0, z, a * z)),
+    ("leaky_relu", lambda z, a: jnp.maximum(z, a * z)),
+    ("relu", lambda z: jnp.where(z > 0, z, jnp.zeros_like(z))),
+    ("clip", lambda z, a: jnp.minimum(jax.nn.relu(z), a)),
+    ("clip", lambda z, a: jnp.minimum(jnp.maximum(z, 0), a)),
+    ("relu", lambda z: jnp.maximum(z, jnp.zeros_like(z))),
     ("relu", lambda z: jnp.where(z > 0, z, 0)),
+    ("relu", lambda z: jnp.where(z >= 0, z, 0)),
+    ("relu", lambda z: jnp.where(z < 0, 0, z)),
+    ("relu", lambda z: jnp.where(z <= 0, 0, z)),
     ("silu", lambda z: z * jax.nn.sigmoid(z)),
-    ("silu", lambda z: jax.nn.sigmoid(z) * z),
     ("relu", lambda z: jnp.maximum(z, 0)),
-    ("relu", lambda z: jnp.maximum(0, z)),
+    ("clip", lambda z, a: jnp.clip(z, 0, a)),
+    ("clip", lambda z, a: jnp.clip(z, min=0, max=a)),
+    ("relu", lambda z: jnp.clip(z, 0)),
     ("tanh", jnp.tanh),
     ("sigmoid", jax.nn.sigmoid),
 )
-"""Activations that leave no call in a jaxpr; the longer first."""
+"""Activations that leave no call in a jaxpr, of z and of scalars that may have any value; the longer first."""
+
+COMMUTATIVE = {"add", "mul", "max", "min"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +81,7 @@ def activation_at(equations: Sequence[JaxprEqn], i: int) -> Site | None:
     >>> activation_at(jaxpr.eqns, 0) is None, activation_at(jaxpr.eqns, 1).activation
     (True, 'gelu')
     """
-    site = _link_at(equations, i) or _call_at(equations, i) or _inlined_at(equations, i)
+    site = _link_at(equations, i) or _inlined_at(equations, i) or _call_at(equations, i)
     return site if site and _is_layer(site) else None
 
 
@@ -126,15 +147,18 @@ def _call_name(call: JaxprEqn) -> str:
 
 
 def _inlined_at(equations: Sequence[JaxprEqn], i: int) -> Site | None:
-    arrays = _arrays(equations[i])
-    if not arrays or not jnp.issubdtype(_aval(arrays[0]).dtype, jnp.floating):
+    array = _aval([*_arrays(equations[i]), *equations[i].outvars][0])
+    if not jnp.issubdtype(getattr(array, "dtype", bool), jnp.floating):
         return None
     for k, (name, _) in enumerate(INLINED):
-        template = _template(k, _aval(arrays[0]).shape, _aval(arrays[0]).dtype)
-        stop = i + len(template.eqns)
-        found = _match(template, equations[i:stop])
-        if found and not (len(template.eqns) == 1 and is_normalisation(equations[i])):
-            return Site(stop, found[template.invars[0]], found[template.outvars[0]], name)
+        primitives = [equation.primitive for equation in _template(k, (2,), jnp.dtype(jnp.float32)).eqns]
+        some = equations[i : i + len(primitives)]
+        if [equation.primitive for equation in some] != primitives:
+            continue  # before a template of this shape is made
+        template = _template(k, array.shape, array.dtype)
+        found = _match(template, some)
+        if found and not (len(some) == 1 and is_normalisation(equations[i])):
+            return Site(i + len(some), found[template.invars[0]], found[template.outvars[0]], name)
     return None
 
 
@@ -149,9 +173,9 @@ def _aval(atom: Any) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _template(k: int, shape: tuple[int, ...], dtype: Any) -> Jaxpr:
-    name, function = INLINED[k]
-    shapes = [shape, ()] if name == "prelu" else [shape]
-    return jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(s, dtype) for s in shapes)).jaxpr
+    function = INLINED[k][1]
+    scalars = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty][1:]
+    return jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(s, dtype) for s in [shape, *[()] * len(scalars)])).jaxpr
 
 
 def _match(template: Jaxpr, equations: Sequence[JaxprEqn]) -> dict[Any, Any] | None:
@@ -162,15 +186,26 @@ def _match(template: Jaxpr, equations: Sequence[JaxprEqn]) -> dict[Any, Any] | N
     for wanted, equation in zip(template.eqns, equations, strict=True):
         if _options(wanted) != _options(equation) or len(wanted.invars) != len(equation.invars):
             return None
-        for a, b in zip([*wanted.invars, *wanted.outvars], [*equation.invars, *equation.outvars], strict=True):
-            if isinstance(a, Literal):
-                if not isinstance(b, Literal) or a.val != b.val:
-                    return None
-            elif _aval(a).shape != _aval(b).shape or found.setdefault(a, b) is not b:
+        orders = [equation.invars, equation.invars[::-1]] if wanted.primitive.name in COMMUTATIVE else [equation.invars]
+        ways = [_same([*wanted.invars, *wanted.outvars], [*order, *equation.outvars], found) for order in orders]
+        found = next((way for way in ways if way is not None), {})
+        if not found:
+            return None
+    return found
+
+
+def _same(wanted: list[Any], atoms: list[Any], found: dict[Any, Any]) -> dict[Any, Any] | None:
+    """What was found and what these atoms add to it; None if they are others."""
+    found = dict(found)
+    for a, b in zip(wanted, atoms, strict=True):
+        if isinstance(a, Literal):
+            if not isinstance(b, Literal) or a.val != b.val:
                 return None
+        elif _aval(a).shape != _aval(b).shape or found.setdefault(a, b) is not b:
+            return None
     return found
 
 
 def _options(equation: JaxprEqn) -> str:
     """The parameters; of a call, whose body may be batched, the name."""
-    return equation.params["name"] if inner_jaxprs(equation) else str(sorted(equation.params.items()))
+    return _call_name(equation) if inner_jaxprs(equation) else str(sorted(equation.params.items()))

@@ -29,9 +29,11 @@ class LayerReport:
       samples: samples times positions.
       dead: every output 0 for every sample, (C,).
       dead_link: no member has a gradient for any sample, (C,).
-      dormancy: the mean output, relative to the layer's, (C,).
+      not_finite: NaN or infinity in z or in an output, (C,).
+      dormancy: the mean output, relative to the mean over the layer's finite units, (C,).
       dormant: dormancy at most tau, (C,).
-      linearised: alive, and z never changes sign, (C,).
+      linearised: alive, and z never changes sign, (C,). A relu or its link is then linear; a smooth activation is
+        seen on one side only.
       saturated: no member is steeper than 0.01 for any sample, (C,).
       mean: of z, (C,).
       std: of z, (C,).
@@ -54,6 +56,7 @@ class LayerReport:
     samples: int
     dead: Bool[np.ndarray, " c"]
     dead_link: Bool[np.ndarray, " c"]
+    not_finite: Bool[np.ndarray, " c"]
     dormancy: Float[np.ndarray, " c"]
     dormant: Bool[np.ndarray, " c"]
     linearised: Bool[np.ndarray, " c"]
@@ -73,6 +76,11 @@ class LayerReport:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Report:
     """What `probe` saw, layer by layer in order of execution. `str(report)` is a table.
+
+    Its columns count units that are dead, have no gradient (no grad: `dead_link`), saw NaN or infinity (NaN/inf), are
+    dormant, never change the sign of z (linear: `linearised`) and are saturated (satur.); and show the shift
+    (`activation_shift`), the mean squares of z (z²) and of the gradient for it (grad²), and the effective rank of the
+    outputs (rank). An activation that is a lambda has no better name: make a `Link` of a function with a name.
 
     Attributes:
       layers: the activations.
@@ -112,7 +120,7 @@ class Report:
         for i, column in enumerate(_COLUMNS):
             table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
         for layer in self.layers:
-            sick = layer.dead.any() or layer.dead_link.any()
+            sick = (layer.dead | layer.dead_link | layer.not_finite).any()
             table.add_row(*_row(layer), style="red" if sick else "yellow" if layer.dormant.any() else None)
         needed = max(map(len, str(self).splitlines())) + 2 * len(_COLUMNS)
         console = Console(width=max(needed, Console().width))  # rich would cut names to fit
@@ -164,6 +172,7 @@ _COLUMNS = (
     "units",
     "dead",
     "no grad",
+    "NaN/inf",
     "dormant",
     "linear",
     "satur.",
@@ -175,7 +184,7 @@ _COLUMNS = (
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
-    counts = (layer.dead, layer.dead_link, layer.dormant, layer.linearised, layer.saturated)
+    counts = (layer.dead, layer.dead_link, layer.not_finite, layer.dormant, layer.linearised, layer.saturated)
     scalars = (layer.activation_shift, layer.mean_square, layer.gradient_mean_square, layer.effective_rank)
     cells = ("" if x is None else f"{x:.3g}" for x in scalars)
     return (layer.name, layer.activation, str(layer.units), *(str(int(x.sum())) for x in counts), *cells)

@@ -53,6 +53,7 @@ def _numbers(stats: diagnostics.UnitStatistics, gram: Any, heard: Any, tau: floa
     return {
         "dead": diagnostics.dead_units(stats),
         "dead_link": diagnostics.dead_links(stats),
+        "not_finite": diagnostics.not_finite_units(stats),
         "dormancy": diagnostics.dormancy(stats),
         "dormant": diagnostics.dormant_units(stats, tau),
         "linearised": diagnostics.linearised_units(stats),
