@@ -19,6 +19,7 @@ from linked_jax.linking import Link, join
 
 Names = tuple[str, ...]
 Fill = Callable[[Array], Array]
+_COLLECTIONS = (("params",), ("batch_stats",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,38 +27,46 @@ class Pair:
     """Where an activation stands: after one layer and before the next. Only what follows it gets new weights.
 
     Paths are names from the root of the parameters, "block/Dense_1" or ("block", "Dense_1"); the Linen collections
-    "params" and "batch_stats" are not part of them.
+    "params" and "batch_stats" are not part of them and are left out of a path that starts with one.
 
     Args:
-      after: path of the layer after the activation, which has a `kernel` of shape (*window, positions * C, c_out).
-      before: path of the layer before it; if given, its number of units C is checked.
+      after: path of the layer after the activation, with a `kernel` of shape (*window, rows, c_out).
+      before: path of the layer before it, whose `kernel` gives the number of units C.
       norm: path of a batch norm between the activation and the next layer, if there is one. Layer norm, group norm and
         instance norm are refused: the added members would change what they give.
-      positions: of a flatten between the activation and the next layer: its height times width, else 1.
+      positions: needed if rows is not C: height times width where a flatten stands between the activation and the next
+        layer, and 1 where it stands before the activation.
 
     Raises:
-      ValueError: if a path is empty or positions is below 1.
+      ValueError: if a path is no path or positions is no integer of at least 1.
 
     Example:
       >>> from linked_jax.revive import Pair
-      >>> Pair("block/Dense_1", positions=16).after
+      >>> Pair(before="block/Conv_0", after="block/Dense_1", positions=16).after
       ('block', 'Dense_1')
     """
 
     after: Any
-    before: Any = None
+    before: Any
     norm: Any = None
-    positions: int = 1
+    positions: int | None = None
 
     def __post_init__(self):
         for field in ("after", "before", "norm"):
             path = getattr(self, field)
-            names = tuple(map(str, path.split("/") if isinstance(path, str) else path or ()))
-            if not all(names) or (path is not None and not names):
-                raise ValueError(f"{field} is a path such as 'block/Dense_1', got {path!r}")
-            object.__setattr__(self, field, names or None)
-        if self.after is None or self.positions < 1:
-            raise ValueError(f"a pair needs the layer after the activation and positions of at least 1, got {self}")
+            if path is not None or field != "norm":
+                object.__setattr__(self, field, _path(path, field))
+        if self.positions is not None and not (isinstance(self.positions, int) and self.positions >= 1):
+            raise ValueError(f"positions is an integer of at least 1, height * width, got {self.positions!r}")
+
+
+def _path(path: Any, field: str) -> Names:
+    split = path.split("/") if isinstance(path, str) else path
+    names = tuple(map(str, split)) if isinstance(split, (tuple, list)) else ()
+    names = names[1:] if names[:1] in _COLLECTIONS else names
+    if not names or not all(names):
+        raise ValueError(f"{field} is a path such as 'block/Dense_1' or ('block', 'Dense_1'), got {path!r}")
+    return names
 
 
 def link_params(params: Any, pairs: Sequence[Pair], link: Link) -> Any:
@@ -69,6 +78,10 @@ def link_params(params: Any, pairs: Sequence[Pair], link: Link) -> Any:
     the scale of its unit. The model's code must call the link where it called the activation; the next layer must be
     linear in its kernel, and not normalise or standardise it.
 
+    Outputs stay equal where all members are finite: inf * 0 is NaN. For an NNX module m:
+    `nnx.update(m, link_params(nnx.state(m), pairs, link)); m.act = link`. In training, an added channel's running
+    statistics start at 0 and 1 and take some steps to follow, so evaluation lags behind training at first.
+
     Args:
       params: nested dictionaries, or an NNX state; with a `norm` the running statistics too, so all variables.
       pairs: where the activations are.
@@ -78,7 +91,8 @@ def link_params(params: Any, pairs: Sequence[Pair], link: Link) -> Any:
       A new tree like params.
 
     Raises:
-      ValueError: if a path does not exist or appears twice, shapes do not pair, or a norm is no batch norm.
+      ValueError: if a path does not exist or appears twice, shapes do not pair, a norm is no batch norm, there is no
+        pair, or link is no `Link` of two or more members.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
@@ -108,8 +122,11 @@ def link_moments(opt_state: Any, params: Any, pairs: Sequence[Pair], link: Link)
     Counts and learning rates stay. With Adam the first step of a new weight is then up to 3.2 times the learning rate,
     (1 - b1) / sqrt(1 - b2), since its bias correction is over.
 
+    Every array beside a parameter is taken for a moment of its gradient. Copies of the parameters, as in schedule_free
+    or lookahead, are not handled: their new entries would be 0 too.
+
     Args:
-      opt_state: of any optimiser that keeps arrays of the parameters' shapes.
+      opt_state: of an optimiser that keeps gradient moments of the parameters' shapes, under the parameters' names.
       params: the plain parameters, before `link_params`.
       pairs: as for `link_params`.
       link: as for `link_params`.
@@ -118,19 +135,48 @@ def link_moments(opt_state: Any, params: Any, pairs: Sequence[Pair], link: Link)
       A new state, like that of tx.init(link_params(params, pairs, link)).
 
     Raises:
-      ValueError: as for `link_params`, or if an entry has another shape than its weight (factored moments).
+      ValueError: as for `link_params`, or if an entry has another shape than its weight (factored moments), or the
+        state has arrays of which none bears the name of a parameter (optax.flatten, or another model's state).
 
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from linked_jax import lk_relu
       >>> from linked_jax.revive import Pair, link_moments
-      >>> params = {"out": {"kernel": jnp.ones((4, 3))}}
+      >>> params = {"in": {"kernel": jnp.ones((2, 4))}, "out": {"kernel": jnp.ones((4, 3))}}
       >>> state = optax.adam(1e-3).init(params)
-      >>> link_moments(state, params, [Pair("out")], lk_relu)[0].mu["out"]["kernel"].shape
+      >>> link_moments(state, params, [Pair(before="in", after="out")], lk_relu)[0].mu["out"]["kernel"].shape
       (8, 3)
     """
-    edits, leaves = _edits(params, pairs, link, moments=True), leaves_by_name(params)
-    return edit(opt_state, {name: same_shape(f, name, leaves[name]) for name, f in edits.items()}, leaves)
+    return edit_moments(opt_state, _edits(params, pairs, link, moments=True), leaves_by_name(params))
+
+
+def edit_moments(opt_state: Any, edits: Mapping[Names, Callable[[Any], Any]], weights: Mapping[Names, Any]) -> Any:
+    """`edit` of an optimiser's state, for arrays of the weights' shapes only; refuses a state of other weights."""
+    arrays = [
+        _names(path)
+        for path, a in jax.tree_util.tree_flatten_with_path(opt_state)[0]
+        if jnp.ndim(a) and jnp.issubdtype(jnp.result_type(a), jnp.floating)
+    ]
+    if arrays and not any(path[i:] in weights for path in arrays for i in range(len(path))):
+        raise ValueError(
+            f"no array of the optimiser's state has the name of a parameter, got e.g. {'/'.join(arrays[0])}; pass the "
+            "state of tx.init of these parameters, of an optimiser that does not flatten them"
+        )
+    return edit(opt_state, {name: same_shape(f, name, weights[name]) for name, f in edits.items()}, weights)
+
+
+def check_link(link: Any) -> Link:
+    """The link, if it has two or more members.
+
+    Raises:
+      ValueError: if it is something else.
+    """
+    if not isinstance(link, Link) or link.arity < 2:
+        name = repr(link) if isinstance(link, Link) else getattr(link, "__name__", type(link).__name__)
+        raise ValueError(
+            f"link is a Link of two or more members, got {name}; pass linked(jax.nn.relu), or linked of your activation"
+        )
+    return link
 
 
 def leaves_by_name(tree: Any) -> dict[Names, Any]:
@@ -141,7 +187,7 @@ def leaves_by_name(tree: Any) -> dict[Names, Any]:
     {('Dense_0', 'bias'): 1.0}
     """
     named = ((_names(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0])
-    return {name[1:] if name[:1] in (("params",), ("batch_stats",)) else name: leaf for name, leaf in named}
+    return {name[1:] if name[:1] in _COLLECTIONS else name: leaf for name, leaf in named}
 
 
 def edit(tree: Any, edits: Mapping[Names, Callable[[Any], Any]], names: Collection[Names]) -> Any:
@@ -175,8 +221,10 @@ def same_shape(f: Callable[[Any], Any], name: Names, weight: Any) -> Callable[[A
 
 
 def _edits(params: Any, pairs: Sequence[Pair], link: Link, *, moments: bool) -> dict[Names, Callable[[Any], Any]]:
-    if link.axis != -1:
+    if check_link(link).axis != -1:
         raise ValueError(f"Flax layers have channels last, got a link with axis={link.axis}; pass one with axis=-1")
+    if not isinstance(pairs, Sequence) or not pairs or not all(isinstance(pair, Pair) for pair in pairs):
+        raise ValueError(f"pairs is a list of one or more Pair, got {pairs!r}")
     leaves, edits = leaves_by_name(params), {}
     for pair in pairs:
         units = _units(leaves, pair)
@@ -204,16 +252,23 @@ def _widened(a: Array, *, axis: int, units: int, link: Link, fill: Fill) -> Arra
 
 
 def _units(leaves: Mapping[Names, Any], pair: Pair) -> int:
-    kernel = _kernel(leaves, pair.after)
-    rows = kernel.shape[-2]
-    units = _kernel(leaves, pair.before).shape[-1] if pair.before else rows // pair.positions
-    if rows != pair.positions * units or (pair.positions > 1 and kernel.ndim > 2):
+    """The width of the pre-activation: the units, times the positions of a flatten before the activation."""
+    kernel, units = _kernel(leaves, pair.after), _kernel(leaves, pair.before).shape[-1]
+    positions, left = divmod(kernel.shape[-2], units)
+    one_of = {positions} if kernel.ndim > 2 else {1, positions}
+    if left or (kernel.ndim > 2 and positions != 1) or (pair.positions or positions) not in one_of:
         raise ValueError(
-            f"{'/'.join(pair.after)} has a kernel of shape {kernel.shape}, which does not take "
-            f"{pair.positions} positions of {units} units; positions is height * width where a flatten stands before a "
-            "dense layer, else 1"
+            f"{'/'.join(pair.after)} has a kernel of shape {kernel.shape}, which does not take {pair.positions or 1} "
+            f"positions of {units} units of {'/'.join(pair.before)}; positions is height * width where a flatten "
+            "stands between the activation and a dense layer, else 1"
         )
-    return units
+    if pair.positions is None and positions != 1:
+        raise ValueError(
+            f"{'/'.join(pair.after)} has a kernel of shape {kernel.shape} after {units} units of "
+            f"{'/'.join(pair.before)}; pass positions={positions} if a flatten stands after the activation, and "
+            "positions=1 if it stands before the activation"
+        )
+    return kernel.shape[-2] // (pair.positions or 1)
 
 
 def _kernel(leaves: Mapping[Names, Any], path: Names) -> Any:
@@ -230,8 +285,12 @@ def _check_norm(leaves: Mapping[Names, Any], path: Names, units: int) -> None:
             f"there are no running mean and var at {'/'.join(path)!r}; pass all variables, and batch norm only: the "
             "added members would change what layer norm, group norm and instance norm give"
         )
-    if leaves[*path, "mean"].size % units:
-        raise ValueError(f"the norm at {'/'.join(path)!r} has {leaves[*path, 'mean'].size} channels, not {units} units")
+    shape = jnp.shape(leaves[*path, "mean"])
+    if len(shape) != 1 or shape[0] % units:
+        raise ValueError(
+            f"the norm at {'/'.join(path)!r} has a mean of shape {shape}, which is not one channel for each of {units} "
+            "units; layers stacked by a scan are not handled"
+        )
 
 
 def _names(path: Any) -> Names:

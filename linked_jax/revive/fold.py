@@ -11,9 +11,10 @@ from flax import nnx
 
 from linked_jax.remedies.lcw import LCWConv, LCWLinear
 from linked_jax.remedies.normprop import NormPropConv, NormPropLinear, unit_filters
-from linked_jax.revive.joints import is_activation
+from linked_jax.revive.joints import check_sequential, is_activation
 from linked_jax.revive.unlink import opened
 
+_FOLDED = (LCWLinear, LCWConv, NormPropLinear, NormPropConv, nnx.BatchNorm)
 Layer = TypeVar("Layer", nnx.Linear, nnx.Conv)
 
 
@@ -27,7 +28,8 @@ def fold_batch_norm(layer: Layer, norm: nnx.BatchNorm) -> Layer:
       norm: with axis=-1 and one channel for each output of the layer; its running statistics are used.
 
     Returns:
-      A new layer, with a bias. Computed in float32 at least, then in the dtype of the parameters.
+      A new layer, with a bias. Folded in float32 at least, then in the layer's param_dtype. Its outputs have its
+        dtype, which may not be the norm's: a bfloat16 layer and a float32 norm give bfloat16 once folded.
 
     Raises:
       ValueError: if the two are something else or do not fit.
@@ -112,7 +114,8 @@ def fold_sequential(model: nnx.Sequential) -> nnx.Sequential:
       A new `nnx.Sequential` with variables of its own and the same outputs in evaluation.
 
     Raises:
-      ValueError: if a batch norm does not follow an nnx.Linear or nnx.Conv directly; with its index.
+      ValueError: if a batch norm does not follow an nnx.Linear or nnx.Conv directly, or a module has inside what would
+        be folded; with its index.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -123,21 +126,39 @@ def fold_sequential(model: nnx.Sequential) -> nnx.Sequential:
       >>> [type(layer).__name__ for layer in fold_sequential(model).layers[:1]], len(fold_sequential(model).layers)
       (['Linear'], 2)
     """
+    check_sequential(model)
     layers: list[Any] = []
-    for i, layer in enumerate(opened(model)):
-        if isinstance(layer, (LCWLinear, LCWConv)):
-            layers.append(layer.fold())
-        elif isinstance(layer, (NormPropLinear, NormPropConv)):
-            layers.append(fold_normprop(layer))
-        elif isinstance(layer, nnx.BatchNorm):
-            before: Any = layers[-1] if layers else None
-            if type(before) not in (nnx.Linear, nnx.Conv):
-                reason = "an activation, which its shift does not pass" if is_activation(before) else f"{before}"
-                raise ValueError(f"the batch norm at layers[{i}] follows {reason}; move it right behind a layer")
-            layers[-1] = fold_batch_norm(before, layer)
-        else:
-            layers.append(layer)
+    for i, layer in enumerate(nnx.clone(model).layers):
+        for part in opened(layer):
+            if isinstance(part, (LCWLinear, LCWConv)):
+                layers.append(part.fold())
+            elif isinstance(part, (NormPropLinear, NormPropConv)):
+                layers.append(fold_normprop(part))
+            elif isinstance(part, nnx.BatchNorm):
+                _check_before(layers[-1] if layers else None, i)
+                layers[-1] = fold_batch_norm(layers[-1], part)
+            else:
+                _check_inside(part, i)
+                layers.append(part)
     return nnx.Sequential(*layers)
+
+
+def _check_before(before: Any, i: int) -> None:
+    if type(before) not in (nnx.Linear, nnx.Conv):
+        link = before is not None and is_activation(before, i - 1)
+        reason = "an activation, which its shift does not pass" if link else f"a {type(before).__name__}"
+        reason = "nothing" if before is None else reason
+        raise ValueError(f"the batch norm at layers[{i}] follows {reason}; move it right behind a layer")
+
+
+def _check_inside(layer: Any, i: int) -> None:
+    inside = [module for _, module in nnx.iter_modules(layer)] if isinstance(layer, nnx.Module) else []
+    found = next((type(module).__name__ for module in inside if isinstance(module, _FOLDED)), None)
+    if found:
+        raise ValueError(
+            f"layers[{i}], a {type(layer).__name__}, has a {found} inside, which would not be folded; flatten the "
+            "Sequential: nnx.Sequential(*inner.layers, ...)"
+        )
 
 
 def _with_weights(layer: Any, kernel: jax.Array, bias: jax.Array) -> Any:

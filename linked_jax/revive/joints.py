@@ -1,7 +1,8 @@
 """Where the activations of an `nnx.Sequential` are, and the layers around them.
 
-An activation is a `Link`, or a function that is elementwise and not affine; functions are tried on a few numbers. What
-stands between it and the next nnx.Linear or nnx.Conv must treat channels alike: pools, flatten, dropout, batch norm.
+An activation is a `Link`, or a function that is elementwise and not affine; functions are tried on a few numbers, each
+compiled for itself, so that a `jax.jit` or `jax.vmap` around does not count. What stands between it and the next
+nnx.Linear or nnx.Conv must treat channels alike: pools, flatten, dropout, batch norm.
 """
 
 import dataclasses
@@ -14,11 +15,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from linked_jax.layers import LinkedConv, LinkedLinear, LinkedPReLU
 from linked_jax.linking import Link, join
+from linked_jax.remedies.lcw import LCWConv, LCWLinear
+from linked_jax.remedies.normprop import NormPropConv, NormPropLinear
 
 Function = Any
 _LAYERS = (nnx.Linear, nnx.Conv)
 _NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
+_REMEDIES = (LCWLinear, LCWConv, NormPropLinear, NormPropConv)
+_LINKED = (LinkedLinear, LinkedConv, LinkedPReLU)
+_KNOWN = (*_LAYERS, *_NORMS, *_REMEDIES, *_LINKED, nnx.Dropout, nnx.Embed, nnx.ConvTranspose)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +59,17 @@ def activations(model: nnx.Sequential) -> list[int]:
     """The indices of the activations that have an nnx.Linear or nnx.Conv before them.
 
     Raises:
-      ValueError: if model is not an nnx.Sequential, or a layer stands in it twice.
+      ValueError: if model is not an nnx.Sequential, a layer stands in it twice, or one may hide activations.
     """
     check_sequential(model)
     layers = list(model.layers)
+    for i, layer in enumerate(layers):
+        _check_open(layer, i)
     modules = [id(layer) for layer in layers if _has_variables(layer)]
     if len(set(modules)) < len(modules):
         raise ValueError("a layer stands in the model twice, and shared weights are not handled; give each its own")
     first = next((i for i, layer in enumerate(layers) if isinstance(layer, _LAYERS)), len(layers))
-    return [i for i in range(first, len(layers)) if is_activation(layers[i])]
+    return [i for i in range(first, len(layers)) if is_activation(layers[i], i)]
 
 
 def check_sequential(model: Any) -> None:
@@ -88,11 +97,11 @@ def joint_at(model: nnx.Sequential, index: int) -> Joint:
     before = max(i for i in range(index) if isinstance(layers[i], _LAYERS))
     after = next((i for i in range(index + 1, len(layers)) if isinstance(layers[i], _LAYERS)), None)
     if after is None:
-        raise ValueError(f"layers[{index}], an activation, has no nnx.Linear or nnx.Conv after it; add or remove one")
+        raise nothing_after(model, index)
     inner, outer = range(before + 1, index), range(index + 1, after)
     for i in (*inner, *outer):
         _check_known(layers[i], i)
-        if is_activation(layers[i]):
+        if is_activation(layers[i], i):
             raise ValueError(f"layers[{index}] and layers[{i}] are activations in a row; write them as one function")
     norms = [i for i in outer if isinstance(layers[i], _NORMS)]
     for i in norms:
@@ -131,26 +140,67 @@ def joint_at(model: nnx.Sequential, index: int) -> Joint:
     )
 
 
+def nothing_after(model: nnx.Sequential, index: int) -> ValueError:
+    """The error for an activation that no nnx.Linear or nnx.Conv follows; it names the layer that does."""
+    rest = ((i, model.layers[i]) for i in range(index + 1, len(model.layers)))
+    found = next((f", only layers[{i}], a {type(layer).__name__}" for i, layer in rest if _has_variables(layer)), "")
+    return ValueError(
+        f"layers[{index}], an activation, has no nnx.Linear or nnx.Conv after it{found}; add or remove one"
+    )
+
+
+def linked_layers(model: nnx.Sequential) -> list[int]:
+    """The indices of the layers with a link of their own: `LinkedLinear`, `LinkedConv`, `LinkedPReLU`."""
+    return [i for i, layer in enumerate(model.layers) if isinstance(layer, _LINKED)]
+
+
 @jax.ensure_compile_time_eval()  # under jit too
-def is_activation(layer: Any) -> bool:
-    """Whether it is a link, or an elementwise function that is not affine."""
+def is_activation(layer: Any, i: int) -> bool:
+    """Whether layers[i] is a link, or an elementwise function that is not affine.
+
+    Raises:
+      ValueError: if it is one for arrays of some shapes only.
+    """
     if isinstance(layer, Link):
         return True
-    if isinstance(layer, (*_NORMS, nnx.Dropout)) or _has_variables(layer):
+    if isinstance(layer, _KNOWN) or _has_variables(layer):
         return False
+    f = apart(layer)
+    if not any(_bends(f, shape) for shape in ((8, 3), (2, 2, 2, 3))):
+        return False
+    if not all(_bends(f, shape) for shape in ((8, 3), (2, 2, 2, 3), (8, 1, 1, 3))):
+        raise ValueError(
+            f"layers[{i}] is an activation for arrays of some shapes only and does more for others; write it as two "
+            "layers, e.g. a flatten and jax.nn.relu"
+        )
+    return True
+
+
+def apart(layer: Function) -> Function:
+    """The function compiled for itself; jax.nn.relu alone would join a `jax.vmap` around it."""
+    changeable = isinstance(layer, nnx.Module) or layer.__hash__ is None
+    return jax.jit((lambda x: layer(x)) if changeable else layer)
+
+
+def _bends(f: Function, shape: tuple[int, ...]) -> bool:
+    """Whether f is elementwise, at every place the same, and not affine, for arrays of this shape."""
     rng = np.random.default_rng(0)
+    x, y = (3 * rng.normal(size=shape) for _ in range(2))
+    first, order = rng.random(shape) < 0.5, rng.permutation(x.size)
+    shuffled = lambda a: a.ravel()[order].reshape(shape)  # noqa: E731
+    inputs = (x, y, x + y, np.zeros(shape), shuffled(np.where(first, x, y)))
     try:
-        x, y = (jnp.asarray(3 * rng.normal(size=(8, 3)), jnp.float32) for _ in range(2))
-        f = lambda x: np.asarray(layer(x), np.float64)  # noqa: E731
-        value = f(x)
-        if value.shape != x.shape:
-            return False
-        one_by_one = np.array([[f(entry[None, None]).item() for entry in row] for row in x[:2]])
-        bend = f(x + y) - value - f(y) + f(jnp.zeros_like(x))
+        values = [np.asarray(f(jnp.asarray(a, jnp.float32)), np.float64) for a in inputs]
+    except jax.errors.JAXTypeError:  # of the tracing around, not of the array
+        raise
     except Exception:  # it does not take such an array, so it is no activation; joint_at tries it as a pool or flatten
         return False
-    scale = 1e-2 * np.abs(value).max() + 1e-6  # more than the rounding of half precision
-    return bool(np.abs(value[:2] - one_by_one).max() <= scale and np.abs(bend).max() > scale)
+    if any(value.shape != shape for value in values):
+        return False
+    of_x, of_y, of_sum, of_zero, mixed = values
+    scale = 1e-2 * np.abs(of_x).max() + 1e-6  # more than the rounding of half precision
+    elementwise = np.abs(mixed - shuffled(np.where(first, of_x, of_y))).max() <= scale
+    return bool(elementwise and np.abs(of_sum - of_x - of_y + of_zero).max() > scale)
 
 
 @jax.ensure_compile_time_eval()
@@ -170,6 +220,8 @@ def _flatten_is(
             members = [_through(inner, jnp.asarray(rng.normal(size=shape), jnp.float32)) for _ in range(2)]
             alone = [_through(outer, a) for a in members]
             together = _through(outer, join(members, -1, link.layout))
+        except jax.errors.JAXTypeError:
+            raise
         except Exception:  # pools do not take every shape
             continue
         width = members[0].shape[-1]
@@ -187,12 +239,26 @@ def _flatten_is(
 
 def _through(functions: Sequence[Function], x: Array) -> Array:
     for f in functions:
-        x = f(x)
+        x = apart(f)(x)
     return x
 
 
 def _has_variables(layer: Any) -> bool:
     return isinstance(layer, nnx.Module) and bool(jax.tree.leaves(nnx.state(layer, nnx.Variable)))
+
+
+def _check_open(layer: Any, i: int) -> None:
+    if isinstance(layer, nnx.Sequential):
+        raise ValueError(
+            f"layers[{i}] is an nnx.Sequential in the model, whose activations would be left out; flatten the "
+            "Sequential: nnx.Sequential(*inner.layers, ...)"
+        )
+    own = isinstance(layer, nnx.Module) and not isinstance(layer, _KNOWN)
+    if own and (_has_variables(layer) or len(list(nnx.iter_modules(layer))) > 1):
+        raise ValueError(
+            f"layers[{i}], a {type(layer).__name__}, has variables or modules of its own and may hide an activation; "
+            "use nnx.Linear, nnx.Conv, norms and functions, or link_params for other models"
+        )
 
 
 def _check_known(layer: Any, i: int) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from linked_jax.linking import join
-from linked_jax.revive.expand import Names, edit, leaves_by_name, same_shape
-from linked_jax.revive.joints import Joint, activations, joint_at, last_layer
+from linked_jax.revive.expand import Names, edit, edit_moments, leaves_by_name
+from linked_jax.revive.joints import Joint, activations, joint_at, last_layer, linked_layers
 
 _START = {"mean": 0.0, "var": 1.0, "scale": 1.0, "bias": 0.0}
 
@@ -30,8 +31,9 @@ def redo(
     Args:
       model: as for `link_sequential`; linked already or not. Norms between a layer and its activation are batch norms:
         a dormant unit's entries become mean 0, variance 1, scale 1 and bias 0. It is scored in evaluation mode.
-      opt_state: of tx.init(nnx.state(model, nnx.Param)), with arrays of the parameters' shapes; counts stay.
-      x: the model's input, a batch, floating-point.
+      opt_state: of tx.init(nnx.state(model, nnx.Param)), with gradient moments of the parameters' shapes; counts stay.
+        Copies of the parameters (schedule_free, lookahead) are not handled.
+      x: the model's input, a batch, floating-point, finite (not checked under `jax.jit`).
       tau: the largest score of a dormant unit, at least 0.
       key: for the new weights: LeCun normal, the Flax default, since layers do not keep their kernel_init. Not
         the key that the model was built with, which could draw the same weights again.
@@ -40,7 +42,8 @@ def redo(
       The model, the state and the number of units, an integer scalar. Works under `jax.jit`.
 
     Raises:
-      ValueError: if there is no activation between two layers, tau is negative, or a layer is not handled.
+      ValueError: if there is no activation between two layers, tau is negative, x is empty or not finite, a layer is
+        not handled, or the state is another model's.
 
     Reference: Sokar et al., The dormant neuron phenomenon in deep reinforcement learning, 2023.
 
@@ -59,7 +62,15 @@ def redo(
     """
     if not tau >= 0:
         raise ValueError(f"tau is at least 0, got {tau}; 0 finds the units that never fire")
+    finite = jnp.isfinite(x).all()
+    if not x.size or not (isinstance(finite, Tracer) or finite):
+        raise ValueError(f"x is a batch of finite numbers, got shape {x.shape}{' with NaN or inf' if x.size else ''}")
     joints = [joint_at(model, i) for i in activations(model) if i < last_layer(model)]
+    for i in linked_layers(model):
+        raise ValueError(
+            f"layers[{i}], a {type(model.layers[i]).__name__}, is already linked, and its link would be left out; "
+            "write it as two layers, the link and then its nnx.Linear or nnx.Conv"
+        )
     if not joints:
         raise ValueError("no activation between two layers (nnx.Linear or nnx.Conv) is in the model, so no units")
     outputs = _outputs(model, x)
@@ -94,8 +105,8 @@ def redo(
     names = leaves.keys() & {*new, *gone}
     fresh = nnx.clone(model)
     nnx.update(fresh, edit(state, {name: functools.partial(renewed, name=name) for name in names}, leaves))
-    forget = {name: same_shape(functools.partial(forgotten, name=name), name, leaves[name]) for name in names}
-    return fresh, edit(opt_state, forget, leaves), count
+    forget = {name: functools.partial(forgotten, name=name) for name in names}
+    return fresh, edit_moments(opt_state, forget, leaves), count
 
 
 def _outputs(model: nnx.Sequential, x: Array) -> list[Array]:

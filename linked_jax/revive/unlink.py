@@ -40,13 +40,15 @@ def unlink(model: nnx.Sequential) -> nnx.Sequential:
       >>> plain.layers[1], plain.layers[2].kernel.shape
       (Link(relu(z)), (16, 3))
     """
-    new: Any = nnx.Sequential(*opened(model))
+    check_sequential(model)
+    parts = [(i, part) for i, layer in enumerate(nnx.clone(model).layers) for part in opened(layer)]
+    new: Any = nnx.Sequential(*(part for _, part in parts))
     links = [i for i in activations(new) if getattr(new.layers[i], "arity", 1) > 1]
     if not links:
         raise ValueError("no link of two or more members follows an nnx.Linear or nnx.Conv in the model; nothing to do")
     for joint in [joint_at(new, i) for i in links]:
         layer = new.layers[joint.after]
-        used = _used_member(layer.kernel[...], joint)
+        used = _used_member(layer.kernel[...], joint, parts[joint.after][0])
         new.layers[joint.activation] = Link((joint.link.members[used],))
         layer.kernel.set_value(_member_rows(layer.kernel[...], -2, used, joint))
         fit(layer)
@@ -59,16 +61,11 @@ def unlink(model: nnx.Sequential) -> nnx.Sequential:
     return new
 
 
-def opened(model: nnx.Sequential) -> list[Any]:
-    """A copy of the layers, with each linked layer as its link and its plain layer."""
-    check_sequential(model)
-    layers: list[Any] = []
-    for layer in nnx.clone(model).layers:
-        if isinstance(layer, (LinkedLinear, LinkedConv)):
-            layers += [layer.link, layer.linear if isinstance(layer, LinkedLinear) else layer.conv]
-        else:
-            layers.append(layer)
-    return layers
+def opened(layer: Any) -> list[Any]:
+    """The layer; a linked one as two, its link and its plain layer."""
+    if isinstance(layer, (LinkedLinear, LinkedConv)):
+        return [layer.link, layer.linear if isinstance(layer, LinkedLinear) else layer.conv]
+    return [layer]
 
 
 def _member_rows(a: Array, axis: int, member: int, joint: Joint) -> Array:
@@ -81,14 +78,14 @@ def _member_rows(a: Array, axis: int, member: int, joint: Joint) -> Array:
     return one.reshape(*a.shape[:axis], -1, *a.shape[axis + 1 :])
 
 
-def _used_member(kernel: Array, joint: Joint) -> int:
-    """The member with weights; no other may have one."""
+def _used_member(kernel: Array, joint: Joint, i: int) -> int:
+    """The member with weights in layers[i]; no other may have one."""
     largest = [float(np.abs(_member_rows(kernel, -2, i, joint)).max()) for i in range(joint.link.arity)]
     used = int(np.argmax(largest))
     rest = max(size for i, size in enumerate(largest) if i != used)
     if not rest == 0:
         raise ValueError(
-            f"layers[{joint.after}] uses more than one member of {joint.link}: the largest weight of the others is "
+            f"layers[{i}] uses more than one member of {joint.link}: the largest weight of the others is "
             f"{rest:.3g}; it stays linked"
         )
     return used

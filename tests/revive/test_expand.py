@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from linked_jax.activations import lk_relu, relu
+from linked_jax.layers import LinkedPReLU
 from linked_jax.linking import Link
 from linked_jax.revive import Pair, link_moments, link_params
 
@@ -30,7 +31,7 @@ class LinenNet(nn.Module):
 
 LINEN_PAIRS = [
     Pair(before="Conv_0", after="Conv_1"),
-    Pair(before=("Conv_1",), norm="after", after="hidden", positions=2),
+    Pair(before=("params", "Conv_1"), norm="batch_stats/after", after="hidden", positions=2),
     Pair(before="hidden", after="out"),
 ]
 X = white(2, 4, 8, 1)
@@ -105,9 +106,10 @@ def test_the_optimiser_follows_and_masks_and_labels_do_not_matter(boxed):
 
 def test_a_name_inside_another_path_is_not_touched():
     params = {"out": {"kernel": white(2, 3)}, "block": {"out": {"kernel": white(2, 3)}}}
+    params["in"] = {"kernel": white(5, 2)}
     opt_state = optax.adam(1e-2).init(params)
     for path, shapes in (("out", ((4, 3), (2, 3))), ("block/out", ((2, 3), (4, 3)))):
-        pairs = [Pair(path)]
+        pairs = [Pair(path, before="in")]
         for tree in (link_params(params, pairs, lk_relu), link_moments(opt_state, params, pairs, lk_relu)[0].nu):
             assert (tree["out"]["kernel"].shape, tree["block"]["out"]["kernel"].shape) == shapes
 
@@ -115,38 +117,94 @@ def test_a_name_inside_another_path_is_not_touched():
 def test_bad_input(unchecked):
     params = {"a": {"kernel": white(2, 3), "bias": white(3)}, "b": {"kernel": white(12, 4)}, "n": {"scale": white(3)}}
     with pytest.raises(ValueError, match="no layer with a kernel at 'c/d'; there are: a, b"):
-        link_params(params, [Pair("c/d")], lk_relu)
+        link_params(params, [Pair("c/d", "a")], lk_relu)
     with pytest.raises(ValueError, match="no layer with a kernel at 'n'"):
         link_params(params, [Pair("b", before="n")], lk_relu)
     with pytest.raises(ValueError, match="there are: none"):
-        link_params({}, [Pair("b")], lk_relu)
-    for pair in (Pair("b", before="a"), Pair("b", before="a", positions=3), Pair("b", positions=5)):
-        with pytest.raises(ValueError, match=r"b has a kernel of shape \(12, 4\), which does not take"):
+        link_params({}, [Pair("b", "a")], lk_relu)
+    with pytest.raises(ValueError, match="pass positions=4 if a flatten stands after the activation"):
+        link_params(params, [Pair("b", before="a")], lk_relu)
+    for pair in (Pair("b", before="a", positions=3), Pair("b", before="b"), Pair("b", before="a", positions=12)):
+        with pytest.raises(ValueError, match=r"b has a kernel of shape \(12, 4\)(,| after)"):
             link_params(params, [pair], lk_relu)
-    with pytest.raises(ValueError, match="does not take 3 positions"):
-        link_params({"conv": {"kernel": white(3, 3, 6, 4)}}, [Pair("conv", positions=3)], lk_relu)
+    for units, positions in ((2, 3), (2, 1), (2, None), (12, None), (6, 2)):  # 12: a grouped convolution
+        tree = {"conv": {"kernel": white(3, 3, 6, 4)}, "a": {"kernel": white(2, units)}}
+        with pytest.raises(ValueError, match="does not take"):
+            link_params(tree, [Pair("conv", before="a", positions=positions)], lk_relu)
     with pytest.raises(ValueError, match="no running mean and var at 'n'"):
         link_params(params, [Pair("b", before="a", norm="n", positions=4)], lk_relu)
     params["n"] |= {"mean": white(5), "var": white(5)}
-    with pytest.raises(ValueError, match="at 'n' has 5 channels, not 3 units"):
+    with pytest.raises(
+        ValueError, match=r"at 'n' has a mean of shape \(5,\), which is not one channel for each of 3 units"
+    ):
         link_params(params, [Pair("b", before="a", norm="n", positions=4)], lk_relu)
+    params["n"] |= {"mean": white(2, 3), "var": white(2, 3)}
+    with pytest.raises(ValueError, match=r"mean of shape \(2, 3\).*stacked by a scan"):
+        link_params(params, [Pair("b", before="a", norm="n", positions=4)], lk_relu)
+    good = Pair("b", before="a", positions=4)
     with pytest.raises(ValueError, match="b/kernel is in two pairs"):
-        link_params(params, [Pair("b"), Pair("b")], lk_relu)
+        link_params(params, [good, good], lk_relu)
     with pytest.raises(ValueError, match="axis=1"):
-        link_params(params, [Pair("b")], Link(lk_relu.members, axis=1))
+        link_params(params, [good], Link(lk_relu.members, axis=1))
+    for link in (jax.nn.relu, relu, LinkedPReLU(3, rngs=nnx.Rngs(0))):
+        with pytest.raises(ValueError, match=r"two or more members, got .*; pass linked\(jax.nn.relu\)"):
+            link_params(params, [good], link)
+    for pairs in ([], good, ["b"], None):
+        with pytest.raises(ValueError, match="pairs is a list of one or more Pair, got"):
+            link_params(params, pairs, lk_relu)
     large = {"big": {"kernel": white(256, 256)}}
     with pytest.raises(ValueError, match=r"entry for big/kernel has the shape .* use one that does not factor"):
-        link_moments(optax.adafactor(1e-2).init(large), large, [Pair("big")], lk_relu)
+        link_moments(optax.adafactor(1e-2).init(large), large, [Pair("big", "big")], lk_relu)
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Pair(""), lambda: Pair("a//b"), lambda: Pair(None), lambda: Pair("a", norm=())]
+    "pair",
+    [*({"after": a} for a in ("", "a//b", None, 3, "params")), {"norm": ()}, {"norm": 1.5}, {"before": None}],
+    ids=str,
 )
-def test_bad_paths(make):
-    with pytest.raises(ValueError, match=r"a path such as|needs the layer after"):
-        make()
+def test_bad_paths(unchecked, pair):
+    with pytest.raises(ValueError, match="is a path such as"):
+        Pair(**{"after": "a", "before": "b"} | pair)
 
 
-def test_bad_positions():
-    with pytest.raises(ValueError, match="positions of at least 1"):
-        Pair("a", positions=0)
+@pytest.mark.parametrize("positions", [0, 2.0, "4"])
+def test_bad_positions(unchecked, positions):
+    with pytest.raises(ValueError, match="positions is an integer of at least 1"):
+        Pair("a", "b", positions=positions)
+
+
+class Flattened(nn.Module):
+    """A flatten before or after the activation: only the caller knows."""
+
+    act: object = relu
+    first: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3))(x)
+        flat = lambda a: a.reshape(len(a), -1)  # noqa: E731
+        return nn.Dense(3)(self.act(flat(x)) if self.first else flat(self.act(x)))
+
+
+@pytest.mark.slow
+@layouts
+@pytest.mark.parametrize(("first", "positions"), [(True, 1), (False, 32)])
+def test_where_the_flatten_stands_is_said_by_positions(first, positions, layout):
+    link = Link(lk_relu.members, layout=layout)
+    variables = Flattened().init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=r"pass positions=32 .* positions=1 if it stands before"):
+        link_params(variables, [Pair("Dense_0", before="Conv_0")], link)
+    pair = Pair("Dense_0", before="Conv_0", positions=positions)
+    revived = Flattened(link, first=first).apply(link_params(variables, [pair], link), X)
+    np.testing.assert_allclose(revived, Flattened(first=first).apply(variables, X), atol=1e-5)
+
+
+def test_a_state_of_other_parameters_is_refused_and_one_without_moments_is_fine():
+    params = {"in": {"kernel": white(5, 2)}, "out": {"kernel": white(2, 3)}}
+    pairs = [Pair("out", before="in")]
+    other = optax.adam(1e-2).init({"another": {"kernel": white(2, 3)}})
+    for opt_state in (optax.flatten(optax.adam(1e-2)).init(params), other):
+        with pytest.raises(ValueError, match="no array of the optimiser's state has the name of a parameter"):
+            link_moments(opt_state, params, pairs, lk_relu)
+    for tx in (optax.sgd(1e-2), optax.add_noise(0.1, 0.5, 0), optax.inject_hyperparams(optax.sgd)(1e-2)):
+        link_moments(tx.init(params), params, pairs, lk_relu)

@@ -100,7 +100,11 @@ def test_bad_input(unchecked):
     for between in (jnp.tanh, jax.nn.relu, lk_relu):
         with pytest.raises(ValueError, match=r"layers\[2\] follows an activation, which its shift does not pass"):
             fold_sequential(nnx.Sequential(layer, between, norm))
-    with pytest.raises(ValueError, match=r"layers\[0\] follows"):
+    with pytest.raises(ValueError, match=r"layers\[2\] follows a Dropout; move"):
+        fold_sequential(nnx.Sequential(LinkedLinear(3, 4, rngs=rngs), nnx.Dropout(0.5), norm))
+    with pytest.raises(ValueError, match=r"layers\[1\], a Sequential, has a BatchNorm inside.*flatten the Sequential"):
+        fold_sequential(nnx.Sequential(jax.nn.relu, nnx.Sequential(layer, norm)))
+    with pytest.raises(ValueError, match=r"layers\[0\] follows nothing"):
         fold_sequential(nnx.Sequential(norm, layer))
     with pytest.raises(ValueError, match=r"nnx\.Sequential, got a Linear"):
         fold_sequential(layer)

@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from linked_jax.activations import fourier, lk_leaky_relu, lk_relu, relu
+from linked_jax.layers import LinkedLinear
 from linked_jax.linking import Link
 from linked_jax.revive import link_opt_state, link_sequential, redo
 
@@ -229,6 +230,11 @@ def test_bad_input(unchecked):
     first, last = nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
     with pytest.raises(ValueError, match="tau is at least 0, got -1"):
         redo(nnx.Sequential(first, relu, last), (), white(2, 3), tau=-1, key=key)
+    for x in (white(0, 3), white(2, 3).at[1, 0].set(jnp.nan)):
+        with pytest.raises(ValueError, match="x is a batch of finite numbers, got shape"):
+            redo(nnx.Sequential(first, relu, last), (), x, key=key)
+    with pytest.raises(ValueError, match="no array of the optimiser's state has the name"):
+        redo(nnx.Sequential(first, relu, last), optax.adam(1e-3).init({"a": white(2, 3)}), white(2, 3), key=key)
     with pytest.raises(ValueError, match="no activation between two layers"):
         redo(nnx.Sequential(first, last, jnp.tanh), (), white(2, 3), key=key)
     with pytest.raises(ValueError, match=r"layers\[1\], a LayerNorm before an activation"):
@@ -237,3 +243,30 @@ def test_bad_input(unchecked):
     factored = optax.adafactor(1e-3).init(nnx.state(model, nnx.Param))
     with pytest.raises(ValueError, match=r"entry for layers/0/.* and not the weight's"):
         redo(model, factored, white(2, 3), key=key)
+
+
+@pytest.mark.slow
+def test_under_vmap_no_layer_is_left_out():
+    rngs = nnx.Rngs(0)
+    layers = [nnx.Linear(3, 5, rngs=rngs), jax.nn.relu, nnx.Linear(5, 6, rngs=rngs), jax.nn.silu]
+    model = nnx.Sequential(*layers, nnx.Linear(6, 2, rngs=rngs))
+    model.layers[0].bias[...] = jnp.full(5, -100.0)
+    count = lambda key: redo(model, (), white(8, 3), tau=0.0, key=key)[2]  # noqa: E731
+    keys = jax.random.split(jax.random.key(7), 2)
+    assert jax.vmap(count)(keys).tolist() == [int(count(key)) for key in keys]
+    assert int(count(keys[0])) >= 5
+
+
+@pytest.mark.slow
+def test_a_known_batch_in_a_traced_function_is_fine_and_its_size_is_checked():
+    model = network()
+    counts = jax.lax.map(lambda key: redo(model, (), X, key=key)[2], jax.random.split(jax.random.key(7), 2))
+    assert (counts >= 2).all()
+    with pytest.raises(ValueError, match="x is a batch of finite numbers, got shape"):
+        jax.jit(lambda x: redo(model, (), x, key=jax.random.key(7))[2])(X[:0])
+
+
+def test_a_layer_with_a_link_of_its_own_is_not_left_out():
+    layers = [nnx.Linear(3, 4, rngs=nnx.Rngs(0)), LinkedLinear(4, 2, rngs=nnx.Rngs(0))]
+    with pytest.raises(ValueError, match=r"layers\[1\], a LinkedLinear, is already linked"):
+        redo(nnx.Sequential(*layers), (), white(2, 3), key=jax.random.key(7))

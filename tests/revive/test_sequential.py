@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from linked_jax.activations import ACTIVATIONS, lk_relu, lk_swish, relu
+from linked_jax.layers import LinkedLinear
 from linked_jax.linking import Link
 from linked_jax.revive import link_opt_state, link_sequential
 
@@ -287,9 +288,47 @@ def after_relu(*layers):
     return [linear(3, 4), jax.nn.relu, *layers]
 
 
+class Residual(nnx.Module):
+    def __init__(self):
+        self.inner = linear(4, 4)
+
+    def __call__(self, x):
+        return jax.nn.relu(self.inner(x) + x)
+
+
+class Dropped(nnx.Module):
+    def __init__(self):
+        self.dropout = nnx.Dropout(0.5, deterministic=True)
+
+    def __call__(self, x):
+        return self.dropout(jax.nn.relu(x))
+
+
 BAD = {
     "no activation": ([linear(3, 4), linear(4, 2)], "no plain activation"),
-    "linked already": ([linear(3, 4), lk_relu, linear(8, 2)], "no plain activation"),
+    "linked already": ([linear(3, 4), lk_relu, linear(8, 2)], r"no plain activation.*layers\[1\] is already linked"),
+    "linked layer": (
+        [linear(3, 4), LinkedLinear(4, 2, rngs=nnx.Rngs(0))], r"no plain.*layers\[1\] is already linked",
+    ),
+    "linked layer next": (after_relu(LinkedLinear(4, 2, rngs=nnx.Rngs(0))), r"after it, only layers\[2\], a LinkedL"),
+    "general layer next": (
+        after_relu(nnx.LinearGeneral(4, 2, rngs=nnx.Rngs(0))), r"layers\[2\], a LinearGeneral, has variables",
+    ),
+    "learned activation": ([linear(3, 4), nnx.PReLU(), linear(4, 2)], r"layers\[1\], a PReLU, has variables"),
+    "a net inside": (
+        [nnx.Sequential(linear(3, 4), jax.nn.relu, linear(4, 4)), *after_relu(linear(4, 2))],
+        r"layers\[0\] is an nnx.Sequential in the model.*flatten the Sequential",
+    ),
+    "a module of several layers": (after_relu(linear(4, 4), Residual(), linear(4, 2)), r"layers\[3\], a Residual, has"),
+    "relu and dropout": ([linear(3, 4), Dropped(), linear(4, 2)], r"layers\[1\], a Dropped, has variables or modules"),
+    "relu and flatten": (
+        [nnx.Conv(3, 4, (8, 8), padding="VALID", rngs=nnx.Rngs(0)), lambda x: jax.nn.relu(flatten(x)), linear(4, 3)],
+        r"layers\[1\] is an activation for arrays of some shapes only",
+    ),
+    "relu and squeeze": (
+        [nnx.Conv(3, 4, (8, 8), padding="VALID", rngs=nnx.Rngs(0)), lambda x: jax.nn.relu(x.squeeze()), linear(4, 3)],
+        r"layers\[1\] is an activation for arrays of some shapes only",
+    ),
     "activation last": (after_relu(linear(4, 2), jax.nn.relu), r"layers\[3\].*no nnx.Linear or nnx.Conv after it"),
     "only one layer": ([linear(3, 4), jax.nn.relu], r"layers\[1\].*no nnx.Linear or nnx.Conv after it"),
     "another activation": ([linear(3, 4), jnp.tanh, linear(4, 2)], r"first member.*layers\[1\]"),
@@ -340,5 +379,8 @@ def test_other_refusals(unchecked):
         link_sequential(nnx.Sequential(shared, jax.nn.relu, shared), lk_relu)
     with pytest.raises(ValueError, match=r"nnx\.Sequential, got a Linear"):
         link_sequential(shared, lk_relu)
+    for link in (jax.nn.relu, relu):
+        with pytest.raises(ValueError, match=r"two or more members, got .*pass linked\(jax.nn.relu\)"):
+            link_sequential(nnx.Sequential(*after_relu(linear(4, 2))), link)
     with pytest.raises(ValueError, match="axis=1"):
         link_sequential(nnx.Sequential(*after_relu(linear(4, 2))), Link(lk_relu.members, axis=1))

@@ -89,6 +89,9 @@ def test_bad_input():
     model.layers[6].kernel[...] = model.layers[6].kernel[...].at[9, 1].set(jnp.nan)
     with pytest.raises(ValueError, match="more than one member"):
         unlink(model)
+    layers = [nnx.Linear(3, 4, rngs=nnx.Rngs(0)), LinkedLinear(4, 4, rngs=nnx.Rngs(0))]
+    with pytest.raises(ValueError, match=r"layers\[1\] uses more than one member"):
+        unlink(nnx.Sequential(*layers))
     with pytest.raises(ValueError, match="no link of two or more members"):
         unlink(network(jax.nn.relu))
     with pytest.raises(ValueError, match=r"layers\[1\].*no nnx.Linear or nnx.Conv after it"):
