@@ -209,6 +209,7 @@ def command_lines():
     return {name: (*process.communicate(timeout=120), process.returncode) for name, process in started.items()}
 
 
+@pytest.mark.slow
 def test_command_for_a_linked_activation(command_lines):
     out, _, code = command_lines["linked"]
     assert code == 0
@@ -220,6 +221,7 @@ def test_command_for_one_that_is_not_linked(capsys):
     assert "activation       lk_tanh\nlinked           NO\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_command_for_an_unknown_name(command_lines):
     out, err, code = command_lines["unknown"]
     assert (code, out) == (2, "")

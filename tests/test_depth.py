@@ -212,6 +212,7 @@ def test_bad_input_is_one_short_message_and_leaves_nothing(case, in_process, tmp
     assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
 
 
+@pytest.mark.slow
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     run = command("--act", "lk_rleu", "--out", tmp_path / "record")
     assert (run.returncode, run.stdout) == (2, "")

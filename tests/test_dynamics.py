@@ -303,6 +303,7 @@ def test_a_dead_relu_net_cannot_move_its_units():
         np.testing.assert_array_equal(before, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ["lk_relu", "lk_selu"])
 def test_a_linked_net_learns_from_the_same_start(act):
     lines = trained(act)

@@ -111,6 +111,7 @@ def test_gain_of_an_exploding_link_is_refused():
 # --- variance_preserving ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @over_links
 def test_variance_preserving_dense_keeps_the_forward_mean_square(link):
     # As many outputs as inputs: the kernel loses no direction, so one draw of it is enough.
@@ -267,6 +268,7 @@ def test_square_layer_is_isometric_in_any_number_of_axes(space, size):
 # --- looks_linear: not square -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("c_in", "c_out"), [(8, 16), (8, 12), (16, 8), (8, 8)])
 def test_changing_width_keeps_forward_signals_and_scales_gradients(c_in, c_out):
     kernel = looks_linear(lk_relu)(QUICK_KEY, (2 * c_in, c_out))

@@ -91,6 +91,7 @@ def test_values_and_gradients_equal_flax_in_both_layouts_and_precisions(make, sh
         close(jax.tree.leaves(found), jax.tree.leaves(wanted), tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR", ((1, 0), (2, 1))], ids=str)
 @pytest.mark.parametrize(("kernel_size", "strides"), [((3, 2), (1, 2)), ((3, 3), 1)])
 def test_conv_passes_its_geometry_to_flax(kernel_size, strides, padding):
@@ -192,6 +193,7 @@ def test_sequential_is_one_layer_after_the_other():
     np.testing.assert_array_equal(net(z), net.layers[3](h))
 
 
+@pytest.mark.slow
 @over_few_links
 def test_nnx_jit_is_eager(link):
     net = small_net(link)
@@ -231,6 +233,7 @@ def test_scan_over_stacked_layers_is_a_loop(link):
     close(run(z, layers), expected, 1e-6)
 
 
+@pytest.mark.slow
 @over_few_links
 def test_optax_steps_lower_the_loss(link):
     net = small_net(link)

@@ -191,6 +191,7 @@ def plant(model, digits, act):
     model.first.bias[...] = model.first.bias[...].at[0].add(-(best + runner_up) / 2)
 
 
+@pytest.mark.slow
 def test_dead_units_equal_a_count_over_all_activations(digits, monkeypatch):
     monkeypatch.setattr(training, "_EVALUATE_AT_ONCE", 25)
     model = net("relu", seed=3)

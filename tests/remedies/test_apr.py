@@ -61,6 +61,7 @@ def test_an_image_with_itself_is_itself_in_float32():
     np.testing.assert_allclose(recombine(x, x), x, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_image_without_any_phase_gets_phase_zero_and_no_nan():
     a, zeros = jnp.asarray(images(1), jnp.float32), jnp.zeros((1, 8, 8, 3))
     value, pull = jax.vjp(recombine, a, zeros)

@@ -51,6 +51,7 @@ def test_values_are_dropped_or_scaled_up_at_the_rate(rate):
     assert abs(kept.mean() - (1 - rate)) < 5 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.4, 0.05, 0.1, 0.8])
 def test_the_correlation_of_a_pair_becomes_keep_probability_times_itself(rate):
     n, rho = 40_000, 0.8

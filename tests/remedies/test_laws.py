@@ -95,6 +95,7 @@ def test_jit_equals_eager_state_included(name):
     chex.assert_trees_all_close(_numbers(jitted), _numbers(step(name, graph, state, x)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @cases
 def test_vmap_over_seeds_is_each_by_itself(name):
     graph = nnx.graphdef(build(name))
@@ -174,6 +175,7 @@ def test_in_evaluation_an_example_does_not_see_the_others(name):
     chex.assert_trees_all_equal(_numbers(nnx.state(layer)), before)
 
 
+@pytest.mark.slow
 @cases
 def test_a_batch_over_two_devices_is_the_whole_batch(name):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))

@@ -74,6 +74,7 @@ def moments_in_numpy(model, batch):
 # --- perturb --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relative_to", ["max", "std"])
 def test_noise_has_the_deviation_that_was_asked_for(relative_to):
     model = nnx.Linear(300, 200, rngs=nnx.Rngs(0))
@@ -189,6 +190,7 @@ def test_all_but_the_running_statistics_is_bit_for_bit_the_same(mode):
     assert (model.norms[0].mean[...] == 3).all()
 
 
+@pytest.mark.slow
 def test_zero_noise_is_plain_recalibration_whatever_the_key():
     plain = recalibrate(Net(), images(2, 3))
     identical(pure(recalibrate(Net(), images(2, 3), noise=0.0, key=jax.random.key(7))), pure(plain))

@@ -115,6 +115,7 @@ def test_columns_stay_on_the_sphere_and_momenta_tangent(make, shape, seed, size)
     assert jnp.isfinite(path).all()
 
 
+@pytest.mark.slow
 @over_optimizers
 def test_zero_gradient_and_zero_momentum_change_nothing(make):
     with jax.enable_x64(True):

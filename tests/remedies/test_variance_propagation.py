@@ -97,6 +97,7 @@ def test_a_new_layer_gives_mean_zero_and_variance_one_on_what_it_was_told():
     np.testing.assert_array_equal(out.variance, 1)
 
 
+@pytest.mark.slow
 def test_the_size_of_the_kernel_does_not_matter():
     layer, x = linear(), white(2, 3)
     before, _ = layer(x, some_moments(3))

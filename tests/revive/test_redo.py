@@ -67,6 +67,7 @@ def scores(model, x, index, members):
 X = white(16, 4, 6, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tau", [0.025, 0.8])
 def test_conv_to_dense_against_a_reference_unit_by_unit(tau):
     model, tx = network(), optax.adam(1e-3)
@@ -225,6 +226,7 @@ def test_links_that_always_give_something_have_no_dormant_units(link):
     assert int(redo(model, (), white(64, 3), tau=0.1, key=jax.random.key(7))[2]) == 0
 
 
+@pytest.mark.slow
 def test_bad_input(unchecked):
     rngs, key = nnx.Rngs(0), jax.random.key(7)
     first, last = nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)

@@ -81,6 +81,7 @@ def test_linked_layers_become_plain_ones():
     np.testing.assert_allclose(plain(X), model(X), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bad_input():
     model = link_sequential(network(jax.nn.relu), lk_relu)
     model.layers[6].kernel[...] = model.layers[6].kernel[...].at[9, 1].set(0.125)
