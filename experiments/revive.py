@@ -32,7 +32,7 @@ from experiments.engine.errors import UsageError, run_command
 from experiments.engine.run import public_arguments
 from experiments.models.plasticity_net import METHODS, RULE, TAU, Moment, build, hidden, redo_dormant
 from linked_jax import lk_relu
-from linked_jax.diagnostics import dead_units, unit_statistics
+from linked_jax.diagnostics import dead_units
 from linked_jax.revive import link_opt_state, link_sequential
 
 UNITS = 64
@@ -204,7 +204,7 @@ def measure(model: nnx.Sequential, task: tasks.Task) -> Line:
 def _measure(graph, state, task) -> tuple[Any, list[Any]]:
     model = nnx.merge(graph, state)
     _, seen = hidden(model, task.images)
-    stats = [unit_statistics(at.z, at.h, at.slopes, arity=at.link.arity, layout=at.link.layout) for at in seen]
+    stats = [at.statistics for at in seen]
     right = model(task.test_images).argmax(axis=1) == task.test_labels
     return right.mean(), [dead_units(layer).sum() for layer in stats]
 

@@ -92,7 +92,7 @@ def unit_statistics(
     dtype = jnp.promote_types(z.dtype, jnp.float32)
     x = z.astype(dtype).reshape(math.prod(z.shape[:-1]), z.shape[-1])
     mean = x.sum(axis=0) / max(len(x), 1)
-    outputs, derivatives = (jnp.abs(_by_member(a, arity, layout)).astype(dtype) for a in (h, slopes))
+    outputs, derivatives = (jnp.abs(by_member(a, arity, layout)).astype(dtype) for a in (h, slopes))
     return UnitStatistics(
         count=jnp.asarray(len(x), dtype),
         live=live_units(h, arity=arity, layout=layout),
@@ -161,7 +161,7 @@ def live_units(h: Float[Array, "... c_linked"], *, arity: int = 1, layout: Layou
       >>> live_units(relu(z)).tolist(), live_units(lk_relu(z), arity=2).tolist()
       ([False, True], [True, True])
     """
-    return (_by_member(h, arity, layout) != 0).any(axis=(0, 1))
+    return (by_member(h, arity, layout) != 0).any(axis=(0, 1))
 
 
 def dead_units(stats: UnitStatistics) -> Bool[Array, " c"]:
@@ -290,8 +290,8 @@ def not_finite_units(stats: UnitStatistics) -> Bool[Array, " c"]:
     return ~(jnp.isfinite(stats.mean) & jnp.isfinite(stats.magnitude))
 
 
-def _by_member(x: Array, arity: int, layout: Layout) -> Array:
-    """(..., d*C) -> (n, d, C)."""
+def by_member(x: Array, arity: int, layout: Layout) -> Array:
+    """(..., d*C) -> (n, d, C), whatever the layout."""
     if arity < 1 or x.shape[-1] % arity:
         raise ValueError(f"the channels of h are a multiple of the arity, got {x.shape[-1]} channels and arity {arity}")
     if layout not in ("blocked", "interleaved"):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments.engine import tasks as tasks_lib
 from experiments.models.plasticity_net import RULE, TAU, Method, Moment, build, hidden
-from linked_jax.diagnostics import dead_units, dormant_units, unit_statistics
+from linked_jax.diagnostics import dead_units, dormant_units
 from linked_jax.signal_statistics import effective_rank
 
 _CHANGE = 2**31 - 1  # the key of what is not training
@@ -129,7 +129,7 @@ def _measure(graph, plan, base, seed, state, task) -> dict[str, Float[Array, ""]
     """What the net does on the test images of the task that it has just learnt."""
     own = tasks_lib.STREAMS[plan.stream](base, tasks_lib.task_key(seed, task))
     logits, seen = hidden(nnx.merge(graph, state), own.test_images)
-    stats = [unit_statistics(at.z, at.h, at.slopes, arity=at.link.arity, layout=at.link.layout) for at in seen]
+    stats = [at.statistics for at in seen]
     features = seen[-1].h
     return {
         "accuracy": (logits.argmax(axis=1) == own.test_labels).mean(),

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments.engine.plots import mean_band
 from experiments.engine.tables import markdown as markdown_table
-from experiments.engine.tables import spread
+from experiments.engine.tables import provenance, spread
 
 Line = Mapping[str, Any]
 
@@ -109,7 +110,7 @@ def _nets(column: str, config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
     """The page of a record: what was done, the tables, the rates that were tried."""
-    protocol, hardware, data = config["protocol"], config["hardware"], config["data"]
+    protocol, data = config["protocol"], config["data"]
     tenth = len(ends(range(protocol["tasks"]))[0])
     parts = [
         "# Plasticity: does it go on learning?",
@@ -135,13 +136,8 @@ def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
             parts += [f"Mean over all tasks at each rate, seed 0, {column.replace('_', ' ')}:", rows]
     says = {net["row"]: net["says"] for net in config["nets"]}
     parts += ["## The rows", markdown_table([{"method": row, "is": text} for row, text in says.items()])]
-    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
     minutes = sum(line["seconds"] for line in lines) / 60
-    parts += [
-        f"- versions: {versions}\n- commit: {config['commit']}\n- hardware: {hardware['devices']} x "
-        f"{hardware['device']}, {hardware['cpu_cores']} cores; {minutes:.0f} minutes of training",
-        f"```bash\n{config['command']}\n```",
-    ]
+    parts.append(provenance(config, f"; {minutes:.0f} minutes of training"))
     return "\n\n".join(parts) + "\n"
 
 
@@ -159,12 +155,9 @@ def picture(column: str, config: Mapping[str, Any], lines: Sequence[Line], path:
             for net in _nets(column, config):
                 runs = chosen(of_net(stream, net["row"], net["width"], lines))
                 values = np.array([np.convolve(run[measure], np.ones(wide) / wide, "valid") for run in runs])
-                mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1 if len(values) > 1 else 0)
-                number = np.arange(wide, wide + len(mean))
-                colour, style = _STYLES[net["row"]]
+                number = np.arange(wide, wide + values.shape[1])
                 label = f"{net['row']} (rate {runs[0]['rate']:g})"
-                panel.plot(number, mean, style, color=colour, label=label, lw=1.6)
-                panel.fill_between(number, mean - deviation, mean + deviation, color=colour, alpha=0.13, lw=0)
+                mean_band(panel, number, values, *_STYLES[net["row"]], label)
             title += f", mean of {wide} tasks" if wide > 1 else ""
             panel.set(title=f"{stream}: {title}", xlabel="task", xlim=(1, None))
             if measure != "accuracy":

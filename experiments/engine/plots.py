@@ -153,6 +153,13 @@ def table_picture(experiment: str, lines: Sequence[Mapping[str, Any]], axes: Seq
     return _png(figure)
 
 
+def mean_band(panel: Any, x: np.ndarray, values: np.ndarray, colour: str, line: str, label: str) -> None:
+    """The mean over seeds, values being (seeds, x), and a band of one sample standard deviation."""
+    mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1 if len(values) > 1 else 0)
+    panel.plot(x, mean, line, color=colour, label=label, lw=1.6)
+    panel.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.13, lw=0)
+
+
 def _facets(lines: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[Facet]:
     """The nets in rows of panels that stay legible.
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.engine.tables import CHANCE, spread
+from experiments.engine.tables import CHANCE, provenance, spread
 from experiments.engine.tables import markdown as markdown_table
 
 STRESSES = ("batch 2", "raw", "rate x10")
@@ -103,7 +103,7 @@ def _ratio(value: float | None) -> str:
 
 def markdown(config: Mapping[str, Any], lines: Sequence[Line], times: Mapping[str, Any] | None) -> str:
     """The page of a record: what was done, a table a network, what the rows are."""
-    protocol, hardware = config["protocol"], config["hardware"]
+    protocol = config["protocol"]
     nets = list(dict.fromkeys(entry["net"] for entry in config["nets"]))
     data, micro = config["data"], protocol["micro_epochs"]
     parts = [
@@ -129,12 +129,7 @@ def markdown(config: Mapping[str, Any], lines: Sequence[Line], times: Mapping[st
         "## The rows",
         markdown_table([{"method": row, "is": text, "rates": tried[row]} for row, text in says.items()]),
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
-    parts += [
-        f"- versions: {versions}\n- commit: {config['commit']}\n- hardware: {hardware['devices']} x "
-        f"{hardware['device']}, {hardware['cpu_cores']} cores",
-        f"```bash\n{config['command']}\n```",
-    ]
+    parts.append(provenance(config))
     return "\n\n".join(parts) + "\n"
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments.engine.plots import mean_band
 from experiments.engine.tables import markdown as markdown_table
-from experiments.engine.tables import spread
+from experiments.engine.tables import provenance, spread
 
 Line = Mapping[str, Any]
 
@@ -60,7 +61,7 @@ def _dead(runs: Sequence[Line], when: int) -> str:
 
 def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
     """The page of a record."""
-    protocol, hardware, data = config["protocol"], config["hardware"], config["data"]
+    protocol, data = config["protocol"], config["data"]
     parts = [
         "# Revival: a dead ReLU net is linked and learns again",
         f"{data['description']}, fingerprint {data['fingerprint']}; standardised pixels plus {protocol['offset']:g}, "
@@ -74,12 +75,7 @@ def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
     ]
     for harm, rate in protocol["harmful_rates"].items():
         parts += [f"## {harm} (rate {rate:g})", markdown_table(table(harm, lines))]
-    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
-    parts += [
-        f"- versions: {versions}\n- commit: {config['commit']}\n- hardware: {hardware['devices']} x "
-        f"{hardware['device']}, {hardware['cpu_cores']} cores",
-        f"```bash\n{config['command']}\n```",
-    ]
+    parts.append(provenance(config))
     return "\n\n".join(parts) + "\n"
 
 
@@ -90,14 +86,12 @@ def picture(config: Mapping[str, Any], lines: Sequence[Line], path: Path) -> Pat
     harms, turn = config["protocol"]["harmful_rates"], config["protocol"]["harmful_epochs"]
     figure = Figure(figsize=(13, 4.2 * len(harms) + 0.6), layout="constrained")
     for (harm, rate), (left, right) in zip(harms.items(), figure.subplots(len(harms), 2, squeeze=False), strict=True):
-        for way, (colour, style) in _STYLES.items():
+        for way, style in _STYLES.items():
             runs = of_way(harm, way, lines)
             shares = np.array([run["dead"] for run in runs]).sum(axis=2) / (3 * config["protocol"]["units"])
             for panel, values in ((left, np.array([run["accuracy"] for run in runs])), (right, shares)):
-                mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1 if len(values) > 1 else 0)
-                epoch = np.arange(len(mean)) + (0 if way == "harmed" else turn)
-                panel.plot(epoch, mean, style, color=colour, label=way, lw=1.8)
-                panel.fill_between(epoch, mean - deviation, mean + deviation, color=colour, alpha=0.13, lw=0)
+                epoch = np.arange(values.shape[1]) + (0 if way == "harmed" else turn)
+                mean_band(panel, epoch, values, *style, way)
         for panel, title in ((left, "test accuracy"), (right, "dead share of hidden units")):
             panel.axvline(turn, color="0.6", lw=0.8)
             panel.set(title=f"{harm} (rate {rate:g} up to the line): {title}", xlabel="epoch", xlim=(0, None))

@@ -171,6 +171,16 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def provenance(config: Mapping[str, Any], more: str = "") -> str:
+    """What a record was made with, as the last lines of its page: versions, commit, hardware and more, the command."""
+    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+    hardware = config["hardware"]
+    return (
+        f"- versions: {versions}\n- commit: {config['commit']}\n- hardware: {hardware['devices']} x "
+        f"{hardware['device']}, {hardware['cpu_cores']} cores{more}\n\n```bash\n{config['command']}\n```"
+    )
+
+
 def time_table(medians: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Step times relative to lk_relu's, beside what both editions printed (table 6); without it, to the first net's.
 

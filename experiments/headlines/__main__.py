@@ -113,7 +113,6 @@ def table(claim: Claim, lines: Sequence[Mapping[str, Any]]) -> list[dict[str, st
 
 def page(claim: Claim, config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
     """The page of a record, from the record alone."""
-    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
     parts = [
         f"# {claim.title}",
         f"The claim: {config['says']}",
@@ -121,9 +120,7 @@ def page(claim: Claim, config: Mapping[str, Any], lines: Sequence[Mapping[str, A
         f"{config['data']['description']}, fingerprint {config['data']['fingerprint']}; {config['protocol']['epochs']} "
         "epochs; mean ± sample standard deviation over seeds.",
         tables.markdown(table(claim, lines)),
-        f"- versions: {versions}\n- commit: {config['commit']}\n- hardware: {config['hardware']['devices']} x "
-        f"{config['hardware']['device']}, {config['hardware']['cpu_cores']} cores",
-        f"```bash\n{config['command']}\n```",
+        tables.provenance(config),
     ]
     return "\n\n".join(parts) + "\n"
 

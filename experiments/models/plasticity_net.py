@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from linked_jax import fourier, leaky_relu, lk_relu, lk_swish, relu
+from linked_jax.diagnostics import UnitStatistics, unit_statistics
 from linked_jax.linking import Link
 from linked_jax.revive import link_opt_state, link_sequential, redo
 
@@ -124,6 +125,11 @@ class Hidden(NamedTuple):
     z: Float[Array, "n width"]
     h: Float[Array, "n linked"]
     slopes: Float[Array, "n linked"]
+
+    @property
+    def statistics(self) -> UnitStatistics:
+        """Of its units."""
+        return unit_statistics(self.z, self.h, self.slopes, arity=self.link.arity, layout=self.link.layout)
 
 
 def hidden(model: nnx.Sequential, x: Array) -> tuple[Array, list[Hidden]]:

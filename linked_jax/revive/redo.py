@@ -9,6 +9,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from linked_jax.diagnostics import by_member
 from linked_jax.linking import join
 from linked_jax.revive.expand import Names, edit, edit_moments, leaves_by_name
 from linked_jax.revive.joints import Joint, activations, joint_at, last_layer, linked_layers
@@ -118,10 +119,8 @@ def _outputs(model: nnx.Sequential, x: Array) -> list[Array]:
 
 def _dormant(h: Array, joint: Joint, tau: float) -> Bool[Array, " c"]:
     """s_i <= tau, without the division: all units of a silent layer are dormant."""
-    link = joint.link
-    shape = (link.arity, joint.width) if link.layout == "blocked" else (joint.width, link.arity)
-    size = jnp.abs(h.astype(jnp.promote_types(h.dtype, jnp.float32))).reshape(-1, *shape)
-    size = size.mean(axis=(0, 1 if link.layout == "blocked" else 2)).reshape(-1, joint.units).mean(axis=0)
+    size = jnp.abs(by_member(h, joint.link.arity, joint.link.layout)).astype(jnp.promote_types(h.dtype, jnp.float32))
+    size = size.mean(axis=(0, 1)).reshape(-1, joint.units).mean(axis=0)
     return size <= tau * size.mean()
 
 

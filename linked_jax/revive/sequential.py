@@ -66,9 +66,9 @@ def link_opt_state(opt_state: Any, model: nnx.Sequential, link: Link) -> Any:
         m' = [m; 0],   v' = [v; 0]   of each next layer
 
     Outputs stay the same, the training that follows is not smooth: Adam's first steps of the new weights are large
-    while their v is still small. A net in good health on a regression task went from a loss of 0.016 to 1.3 for a few
-    steps at a rate of 1e-2. Warm up again or take a smaller rate for some hundred steps. A fresh state, tx.init, is no
-    cure: 0.016 to 0.07 to 0.53. Behind a batch norm after the activation, evaluation lags at first: see `link_params`.
+    while their v is still small, and the loss of a net in good health can rise for some steps. Warm up again or take a
+    smaller rate for some hundred steps. Behind a batch norm after the activation, evaluation lags at first: see
+    `link_params`.
 
     Args:
       opt_state: of tx.init(nnx.state(model, nnx.Param)), or an nnx.Optimizer's; gradient moments only, so no copies of
