@@ -29,9 +29,9 @@ from experiments.engine.console import Console
 from experiments.engine.errors import InterruptedRunError, UsageError, run_command
 from experiments.engine.experiment import Experiment
 from experiments.engine.interrupts import Interrupts
-from experiments.engine.report_groups import TABLES
-from experiments.engine.report_records import read_record
 from experiments.engine.settings import Cell, recorded
+from experiments.report.groups import TABLES
+from experiments.report.stored import read_record
 
 _RATES = "--act swish lk_swish selu lk_selu lk_relu --lr 1e-2 1e-3 1e-4 1e-5 --init glorot auto"
 SWEEPS = {**{name: (name, "--act all") for name in TABLES}, "learning_rates": ("depth", _RATES)}

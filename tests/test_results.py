@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments import load_forecast, report
-from experiments.engine import plasticity_plots, records, remedies_table, revive_plots, tables
+from experiments.engine import records, tables
 from experiments.headlines import __main__ as headlines
+from experiments.load_forecast import __main__ as load_forecast
+from experiments.plasticity import plots as plasticity_plots
+from experiments.remedies import table as remedies_table
+from experiments.report import __main__ as report
+from experiments.revive import plots as revive_plots
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"

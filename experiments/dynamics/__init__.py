@@ -1,0 +1,1 @@
+"""Units that start dead, in the plane: `python -m experiments.dynamics`."""

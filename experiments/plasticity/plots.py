@@ -1,0 +1,169 @@
+"""What `experiments.plasticity` found, as tables and as pictures, made from a record's lines alone."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.engine.plots import mean_band
+from experiments.engine.tables import markdown as markdown_table
+from experiments.engine.tables import provenance, spread
+
+Line = Mapping[str, Any]
+
+_STYLES = {
+    "relu": ("black", "-"),
+    "leaky_relu": ("#777777", "--"),
+    "layer_norm": ("#E69F00", "-"),
+    "redo": ("#D55E00", "--"),
+    "revived": ("#CC79A7", "-"),
+    "lk_relu": ("#0072B2", "-"),
+    "lk_swish": ("#56B4E9", "--"),
+    "fourier": ("#009E73", "-."),
+}
+_PANELS = {"accuracy": "accuracy after the task", "dormant": "dormant share of units", "rank": "effective rank"}
+_SMOOTHED = {"permuted": 5, "random_labels": 1}
+"""How many tasks are averaged for a point of the accuracy's line."""
+_MEASURED = {
+    "permuted": "test accuracy on the permuted test images",
+    "random_labels": "share of the random labels that are memorised",
+}
+
+
+def of_net(stream: str, row: str, width: int, lines: Sequence[Line]) -> list[Line]:
+    """All runs of a net on a stream."""
+    return [line for line in lines if (line["stream"], line["row"], line["width"]) == (stream, row, width)]
+
+
+def best_rate(runs: Sequence[Line]) -> float:
+    """The rate of the best mean accuracy over all tasks, of seed 0."""
+    return max((run for run in runs if run["seed"] == 0), key=lambda run: statistics.fmean(run["accuracy"]))["rate"]
+
+
+def chosen(runs: Sequence[Line]) -> list[Line]:
+    """The runs at that rate, one a seed."""
+    return [run for run in runs if run["rate"] == best_rate(runs)]
+
+
+def ends(values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    """Those of the first tenth of the tasks, and of the last.
+
+    >>> from experiments.plasticity.plots import ends
+    >>> ends([1.0, 2.0, 3.0])
+    ([1.0], [3.0])
+    """
+    tenth = max(1, round(len(values) / 10))
+    return values[:tenth], values[-tenth:]
+
+
+def table(stream: str, column: str, config: Mapping[str, Any], lines: Sequence[Line]) -> list[dict[str, str]]:
+    """A row for each method, the best on the last tasks first."""
+    found = [(net, chosen(of_net(stream, net["row"], net["width"], lines))) for net in _nets(column, config)]
+    rows = []
+    for net, runs in sorted(found, key=lambda pair: -statistics.fmean(_last(run, "accuracy") for run in pair[1])):
+        first = [statistics.fmean(ends(run["accuracy"])[0]) for run in runs]
+        last = [_last(run, "accuracy") for run in runs]
+        rows.append(
+            {
+                "method": net["row"],
+                "last tasks": spread(last),
+                "first tasks": spread(first),
+                "difference": spread([b - a for a, b in zip(first, last, strict=True)]),
+                "all tasks": spread([statistics.fmean(run["accuracy"]) for run in runs]),
+                "dead, last": spread([_last(run, "dead") for run in runs]),
+                "dormant, last": spread([_last(run, "dormant") for run in runs]),
+                "rank, first": f"{statistics.fmean(statistics.fmean(ends(run['rank'])[0]) for run in runs):.1f}",
+                "rank, last": f"{statistics.fmean(_last(run, 'rank') for run in runs):.1f}",
+                "rate": f"{runs[0]['rate']:g}",
+                "seeds": str(len(runs)),
+                "units": str(net["width"]),
+                "parameters": f"{net['parameters']:,}",
+            }
+        )
+        if not all(min(run["finite"]) for run in runs):
+            rows[-1]["method"] += " (diverged)"
+    return rows
+
+
+def rates_table(stream: str, column: str, config: Mapping[str, Any], lines: Sequence[Line]) -> list[dict[str, str]]:
+    """Mean accuracy over all tasks, and on the last ones, at each rate that was tried with seed 0."""
+    rows = []
+    for net in _nets(column, config):
+        row = {"method": net["row"]}
+        for run in of_net(stream, net["row"], net["width"], lines):
+            if run["seed"] == 0:
+                last = _last(run, "accuracy")
+                row[f"rate {run['rate']:g}"] = f"{statistics.fmean(run['accuracy']):.4f} (last {last:.4f})"
+        rows.append(row)
+    return rows
+
+
+def _last(run: Line, measure: str) -> float:
+    return statistics.fmean(ends(run[measure])[1])
+
+
+def _nets(column: str, config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [net for net in config["nets"] if net["column"] == column]
+
+
+def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
+    """The page of a record: what was done, the tables, the rates that were tried."""
+    protocol, data = config["protocol"], config["data"]
+    tenth = len(ends(range(protocol["tasks"]))[0])
+    parts = [
+        "# Plasticity: does it go on learning?",
+        f"{data['description']}, fingerprint {data['fingerprint']}; {protocol['features']} grey pixels, standardised. "
+        f"{protocol['tasks']} tasks one after the other, {protocol['hidden_layers']} hidden layers, Adam at a constant "
+        f"rate, batch size {protocol['batch_size']}; nothing is reset between tasks. Each net tried the rates "
+        f"{', '.join(f'{rate:g}' for rate in protocol['rates'])} with seed 0 and kept the one with the best mean "
+        f"accuracy over all tasks. Mean ± sample standard deviation over seeds; first and last tasks: mean over the "
+        f"first and last {tenth} of {protocol['tasks']}. dead: share of all hidden units that are zero on all images "
+        f"that are measured; dormant: share with a score of at most {protocol['tau']}, a unit scored by its link; "
+        "rank: effective rank of the last hidden layer's outputs.",
+    ]
+    for stream in protocol["streams"]:
+        images, epochs, rounds = protocol["images"][stream], protocol["epochs"][stream], protocol["rounds"]
+        parts += [
+            f"## {stream}",
+            f"{images:,} images, {epochs} epochs a task in {rounds} rounds; accuracy: {_MEASURED[stream]}.",
+        ]
+        for column in protocol["widths"]:
+            parts += [f"### {column.replace('_', ' ')}", markdown_table(table(stream, column, config, lines))]
+        for column in protocol["widths"]:
+            rows = markdown_table(rates_table(stream, column, config, lines))
+            parts += [f"Mean over all tasks at each rate, seed 0, {column.replace('_', ' ')}:", rows]
+    says = {net["row"]: net["says"] for net in config["nets"]}
+    parts += ["## The rows", markdown_table([{"method": row, "is": text} for row, text in says.items()])]
+    minutes = sum(line["seconds"] for line in lines) / 60
+    parts.append(provenance(config, f"; {minutes:.0f} minutes of training"))
+    return "\n\n".join(parts) + "\n"
+
+
+def picture(column: str, config: Mapping[str, Any], lines: Sequence[Line], path: Path) -> Path:
+    """Accuracy, dormant share and effective rank by task, a row a stream; bands are one standard deviation."""
+    from matplotlib.figure import Figure
+
+    streams = config["protocol"]["streams"]
+    figure = Figure(figsize=(15, 4.2 * len(streams) + 0.6), layout="constrained")
+    panels = figure.subplots(len(streams), len(_PANELS), squeeze=False)
+    for stream, row in zip(streams, panels, strict=True):
+        for (measure, title), panel in zip(_PANELS.items(), row, strict=True):
+            most = max(1, config["protocol"]["tasks"] // 2)  # so that a line is left
+            wide = min(_SMOOTHED[stream], most) if measure == "accuracy" else 1
+            for net in _nets(column, config):
+                runs = chosen(of_net(stream, net["row"], net["width"], lines))
+                values = np.array([np.convolve(run[measure], np.ones(wide) / wide, "valid") for run in runs])
+                number = np.arange(wide, wide + values.shape[1])
+                label = f"{net['row']} (rate {runs[0]['rate']:g})"
+                mean_band(panel, number, values, *_STYLES[net["row"]], label)
+            title += f", mean of {wide} tasks" if wide > 1 else ""
+            panel.set(title=f"{stream}: {title}", xlabel="task", xlim=(1, None))
+            if measure != "accuracy":
+                panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.25)
+        row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
+    figure.suptitle(f"{config['data']['name']}, {column.replace('_', ' ')}: mean over seeds and one standard deviation")
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    return path

@@ -1,0 +1,1 @@
+"""All remedies on the same work: `python -m experiments.remedies`."""

@@ -1,0 +1,183 @@
+"""What a method makes of a stage: an activation, weights and a norm, with what the method needs of them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from experiments.engine.optimizers import adam
+from experiments.engine.rows import identity
+from experiments.remedies.net import NETS, Context, Place, RemedyNet, Stage
+from linked_jax import Link, default_kernel_init, get_activation
+from linked_jax.remedies import bcn, bkn, normprop
+from linked_jax.remedies import moment_calculus as calculus
+from linked_jax.remedies.drelu import drelu
+
+_FEW_POSITIONS = 32  # images that BKN's prediction draws where a layer has one pixel: one gives no variance
+_ADAM = adam(1.0)
+Rule = tuple[optax.GradientTransformation, float]
+"""An optimiser, and the rate that its updates are multiplied by."""
+
+
+def plain_weights(in_features: int, out_features: int, stage: Stage, link: Link, rngs: nnx.Rngs) -> Any:
+    """Flax' own layers with this library's initialiser."""
+    init = default_kernel_init(link, strides=stage.strides)
+    if stage.kernel_size is None:
+        return nnx.Linear(in_features, out_features, kernel_init=init, rngs=rngs)
+    return nnx.Conv(
+        in_features, out_features, stage.kernel_size, strides=stage.strides, padding=stage.padding, kernel_init=init,
+        rngs=rngs,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row.
+
+    Attributes:
+      says: what it is, in a few words.
+      act: a name of `linked_jax.get_activation`.
+      branches: pre-activations of a unit.
+      step: a subclass of `Step`.
+      weights: in_features, out_features, stage, the link before it, rngs -> a weight layer.
+      norm: features, whether it is on an image, rngs -> a norm before the activation; or None.
+      before: features, rngs -> a layer between activation and weights; or None.
+      rule: net, rate -> how to train.
+      rates: that are tried.
+      batch_one: whether it can train at batch size 1, by construction.
+    """
+
+    says: str
+    act: str = "relu"
+    branches: int = 1
+    step: Callable[["Method", Place, nnx.Rngs], Any] = lambda method, place, rngs: Step(method, place, rngs)
+    weights: Callable[[int, int, Stage, Link, nnx.Rngs], Any] = plain_weights
+    norm: Callable[[int, bool, nnx.Rngs], Any] | None = None
+    before: Callable[[int, nnx.Rngs], Any] | None = None
+    rule: Callable[[str, float], Rule] = lambda _net, rate: (_ADAM, rate)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    batch_one: bool = True
+
+    def link(self) -> Link:
+        """The activation."""
+        return get_activation(self.act)
+
+    def build(self, net: str, image_shape: Sequence[int], classes: int, seed: int) -> RemedyNet:
+        """The network that it makes."""
+        step = functools.partial(self.step, self)
+        return RemedyNet(image_shape, NETS[net](classes), step=step, rngs=nnx.Rngs(seed))
+
+
+class Step(nnx.Module):
+    """Activation -> pool? -> before? -> weights -> norm?."""
+
+    def __init__(self, method: Method, place: Place, rngs: nnx.Rngs):
+        stage, units = place.stage, place.shape[-1]
+        self.stage, self.units, self.positions = stage, units, place.positions
+        self.link = method.link() if stage.active else identity
+        features = self.link.arity * units * place.positions
+        self.before = nnx.data(method.before(features, rngs) if method.before and stage.active else None)
+        outputs = stage.features * (method.branches if place.normed else 1)
+        self.weights = method.weights(features, outputs, stage, self.link, rngs)
+        on_image = stage.kernel_size is not None
+        self.norm = nnx.data(method.norm(outputs, on_image, rngs) if method.norm and place.normed else None)
+
+    def __call__(self, x: Any, context: Context, train: bool, tap: Any) -> tuple[Any, Context, Any]:
+        """What the step before gave, its context -> this one's, and what the tap returned."""
+        z = self.layer(x, train)
+        return (z if self.norm is None else _normed(self.norm, z, train)), None, self.tapped(x, tap)
+
+    def layer(self, x: Any, train: bool) -> Any:
+        """All but the norm."""
+        h = self.flat(self.pool(self.activation(x)))
+        if self.before is not None:
+            h = self.before(h, use_running_average=not train, deterministic=not train)
+        return self.weights(h)
+
+    def activation(self, x: Any) -> Any:
+        """The link."""
+        return self.link(x)
+
+    def tapped(self, x: Any, tap: Any) -> Any:
+        """What the tap returns for these pre-activations; None where there is no activation."""
+        return tap(self.link, x, self.units) if tap is not None and self.stage.active else None
+
+    def pool(self, h: Any) -> Any:
+        """Max-pool, where the stage has one."""
+        window = self.stage.window(h.shape[1:])
+        return h if window == (1, 1) else nnx.max_pool(h, window, strides=window)
+
+    def flat(self, h: Any) -> Any:
+        """A dense layer sees all pixels."""
+        return h.reshape(len(h), -1) if self.stage.kernel_size is None else h
+
+
+class DReluStep(Step):
+    """A step whose units have two pre-activations each: max(0, a) - max(0, b)."""
+
+    def activation(self, x: Any) -> Any:
+        """(..., 2 C) -> (..., C)."""
+        return drelu(*jnp.split(x, 2, axis=-1)) if self.stage.active else x
+
+    def tapped(self, x: Any, tap: Any) -> Any:
+        """What the unit gives is tapped: it has no single pre-activation."""
+        return tap(identity, self.activation(x), self.units) if tap is not None and self.stage.active else None
+
+
+class NormPropStep(Step):
+    """A step whose activations and pools have mean 0 and variance 1 on standard normal pre-activations."""
+
+    def activation(self, x: Any) -> Any:
+        """The link, normalised."""
+        return normprop.normalized(self.link)(x) if self.stage.active else x
+
+    def pool(self, h: Any) -> Any:
+        """Max-pool, then mean 0 and variance 1 for independent N(0, 1) pixels."""
+        window = self.stage.window(h.shape[1:])
+        return h if window == (1, 1) else normprop.normalized_max_pool(h, window, strides=window)
+
+
+class KalmanStep(Step):
+    """A step whose batch statistics are fused with what the step before predicts. The context is x's posterior."""
+
+    def __init__(self, method: Method, place: Place, rngs: nnx.Rngs):
+        super().__init__(method, place, rngs)
+        self.rngs = rngs.fork()
+
+    def __call__(self, x: Any, context: Context, train: bool, tap: Any) -> tuple[Any, Context, Any]:
+        """See `Step`."""
+        z, tapped = self.layer(x, train), self.tapped(x, tap)
+        if self.norm is None:
+            return z, None, tapped
+        predicted = None
+        if context is not None and train:
+            samples = 1 if z[0, ..., 0].size > 1 else _FEW_POSITIONS
+            key = self.rngs.prediction()
+            predicted = bkn.predict(context, key, lambda y: self.layer(y, train), x.shape[1:], samples=samples)
+        z, posterior = self.norm(z, predicted, use_running_average=not train)
+        return z, posterior, tapped
+
+
+class VarianceStep(Step):
+    """A step that normalises by moments which it propagates. The context is x's moments."""
+
+    def __call__(self, x: Any, context: Context, train: bool, tap: Any) -> tuple[Any, Context, Any]:
+        """See `Step`. It pools before the activation, which gives the same numbers as long as that is monotone."""
+        tapped, (height, width) = self.tapped(x, tap), self.stage.window(x.shape[1:]) if x.ndim > 2 else (1, 1)
+        moments = context or calculus.Moments(jnp.zeros(x.shape[-1]), jnp.ones(x.shape[-1]))
+        if height * width > 1:
+            moments = calculus.through_pool(moments, height * width, kind="max")
+        moments = calculus.through_link(moments, self.link)
+        moments = calculus.through_flatten(moments, self.positions)
+        z, moments = self.weights(self.flat(self.activation(self.pool(x))), moments)
+        return z, moments, tapped
+
+
+def _normed(norm: Any, z: Any, train: bool) -> Any:
+    """Some norms have running statistics, and some have none."""
+    has_statistics = isinstance(norm, nnx.BatchNorm | bcn.BatchChannelNorm)
+    return norm(z, use_running_average=not train) if has_statistics else norm(z)

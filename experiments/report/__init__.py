@@ -1,0 +1,1 @@
+"""Tables and one page, from records alone: `python -m experiments.report`."""

@@ -1,0 +1,138 @@
+"""Tables, pictures and one page, made from the records of runs alone.
+
+    python -m experiments.report
+    python -m experiments.report results/records --out results/tables
+
+Makes for each table NAME.md, NAME.csv, NAME.png (the table as a picture) and NAME-curves.png, and report.html, which
+has all of them and opens offline. Records of different data, code or protocol are never averaged.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from experiments.engine import plots
+from experiments.engine.console import Console
+from experiments.engine.errors import UsageError, run_command
+from experiments.report.groups import Group, groups
+from experiments.report.page import counted, page
+from experiments.report.stored import StoredRecord, read_records
+from experiments.report.table import csv_of, markdown_of, table_of
+
+__all__ = ["Group", "StoredRecord", "csv_of", "groups", "markdown_of", "read_records", "table_of", "write"]
+
+PAGE = "report.html"
+_US = "experiments.report"
+_CONTENTS = "contents.json"  # says that the folder is a report, and what is in it
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Make each table in Markdown, CSV and pictures, and one HTML page of all, from the records of runs alone."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ("runs",)
+    """Folders that are searched for records."""
+    out: str = "report"
+    """The folder to make; a report that is there is replaced."""
+
+
+def main() -> None:
+    """Read the command line and make the report."""
+    settings = tyro.cli(Settings, prog="python -m experiments.report")
+    out = Path(settings.out)
+    _check_out(out)
+    found, problems = read_records(settings.runs)
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    if not found:
+        raise UsageError(f"there is no record to report in {' or '.join(settings.runs)}; make one, or pass its folder")
+    console, sorted_ = Console(), groups(found)
+    with console.progress("tables", len(sorted_)) as advance:
+        write(out, sorted_, problems, advance)
+    for group in sorted_:
+        console.say(f"{group.name:<24} {group.heading}: {counted(len(group.records), 'record')}, "
+                    f"{counted(len(table_of(group)), 'net')}")  # fmt: skip
+        for note in group.notes:
+            console.say(f"{'':<24} {note}")
+    console.say(f"page     {out / PAGE}")
+
+
+def write(
+    out: Path, found: Sequence[Group], problems: Sequence[str] = (), advance: Callable[[int], None] = lambda _: None
+) -> None:
+    """Make the report's folder, whole or not at all.
+
+    Args:
+      out: the folder; a report that is there is replaced.
+      found: of `groups`.
+      problems: of `read_records`; they are listed on the page.
+      advance: called with 1 after each table.
+
+    Raises:
+      UsageError: if something else is there, or it cannot be written.
+    """
+    _check_out(out)
+    target = out.resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+            new, old = Path(scratch) / "new", Path(scratch) / "old"
+            new.mkdir()
+            pictures = {}
+            for group in found:
+                pictures[group.name] = _write_table(new, group)
+                advance(1)
+            (new / PAGE).write_text(page(found, pictures, problems), encoding="utf-8")
+            files = sorted([_CONTENTS, *(path.name for path in new.iterdir())])
+            (new / _CONTENTS).write_text(json.dumps({"made_by": _US, "files": files}, indent=2) + "\n")
+            _check_out(out)  # it took a while
+            if target.exists():
+                target.rename(old)
+            try:
+                new.rename(target)
+            except BaseException:
+                if old.exists():
+                    old.rename(target)
+                raise
+    except OSError as error:
+        raise UsageError(f"cannot write {out} ({error.strerror}); pass another --out") from error
+
+
+def _write_table(folder: Path, group: Group) -> dict[str, bytes]:
+    """The files of one table; gives the pictures for the page."""
+    (folder / f"{group.name}.md").write_text(markdown_of(group), encoding="utf-8")
+    (folder / f"{group.name}.csv").write_text(csv_of(group), encoding="utf-8")
+    if not group.lines:
+        return {}
+    table = plots.table_picture(group.experiment, group.lines, group.axes, title=group.heading)
+    (folder / f"{group.name}.png").write_bytes(table)
+    plots.accuracy_picture(group.lines, group.axes, folder / f"{group.name}-curves.png", title=group.heading)
+    about = plots.caption(group.lines, group.axes)
+    panels = plots.panel_pictures(group.lines, group.axes)
+    captions = {f"{name}{'; ' if about else ''}{about}": png for name, png in panels.items()}
+    return {"The table as a picture": table, **captions}
+
+
+def _check_out(out: Path) -> None:
+    """Refuse what is there and is no report."""
+    try:
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return
+        contents = json.loads((out / _CONTENTS).read_text(encoding="utf-8"))
+        extra = {path.name for path in out.iterdir()} - set(contents["files"])
+        if contents["made_by"] != _US:
+            raise ValueError(contents["made_by"])
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UsageError(f"{out} exists and is no report; pass another --out") from None
+    if extra:
+        raise UsageError(f"{out} has {sorted(extra)[0]}, which no report made; move it away, or pass another --out")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,182 @@
+"""Which records may be averaged together. Pure functions of records."""
+
+import dataclasses
+import importlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from experiments.report.stored import Line, NetKey, StoredRecord
+
+TABLES = ("width", "depth", "parameters", "allcnn", "resnet50", "covariate_shift")
+"""The experiments that train nets with axes, in the paper's order."""
+_CODE = ("jax", "jaxlib", "flax", "optax", "linked_jax")  # what computes; numpy and Python only carry it
+Run = tuple[NetKey, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Records of one experiment, data set, code and protocol.
+
+    Attributes:
+      name: of its files, such as depth-digits.
+      experiment: such as depth.
+      title: of the paper's table.
+      differs: what tells it from other groups with its experiment and data, such as {"epochs": "30"}; often empty.
+      records: in the order of their places.
+      axes: what tells nets apart.
+      lines: of the finished runs, each net and seed once; nets in the table's order, seeds rising.
+      nets: of the records' config.json.
+      notes: what a reader must know, such as runs that were left out.
+    """
+
+    name: str
+    experiment: str
+    title: str
+    differs: dict[str, str]
+    records: list[StoredRecord]
+    axes: tuple[str, ...]
+    lines: list[Line]
+    nets: list[dict[str, Any]]
+    notes: list[str]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Of the first record: experiment, data, commit and protocol are the same in all."""
+        return self.records[0].config
+
+    @property
+    def heading(self) -> str:
+        """Title, data set, and what differs from other tables."""
+        differs = ", ".join(f"{what} {value}" for what, value in self.differs.items())
+        return f"{self.title}. {self.config['data']['name']}" + (f" ({differs})" if differs else "")
+
+
+def groups(records: Iterable[StoredRecord]) -> list[Group]:
+    """Sort records into groups, in the order of the paper's tables.
+
+    Two records come together only if experiment, axes, data fingerprint, commit, versions of jax, jaxlib, flax, optax
+    and linked_jax, and protocol are the same. A group is named after its experiment and data set. Where several would
+    have that name, it is named after its record's folder or, if it has several records, after the folder they share.
+
+    Args:
+      records: of `read_records`.
+
+    Returns:
+      The groups; their names differ.
+    """
+    together: dict[str, list[StoredRecord]] = {}
+    for record in records:
+        together.setdefault(repr(sorted(_identity(record).items())), []).append(record)
+    alike: dict[str, list[list[StoredRecord]]] = {}
+    for members in together.values():
+        config = members[0].config
+        alike.setdefault(f"{config['experiment']}-{config['data']['name']}", []).append(members)
+    found: dict[str, Group] = {}
+    for name, namesakes in alike.items():
+        for members in namesakes:
+            own = _free(name if len(namesakes) == 1 else _folder_name(members), found)
+            found[own] = _group(own, members, _differences(members, namesakes))
+    return sorted(found.values(), key=lambda group: (_rank(group.experiment, TABLES), group.name))
+
+
+def named(net: Sequence[Any]) -> str:
+    """A net's axes' values in one line."""
+    return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in net)
+
+
+def _identity(record: StoredRecord) -> dict[str, str]:
+    """What must be the same in two records that are averaged; all of it, as texts."""
+    config = record.config
+    return {
+        "experiment": config["experiment"],
+        "axes": " ".join(config["axes"]),
+        "data fingerprint": config["data"]["fingerprint"],
+        "commit": config["commit"],
+        **{package: str(config["versions"].get(package)) for package in _CODE},
+        **{name.replace("_", " "): str(value) for name, value in config["protocol"].items()},
+    }
+
+
+def _differences(members: list[StoredRecord], namesakes: list[list[StoredRecord]]) -> dict[str, str]:
+    own, others = _identity(members[0]), [_identity(others[0]) for others in namesakes]
+    differs = {what: text for what, text in own.items() if any(other.get(what) != text for other in others)}
+    if "commit" in differs:
+        differs["commit"] = re.sub(r"^([0-9a-f]{7})[0-9a-f]+", r"\1", differs["commit"])
+    return differs
+
+
+def _folder_name(members: list[StoredRecord]) -> str:
+    """The record's folder; of several, the folder that they share, or the first one's if that is the searched one."""
+    shared = []
+    for parts in zip(*(record.place.split("/")[:-1] for record in members), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return shared[-1] if shared and len(members) > 1 else members[0].place.rpartition("/")[2]
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    name = re.sub(r"[^\w.-]+", "-", name).strip(".-") or "table"
+    names = (name if number == 1 else f"{name}-{number}" for number in range(1, len(taken) + 2))
+    return next(name for name in names if name not in taken)
+
+
+def _group(name: str, members: list[StoredRecord], differs: dict[str, str]) -> Group:
+    config = members[0].config
+    runs: dict[Run, tuple[StoredRecord, list[Line]]] = {}
+    notes = []
+    for record in members:
+        again: dict[str, list[str]] = {}
+        if record.unfinished:
+            which = "; ".join(f"{named(net)} seed {seed} ({record.progress((net, seed))})"
+                              for net, seed in record.unfinished)  # fmt: skip
+            notes.append(f"{record.place}: runs that are not finished, and are left out: {which}.")
+        for run, lines in record.runs.items():
+            if record.is_finished(run) and run in runs:
+                again.setdefault(_twice(*runs[run], lines), []).append(f"{named(run[0])} seed {run[1]}")
+            elif record.is_finished(run):
+                runs[run] = (record, lines)
+        notes += [f"{record.place}: runs that {why}: {'; '.join(which)}." for why, which in again.items()]
+    if not re.fullmatch("[0-9a-f]+", config["commit"]):
+        unsure = "The code had changes that no commit has, so it cannot be checked"
+        notes.append(unsure + (", nor whether it was the same for all records." if len(members) > 1 else "."))
+    title, acts = _paper(config["experiment"])
+    return Group(
+        name, config["experiment"], title, differs, members, tuple(config["axes"]),
+        [line for run in _in_order(list(runs), config["axes"].index("act"), acts) for line in runs[run][1]],
+        [net for record in members for net in record.config["nets"]], notes,
+    )  # fmt: skip
+
+
+def _twice(first: StoredRecord, one: list[Line], other: list[Line]) -> str:
+    """Why a run that is there twice is left out, and whether that changes anything."""
+    results = [[{**line, "seconds": None} for line in lines] for lines in (one, other)]
+    same = "the same numbers" if results[0] == results[1] else "OTHER numbers"
+    return f"{first.place} has too, with {same}, and that comes first"
+
+
+def _paper(experiment: str) -> tuple[str, Sequence[str]]:
+    """The title of a table, and its rows in the paper's order."""
+    if experiment not in TABLES:
+        return experiment, ()
+    table = importlib.import_module(f"experiments.{experiment}").TABLE
+    return table.title, table.rows
+
+
+def _in_order(runs: list[Run], act: int, acts: Sequence[str]) -> list[Run]:
+    """Activations in the paper's order, numbers rising, other values as they come."""
+    seen = [list(dict.fromkeys(values)) for values in zip(*(net for net, _ in runs), strict=True)]
+
+    def key(run: Run) -> list[Any]:
+        ranks = []
+        for axis, (value, values) in enumerate(zip(run[0], seen, strict=True)):
+            numeric = all(isinstance(other, int | float) for other in values)
+            ranks += [_rank(value, acts if axis == act else ()), value if numeric else values.index(value)]
+        return [*ranks, run[1]]
+
+    return sorted(runs, key=key)
+
+
+def _rank(value: Any, order: Sequence[str]) -> int:
+    return order.index(value) if value in order else len(order)

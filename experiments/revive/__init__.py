@@ -1,0 +1,1 @@
+"""A net trained to death, and linked back to life: `python -m experiments.revive`."""

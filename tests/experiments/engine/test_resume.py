@@ -1,0 +1,388 @@
+"""Runs that are killed, interrupted, taken up again, or fought over: real processes, and many small cases in one."""
+
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from experiments import allcnn, depth, width
+from experiments.engine.checkpoints import Checkpoints
+from experiments.engine.errors import run_command
+from experiments.engine.interrupts import Interrupts
+from experiments.engine.records import Record
+from experiments.engine.run import run as run_table
+
+ROOT = Path(__file__).parents[3]
+# Dropout, flips and shifts, batch norm, Nesterov momentum and a step schedule: all that a checkpoint must hold. Nets
+# that differ in their rate alone compile once.
+TABLE = "allcnn"
+OPTIONS = shlex.split(
+    "--preset quick --act lk_relu_bn --lr 0.01 0.02 --width 3 --epochs 3 --batch-size 360 --train-size 1100 --seeds 2 "
+    "--augment"
+)
+SMALL = shlex.split(
+    "--dataset digits --depth 1 --width 2 --act lk_relu_bn --lr 0.01 0.02 --epochs 4 --batch-size 479 --augment"
+)
+EVERY_STEP = ["--checkpoint-every", "0"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Nothing here runs long enough to be worth optimising."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def start(*arguments, table=TABLE):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TERM": "dumb", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", f"experiments.{table}", *map(str, arguments)],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+    )  # fmt: skip
+
+
+def in_this_process(*arguments, table=depth.TABLE):
+    """The exit code."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "argv", [table.name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run_command(lambda: run_table(table))
+    return end.value.code
+
+
+def finish(process, timeout=300):
+    out, error = process.communicate(timeout=timeout)
+    return process.returncode, out, error
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def saved(folder):
+    """The arrays of the last checkpoint, as bytes."""
+    step = max(int(path.name) for path in (folder / "checkpoint").iterdir() if path.name.isdigit())
+    arrays = (folder / "checkpoint" / str(step) / "arrays").absolute()
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(arrays).item_metadata.tree
+        found = checkpointer.restore(
+            arrays, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+        )
+
+    def raw(leaf):
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes()
+
+    return [raw(leaf) for leaf in jax.tree.leaves(found)]
+
+
+def wait_for(condition, process, timeout=200):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def checkpoints(folder):
+    return {path.name for path in (folder / "checkpoint").glob("*")} if (folder / "checkpoint").is_dir() else set()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of the small net from beginning to end, in a process of its own.
+
+    What another test compiled here with other options would change the last bits.
+    """
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert finish(start(*SMALL, "--out", folder, table="depth"))[::2] == (0, "")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path):
+    code, _, error = kill_and_resume(tmp_path / "run", 1, 0, SMALL, "depth", longest=1.0)
+    assert (code, error) == (0, "")
+    same(tmp_path / "run", whole)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    code, _, error = finish(start(*OPTIONS, "--out", folder))
+    assert (code, error) == (0, "")
+    assert len(metrics(folder)) == 2 * 2 * 3
+    return folder
+
+
+def kill_and_resume(folder, kills, seed, options=OPTIONS, table=TABLE, longest=3.0):
+    """Start, kill at random moments after the first checkpoint, resume, and let it end after so many kills."""
+    chance = random.Random(seed)
+    process = start(*options, *EVERY_STEP, "--out", folder, table=table)
+    for number in range(kills):
+        before = checkpoints(folder)
+        if number == 0 or chance.random() < 0.7:  # else while it starts
+            wait_for(lambda before=before: checkpoints(folder) - before, process)
+        time.sleep(chance.uniform(0, longest))
+        process.kill()
+        assert finish(process)[0] == -signal.SIGKILL  # it was not done yet
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write('{"act": "lk_r')  # as if it had been killed while it wrote
+        process = start("--resume", folder, *EVERY_STEP, table=table)
+    return finish(process)
+
+
+def same(folder, whole):
+    assert metrics(folder) == metrics(whole)
+    ours, theirs = saved(folder), saved(whole)
+    assert len(ours) == len(theirs) > 10
+    assert ours == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_several_random_kills(seed, uninterrupted, tmp_path):
+    code, _, error = kill_and_resume(tmp_path / "run", kills=4, seed=seed)
+    assert (code, error) == (0, "")
+    same(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sequential", "vmap", "spread"])
+def test_random_kills_on_two_devices(mode, tmp_path):
+    options = shlex.split("--preset quick --act lk_relu relu_bn --depth 3 --epochs 2 --batch-size 300 --augment")
+    options += ["--devices", "2", "--seeds", "2", "--seeds-mode", mode]
+    assert finish(start(*options, "--out", tmp_path / "whole", table="depth"))[::2] == (0, "")
+    assert kill_and_resume(tmp_path / "run", 2, 4, options, "depth")[::2] == (0, "")
+    same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_kill_while_a_checkpoint_is_written(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = start(*OPTIONS, *EVERY_STEP, "--out", folder)
+    wait_for(lambda: any("tmp" in name for name in checkpoints(folder)) and len(checkpoints(folder)) > 1, process)
+    process.kill()
+    finish(process)
+    assert any("tmp" in name for name in checkpoints(folder))
+    assert finish(start("--resume", folder))[::2] == (0, "")
+    same(folder, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_kill_before_the_first_checkpoint(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = start(*OPTIONS, "--out", folder)
+    wait_for(lambda: (folder / "metrics.jsonl").exists(), process)
+    process.kill()
+    finish(process)
+    assert finish(start("--resume", folder))[::2] == (0, "")
+    same(folder, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_prints_the_command_that_resumes(signum, code, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = start(*OPTIONS, *EVERY_STEP, "--out", folder)
+    wait_for(lambda: checkpoints(folder), process)
+    time.sleep(1)
+    second = start("--resume", folder)  # while the first one holds it
+    other_code, _, other_error = finish(second)
+    assert other_code == 2
+    assert re.fullmatch(rf"error: the run .* is being written by process {process.pid} on .* since .*\n", other_error)
+    if process.poll() is None:
+        process.send_signal(signum)
+    found, _, error = finish(process)
+    assert found == code, error
+    said = re.fullmatch(rf"interrupted by {signum.name}\. The run is saved; go on with: (.*)\n", error)
+    assert said
+    words = shlex.split(said[1])
+    assert words[:3] == ["python", "-m", f"experiments.{TABLE}"]
+    assert finish(start(*words[3:]))[::2] == (0, "")
+    same(folder, uninterrupted)
+
+
+# --- in this process
+
+
+@pytest.fixture
+def command(capsys):
+    """The exit code, standard output and standard error of a table's command."""
+
+    def run(*arguments, table=depth.TABLE):
+        code = in_this_process(*arguments, table=table)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def signalled_at(monkeypatch, number, signum):
+    """From now on, so many checkpoints after this a signal arrives."""
+    saves, save = [], Checkpoints.save
+
+    def signalling(*arguments):
+        saves.append(save(*arguments))
+        if len(saves) == number:
+            signal.raise_signal(signum)
+
+    monkeypatch.setattr(Checkpoints, "save", signalling)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A run that SIGTERM ended in the second epoch of its first net."""
+    folder = tmp_path_factory.mktemp("runs") / "interrupted"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        signalled_at(monkeypatch, 4, signal.SIGTERM)
+        assert in_this_process(*SMALL, *EVERY_STEP, "--out", folder) == 143
+    assert len(metrics(folder)) == 1
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_here(tmp_path_factory):
+    """The same run in this process, beside runs that are interrupted in this process."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert in_this_process(*SMALL, "--out", folder) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(interrupted, tmp_path):
+    return shutil.copytree(interrupted, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_is_interrupted_again_and_ends_as_if_nothing_had_been(
+    folder, command, monkeypatch, whole_here
+):
+    with monkeypatch.context() as signalling:
+        signalled_at(signalling, 11, signal.SIGINT)
+        code, _, error = command("--resume", folder, *EVERY_STEP)
+    assert code == 130
+    again = shlex.join(["python", "-m", "experiments.depth", "--resume", str(folder)])
+    assert error == f"interrupted by SIGINT. The run is saved; go on with: {again}\n"
+    assert len(metrics(folder)) == 4  # after the last step of the second net's first epoch, before its line
+    assert command(*shlex.split(again)[3:])[::2] == (0, "")
+    same(folder, whole_here)
+
+    before = saved(folder), metrics(folder), (folder / "config.json").read_bytes()
+    code, out, error = command("--resume", folder)
+    assert (code, error) == (0, "")
+    assert f"the run {folder} is complete" in out
+    assert (saved(folder), metrics(folder), (folder / "config.json").read_bytes()) == before
+
+
+def change(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def change_data(folder):
+    change(folder, data={**json.loads((folder / "config.json").read_text())["data"], "fingerprint": "0" * 16})
+
+
+def damage_checkpoint(folder, item):
+    found = [path for path in (folder / "checkpoint").glob(f"*/{item}/**/*") if path.is_file()]
+    assert found
+    for path in found:
+        path.write_bytes(b"damaged")
+
+
+def add_line(folder, text):
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+REFUSED = {
+    "another table's record": (lambda run: change(run, experiment="width"), "is a run of width, not of depth"),
+    "another commit": (lambda run: change(run, commit="0" * 40), f"begun with commit {'0' * 40}"),
+    "other versions": (lambda run: change(run, versions={"jax": "0.1"}), "begun with versions {'jax': '0.1'}"),
+    "other data": (change_data, "with fingerprint 0000000000000000, this set has"),
+    "no config": (lambda run: (run / "config.json").unlink(), "config.json cannot be read"),
+    "garbled config": (lambda run: (run / "config.json").write_text('{"experiment": '), "config.json cannot be read"),
+    "no settings": (lambda run: change(run, settings=None), "config.json are damaged"),
+    "unknown settings": (lambda run: change(run, settings={"depht": 3}), "config.json are damaged"),
+    "a damaged line": (lambda run: add_line(run, "{\n{}\n"), "metrics.jsonl, line 2 cannot be read"),
+    "a damaged position": (lambda run: damage_checkpoint(run, "position"), "cannot be read"),
+    "damaged arrays": (lambda run: damage_checkpoint(run, "arrays"), "cannot be read"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_go_on_is_refused_in_one_line(case, folder, command):
+    damage, why = REFUSED[case]
+    damage(folder)
+    before = (folder / "metrics.jsonl").read_bytes()
+    code, _, error = command("--resume", folder)
+    assert code == 2
+    assert re.fullmatch(r"error: .*\n", error)
+    assert why in error
+    assert str(folder) in error
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert not (folder / ".lock").exists()
+
+
+def test_a_record_is_gone_on_with_by_its_own_table_and_as_it_is(folder, command, tmp_path):
+    assert "is a run of depth, not of width" in command("--resume", folder, table=width.TABLE)[2]
+    for options in (["--epochs", "9"], ["--out", tmp_path / "other"], ["--preset", "quick"], ["--seeds", "2"]):
+        code, _, error = command("--resume", folder, *options)
+        assert code == 2
+        assert re.fullmatch(rf"error: --resume goes on .*, got {options[0]} too; leave {options[0]} out\n", error)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
+    for other in ("nowhere", "file", "empty"):
+        code, _, error = command("--resume", tmp_path / other)
+        assert code == 2
+        assert re.fullmatch(r"error: .*\n", error)
+    assert sorted(path.name for path in tmp_path.rglob("*") if folder not in (path, *path.parents)) == ["empty", "file"]
+
+
+def test_a_run_that_is_held_is_let_alone(folder, command):
+    holder = Record.reopen(folder)
+    try:
+        for option in ("--resume", "--out"):
+            code, _, error = command(option, folder)
+            assert code == 2
+            assert f"is being written by process {os.getpid()} on " in error
+        holder.add({"epoch": 2})
+    finally:
+        holder.close()
+    assert len(metrics(folder)) == 2
+    code, _, error = command("--out", folder, "--dataset", "digits")
+    assert (code, "go on with --resume" in error) == (2, True)
+
+
+def test_a_schedule_that_does_not_fit_leaves_nothing(command, tmp_path):
+    options = ["--preset", "quick", "--width", "2", "--epochs", "2", "--batch-size", "1437"]
+    code, _, error = command(*options, "--out", tmp_path / "run", table=allcnn.TABLE)
+    assert code == 2
+    assert re.fullmatch(r"error: --schedule step: .*\n", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_signal_is_noted_and_the_second_one_acts():
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    with Interrupts() as interrupts:
+        assert interrupts.signum is None
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.signum == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before

@@ -1,0 +1,348 @@
+"""The toy's command and its claims: dead ReLUs stay dead, linked units learn, and the numbers are what they say."""
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments.dynamics import __main__ as dynamics
+from experiments.dynamics import plots as dynamics_plots
+from experiments.engine.console import Console
+from experiments.engine.errors import run_command
+from experiments.engine.optimizers import OPTIMIZERS
+from linked_jax import Certificate, lk_relu, lk_tanh
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--act", "relu", "lk_prelu", "--steps", "9", "--units", "3"]
+
+
+def command(*arguments):
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "COLUMNS": "100", "TERM": "dumb"}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "experiments.dynamics", *map(str, arguments)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=600, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def in_process():
+    """The exit code, standard output and standard error of a command; figure 1 has two links instead of twelve."""
+
+    def run(folder, *arguments):
+        out, error = folder / "stdout", folder / "stderr"
+        with pytest.MonkeyPatch.context() as patch, out.open("w") as stdout, error.open("w") as stderr:
+            patch.chdir(folder)
+            patch.setenv("COLUMNS", "100")
+            patch.setattr(dynamics_plots, "named_links", lambda: {"lk_relu": lk_relu, "lk_tanh": lk_tanh})
+            patch.setattr(sys, "argv", ["dynamics.py", *map(str, arguments)])
+            patch.setattr(sys, "stdout", stdout)
+            patch.setattr(sys, "stderr", stderr)
+            with pytest.raises(SystemExit) as end:
+                run_command(dynamics.main)
+        texts = out.read_text(), error.read_text()
+        out.unlink()
+        error.unlink()
+        return end.value.code, *texts
+
+    return run
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+SGD = OPTIMIZERS["sgd"](0.1)  # one object, so that each net is compiled once
+
+
+def trained(act, **changes):
+    settings = dynamics.Settings(**changes)
+    return list(dynamics.train(settings, act, settings.seed, dynamics.moons(), SGD, Console()))
+
+
+# --- a whole run
+
+
+@pytest.fixture(scope="module")
+def a_run(in_process, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return in_process(folder, *TINY, "--seeds", 2, "--seed", 7, "--out", "record"), folder / "record"
+
+
+@pytest.mark.slow
+def test_a_run_says_what_it_does(a_run):
+    (code, out, error), folder = a_run
+    assert (code, error) == (0, "")
+    config = json.loads((folder / "config.json").read_text())
+    assert f"200 points, coordinates within ±8.7 (fingerprint {config['data']['fingerprint']})" in out
+    said = re.findall(r"^(\S+) seed (\d+)  step +(\d+)  loss (\S+)  accuracy (\S+)  dead (\d)/3 ", out, re.MULTILINE)
+    assert said == [
+        (line["act"], str(line["seed"]), str(line["step"]), f"{line['loss']:.4f}", f"{line['accuracy']:.4f}",
+         str(line["dead_units"]))
+        for line in metrics(folder)
+        if line["step"] in (0, 9)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_closing_table_is_the_mean_and_the_deviation_over_seeds(a_run):
+    (_, out, _), folder = a_run
+    for act in ("relu", "lk_prelu"):
+        first, last = ([line for line in metrics(folder) if line["act"] == act and line["step"] == s] for s in (0, 9))
+        row = re.search(rf"^ {act} .*", out[out.index("From step 0") :], re.MULTILINE)
+        assert row
+        one, other = (line["accuracy"] for line in last)
+        # the sample deviation of two values is |a - b| / sqrt(2)
+        assert f"{(one + other) / 2:.4f} ± {abs(one - other) / 2**0.5:.4f}" in row[0]
+        assert " to ".join(f"{sum(line['loss'] for line in end) / 2:.3f}" for end in (first, last)) in row[0]
+        assert ("3 to 3 of 3" if act == "relu" else "0 to 0 of 3") in row[0]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_record(a_run):
+    _, folder = a_run
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json", "dynamics.png", "links.png", "metrics.jsonl",
+    ]  # fmt: skip
+    lines = metrics(folder)
+    assert [(line["act"], line["seed"], line["step"]) for line in lines] == [
+        (act, seed, step) for act in ("relu", "lk_prelu") for seed in (7, 8) for step in range(10)
+    ]
+    for line in lines:
+        assert line["accuracy"] * 200 == pytest.approx(round(line["accuracy"] * 200), abs=1e-3)
+        assert len(line["gradient_norms"]) == 3
+        assert ("parameters" in line) == (line["step"] in (0, 9))
+    config = json.loads((folder / "config.json").read_text())
+    expected = {"act": ["relu", "lk_prelu"], "steps": 9, "units": 3, "bias": -10, "seed": 7, "seeds": 2}
+    assert {key: value for key, value in config["settings"].items() if key in expected} == expected
+    assert {"versions", "hardware", "commit", "time", "data"} <= set(config)
+    assert str(folder.parent) not in (folder / "config.json").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "height", "width"), [("dynamics.png", 500, 900), ("links.png", 500, 1500)])
+def test_the_pictures_are_pictures(a_run, name, height, width):
+    from matplotlib.image import imread
+
+    path = a_run[1] / name
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = imread(path)
+    assert pixels.shape[0] > height
+    assert pixels.shape[1] > width
+    assert pixels.std() > 0.05
+
+
+def test_help_explains_each_option(in_process, tmp_path):
+    code, out, error = in_process(tmp_path, "--help")
+    assert (code, error) == (0, "")
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())
+    (settings,) = (
+        node
+        for node in ast.parse(Path(dynamics.__file__).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == "Settings"
+    )
+    fields = settings.body[1:]
+    options = {field.target.id: doc.value.value for field, doc in zip(fields[::2], fields[1::2], strict=True)}
+    assert set(options) == {field.name for field in dataclasses.fields(dynamics.Settings)}
+    for name, explanation in options.items():
+        assert f"--{name}" in text
+        assert " ".join(explanation.split()) in text
+
+
+@pytest.mark.slow
+def test_the_command_as_the_page_has_it(tmp_path):
+    run = command("--out", tmp_path / "record")
+    assert (run.returncode, run.stderr) == (0, "")
+    last = {line["act"]: line for line in metrics(tmp_path / "record") if line["step"] == 10_000}
+    assert last["relu"]["dead_units"] == 8
+    assert last["lk_relu"]["accuracy"] >= 0.97
+    assert last["lk_selu"]["accuracy"] >= 0.97
+    assert {path.suffix for path in (tmp_path / "record").iterdir()} == {".json", ".jsonl", ".png"}
+
+
+# --- bad input
+
+
+BAD = {
+    "unknown act": ("--act relu lk_rleu", "'lk_relu'"),
+    "no act": ("--act", "--act"),
+    "no paper preset": ("--preset paper", "paper", "quick"),
+    "unknown optimizer": ("--optimizer adamw", "adamw", "sgd"),
+    "unknown option": ("--lrr 3", "--lrr"),
+    "no number": ("--steps many", "many"),
+    "steps 0": ("--steps 0", "--steps is from 1 to 1,000,000,000, got 0"),
+    "too many steps": ("--steps 3000000000", "--steps is from 1 to 1,000,000,000, got 3,000,000,000"),
+    "units 0": ("--units 0", "--units is from 1 to 10,000, got 0"),
+    "seeds 0": ("--seeds 0", "--seeds is from 1 to 10,000, got 0"),
+    "negative seed": ("--seed -1", "--seed", "-1"),
+    "lr 0": ("--lr 0", "--lr is a positive number, got 0"),
+    "lr nan": ("--lr nan", "--lr is a positive number, got nan"),
+    "bias inf": ("--bias -inf", "--bias is a number up to 1e+06 in size, got -inf"),
+    "bias nan": ("--bias nan", "--bias is a number up to 1e+06 in size, got nan"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_short_message_and_leaves_nothing(case, in_process, tmp_path):
+    arguments, *parts = BAD[case]
+    code, _, error = in_process(tmp_path, "--out", "record", *arguments.split())
+    assert code == 2
+    for part in parts:
+        assert part in error
+    assert "Traceback" not in error
+    assert len(error.splitlines()) <= 15  # tyro draws a box around its own
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_bad_input_in_a_process_of_its_own(tmp_path):
+    run = command("--act", "lk_rleu", "--out", tmp_path / "record")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert re.fullmatch(r"error: .*lk_rleu.*did you mean 'lk_relu'.*\n", run.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_record_is_refused_and_kept(in_process, tmp_path):
+    (tmp_path / "record").mkdir()
+    (tmp_path / "record" / "metrics.jsonl").write_text("mine")
+    code, _, error = in_process(tmp_path, *TINY, "--out", "record")
+    assert code == 2
+    assert "exists; pass another --out" in error
+    assert [path.read_text() for path in (tmp_path / "record").iterdir()] == ["mine"]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_with_3_and_keeps_the_record(in_process, tmp_path):
+    code, _, error = in_process(tmp_path, "--act", "lk_relu", "--steps", 9, "--lr", 1e30, "--out", "record")
+    assert code == 3
+    assert re.fullmatch(r"stopped: the loss or its gradient is not finite at step \d; .*--lr.*\n", error)
+    steps = [line["step"] for line in metrics(tmp_path / "record")]
+    assert steps == list(range(len(steps)))
+    assert 1 <= len(steps) < 10
+
+
+# --- what the numbers are
+
+
+def test_the_data_are_fixed_balanced_and_shorter_than_the_bias():
+    points, labels = dynamics.moons()
+    assert points.shape == (200, 2)
+    assert np.bincount(labels).tolist() == [100, 100]
+    # so |w.x| <= |x| < 10 for columns of length 1: at bias -10 every z is negative
+    assert float(jnp.linalg.norm(points, axis=1).max()) < 10
+    kernel = dynamics.unit_columns(jax.random.key(3), (2, 50))
+    np.testing.assert_allclose(np.linalg.norm(kernel, axis=0), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 10_000])
+def test_recorded_steps_hold_the_start_the_end_and_the_snapshots(steps):
+    recorded, kept = dynamics.recorded_steps(steps), dynamics.snapshots(steps)
+    assert (recorded[0], recorded[-1], kept[0], kept[-1]) == (0, steps, 0, steps)
+    assert set(kept) <= set(recorded)
+    assert len(recorded) <= 90
+
+
+MEMBERS = {
+    "relu": lambda z: [jnp.where(z > 0, z, 0)],
+    "lk_selu": lambda z: [jax.nn.selu(z), jax.nn.selu(-z)],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("act", "bias"), [("relu", -2.0), ("lk_selu", -10.0)])
+def test_one_step_is_gradient_descent_and_the_norms_are_of_its_gradient(act, bias):
+    lines = trained(act, steps=1, bias=bias, seed=3)
+    points, labels = dynamics.moons()
+    net = dynamics.restore(dynamics.Settings(bias=bias, seed=3), lines[0])
+    start = [
+        jnp.asarray(leaf[...])
+        for layer in (net.hidden, net.read_out.linear)
+        for leaf in (layer.kernel, layer.bias)
+    ]  # fmt: skip
+
+    def loss(w, b, k, c):
+        logits = jnp.concatenate(MEMBERS[act](points @ w + b), axis=1) @ k + c
+        return -jax.nn.log_softmax(logits)[jnp.arange(200), labels].mean()
+
+    value, by = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*start)
+    norms = [float(np.hypot(np.linalg.norm(by[0][:, unit]), by[1][unit])) for unit in range(8)]
+    np.testing.assert_allclose(lines[0]["gradient_norms"], norms, rtol=1e-4, atol=1e-7)
+    assert max(norms) > 0
+    assert lines[0]["loss"] == pytest.approx(float(value), rel=1e-5)
+    moved = [leaf - 0.1 * gradient for leaf, gradient in zip(start, by, strict=True)]
+    assert lines[1]["loss"] == pytest.approx(float(jax.jit(loss)(*moved)), rel=1e-4)
+
+
+@pytest.mark.parametrize(("act", "bias"), [("relu", -5.0), ("lk_relu", -5.0)])
+def test_dead_and_one_sided_units_are_those_that_numpy_counts(act, bias):
+    lines = trained(act, steps=1, bias=bias)
+    net = dynamics.restore(dynamics.Settings(bias=bias), lines[0])
+    z = np.asarray(dynamics.moons()[0]) @ np.asarray(net.hidden.kernel[...]) + np.asarray(net.hidden.bias[...])
+    negative = int((z <= 0).all(axis=0).sum())
+    assert 0 < negative < 8
+    assert lines[0]["one_sided_units"] == negative
+    assert lines[0]["dead_units"] == (negative if act == "relu" else 0)
+
+
+def test_a_dead_relu_net_cannot_move_its_units():
+    lines = trained("relu", steps=500)
+    assert all(line["gradient_norms"] == [0.0] * 8 for line in lines)
+    assert all(line["dead_units"] == 8 and line["accuracy"] == 0.5 for line in lines)
+    first, last = (dynamics.restore(dynamics.Settings(), line) for line in (lines[0], lines[-1]))
+    for before, after in zip(*(jax.tree.leaves(nnx.state(net.hidden)) for net in (first, last)), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ["lk_relu", "lk_selu"])
+def test_a_linked_net_learns_from_the_same_start(act):
+    lines = trained(act)
+    assert min(lines[0]["gradient_norms"]) > 1e-3
+    assert all(line["dead_units"] == 0 for line in lines)
+    assert lines[0]["one_sided_units"] == 8
+    assert lines[-1]["one_sided_units"] < 8
+    assert lines[-1]["accuracy"] >= 0.97
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    once = trained("lk_relu", steps=20, seed=5)
+    assert once == trained("lk_relu", steps=20, seed=5)
+    assert once[0]["gradient_norms"] != trained("lk_relu", steps=20, seed=6)[0]["gradient_norms"]
+
+
+# --- the pictures' words
+
+
+def test_every_named_link_is_in_the_picture_once():
+    links = dynamics_plots.named_links()
+    assert len(links) == len(set(links.values())) == 12
+    assert {"lk_relu", "lk_prelu", "min_max", "fourier"} <= set(links)
+
+
+def test_the_verdicts_are_the_certificates():
+    good = Certificate(
+        linked=True, dtype="bfloat16", min_gradient=0.5, argmin=-2.25, dead_intervals=(), dead_interval_count=0,
+        nonfinite_count=0, first_nonfinite=None, num_inputs=65280, seconds=0.1, platform="cpu",
+    )  # fmt: skip
+    assert dynamics_plots.verdict(good) == "linked: least max|g'| = 0.5, at z = -2.2"
+    broken = dataclasses.replace(good, linked=False, nonfinite_count=1234, first_nonfinite=7.0)
+    assert dynamics_plots.verdict(broken) == "not linked: g' not finite at 1,234 values"
+    dead = dataclasses.replace(good, linked=False, dead_intervals=((-3.39e38, -4.0), (1.0, 2.0)), dead_interval_count=2)
+    assert dynamics_plots.verdict(dead) == "not linked: dead for z <= -4, [1, 2]"
+
+
+def test_a_zero_line_runs_through_the_points_where_z_is_zero():
+    w, b = np.array([3.0, -4.0]), 10.0
+    for end in dynamics_plots._zero_line(w, b, reach=5.0).T:
+        assert w @ end + b == pytest.approx(0, abs=1e-9)
+        assert np.linalg.norm(end) >= 15

@@ -1,0 +1,146 @@
+"""The comparison of remedies and the headline claims: every row builds, records go on, tables come from lines alone."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from experiments.engine import data as data_lib
+from experiments.engine.errors import UsageError
+from experiments.headlines import __main__ as headlines
+from experiments.headlines.claim import Claim
+from experiments.remedies import __main__ as remedies
+from experiments.remedies import table as remedies_table
+from experiments.remedies.methods import METHODS
+from experiments.remedies.net import NETS
+
+ROOT = Path(__file__).parents[2]
+
+
+def line(row, rate, seed, *, loss=1.0, accuracy=0.9, stress="none", net="depth", **more):
+    found = {"test_accuracy": accuracy, "train_loss": loss, "units": 8, "dead_units": 2, "shift": 0.5} | more
+    return {"net": net, "row": row, "stress": stress, "rate": rate, "seed": seed, **found}
+
+
+def costs(row, size=10, *, batch_one=True):
+    counted = {"parameters": 5, "flops": 1, "activation_bytes": size}
+    return {"net": "depth", "row": row, "says": row, "batch_one": batch_one, **counted}
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_makes_every_network(name, net):
+    model = nnx.eval_shape(lambda: METHODS[name].build(net, (8, 8, 1), 10, 0))
+    graph, state = nnx.split(model)
+
+    def forward(state, images):
+        return nnx.merge(graph, state, copy=True)(images, train=True, tap=lambda link, z, units: jnp.zeros(units))
+
+    logits, taps = jax.eval_shape(forward, state, jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32))
+    assert logits.shape == (2, 10)
+    assert len(taps) == sum(stage.active for stage in NETS[net](10))
+    optimizer, _ = METHODS[name].rule(net, METHODS[name].rates[0])
+    jax.eval_shape(optimizer.init, nnx.split(model, nnx.Param, ...)[1])  # masks and chains find their layers
+
+
+def test_the_rate_is_chosen_by_the_training_loss_alone():
+    lines = [line("a", 0.1, 0, loss=0.5, accuracy=0.2), line("a", 0.2, 0, loss=0.9, accuracy=0.99)]
+    lines += [line("a", 0.1, 1, accuracy=0.4), {**line("a", 0.3, 0), "stress": "raw", "train_loss": 0.0}]
+    assert [run["test_accuracy"] for run in remedies_table.chosen("depth", "a", lines)] == [0.2, 0.4]
+
+
+def test_a_diverged_rate_is_not_chosen_and_a_diverged_run_is_chance():
+    diverged = {"net": "depth", "row": "a", "stress": "none", "rate": 0.3, "seed": 0, "diverged": "nan"}
+    lines = [diverged, line("a", 0.1, 0), {**diverged, "rate": 0.1, "seed": 1}]
+    (row,) = remedies_table.table("depth", lines, [costs("a")], None)
+    assert (row["accuracy"], row["diverged"], row["dead"]) == ("0.5000 ± 0.5657", "1", "2/8")
+    assert remedies_table.learners("depth", [diverged]) == []
+    assert remedies_table.learners("depth", lines) == ["a"]
+
+
+def test_costs_are_relative_to_relu():
+    times = {"medians": [{"net": "depth", "row": row, "step_seconds": s} for row, s in (("relu", 2.0), ("b", 3.0))]}
+    lines = [line("relu", 0.1, 0, accuracy=0.3), line("b", 0.1, 0), line("b", 1.0, 0, stress="rate x10", accuracy=0.25)]
+    b, relu = remedies_table.table("depth", lines, [costs("relu"), costs("b", 25, batch_one=False)], times)
+    assert (b["method"], b["time"], b["memory"], b["batch 1"], b["rate x10"]) == ("b", "1.50", "2.50", "no", "0.2500")
+    assert (relu["time"], relu["memory"], relu["batch 1"], relu["rate x10"]) == ("1.00", "1.00", "yes", "-")
+    assert "raw" not in relu
+
+
+@pytest.mark.slow
+def test_the_command_leaves_a_record_that_goes_on(tmp_path):
+    command = [
+        sys.executable, "-m", "experiments.remedies", "--methods", "relu", "enorm", "--nets", "four_conv",
+        "--seeds", "1", "--epochs", "1", "--time-steps", "2", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=500)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    whole = metrics.read_text(encoding="utf-8").splitlines()
+    assert {json.loads(each)["stress"] for each in whole} == {"none", *remedies_table.STRESSES}
+    page = (tmp_path / "run" / "table.md").read_text(encoding="utf-8")
+    assert (tmp_path / "run" / "remedies.png").stat().st_size > 10_000
+    metrics.write_text("\n".join(whole[:-1]) + "\n", encoding="utf-8")
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=500)
+    again = metrics.read_text(encoding="utf-8").splitlines()
+    assert len(again) == len(whole)
+    assert json.loads(again[-1]) | {"seconds": 0} == json.loads(whole[-1]) | {"seconds": 0}
+    assert (tmp_path / "run" / "table.md").read_text(encoding="utf-8") == page
+    other = subprocess.run([*command, "--epochs", "2"], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert (other.returncode, "another protocol" in other.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"methods": ("rleu",)}, "there is no 'rleu'"),
+        ({"nets": ("resnet",)}, "there is no 'resnet'"),
+        ({"methods": ()}, "at least one of relu"),
+        ({"seeds": 0}, "--seeds is at least 1, got 0"),
+        ({"epochs": 0}, "--epochs is at least 1"),
+        ({"time_steps": -1}, "--time-steps is at least 0"),
+    ],
+)
+def test_bad_options_are_refused(options, said):
+    with pytest.raises(UsageError, match=said):
+        remedies.check(remedies.Settings(**options))
+
+
+@pytest.mark.parametrize("name", headlines.NAMES)
+def test_a_claim_says_what_it_compares(name):
+    claim = importlib.import_module(f"experiments.headlines.{name}").CLAIM
+    assert (claim.name, len(set(claim.rows))) == (name, len(claim.rows))
+    assert len(claim.rows) >= 2
+    assert "20" in claim.says  # the paper's year
+    assert "Adam" in claim.protocol or "SGD" in claim.protocol
+
+
+@pytest.mark.slow
+def test_a_claim_is_recorded_gone_on_with_and_tabled(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run(row, seed, _data, epochs):
+        ran.append((row, seed))
+        return {"x": float(seed + epochs)} if row == "a" else {}
+
+    claim = Claim("toy", "Toy", "It is so.", "Any.", ("a", "b"), {"x": "measure"}, 2, run)
+    settings = headlines.Settings(("toy",), seeds=1, out=str(tmp_path))
+    data = data_lib.load("digits", None)
+    headlines._test(claim, settings, data)
+    headlines._test(claim, headlines.Settings(("toy",), seeds=2, out=str(tmp_path)), data)
+    assert ran == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert "2.5000 ± 0.7071" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="another protocol"):
+        headlines._test(claim, headlines.Settings(("toy",), epochs=3, out=str(tmp_path)), data)
+
+
+@pytest.mark.parametrize("arguments", [["nope"], [], ["lcw", "--seeds", "0"]])
+def test_bad_claims_are_refused(arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["headlines", *arguments])
+    with pytest.raises(UsageError, match=r"nope|no claim was named|at least 1"):
+        headlines.main()
