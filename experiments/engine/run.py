@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,17 @@ from experiments.engine import data as data_lib
 from experiments.engine import plots, records, tables, training
 from experiments.engine.checkpoints import Checkpoints
 from experiments.engine.console import Console
-from experiments.engine.costs import costs
+from experiments.engine.costs import count
 from experiments.engine.errors import InterruptedRunError, NonFiniteLossError, UsageError
 from experiments.engine.experiment import Experiment
 from experiments.engine.interrupts import Interrupts
 from experiments.engine.optimizers import OPTIMIZERS
 from experiments.engine.parallel import check_devices, placement, request_devices
 from experiments.engine.settings import NOT_PROTOCOL, Cell, Settings, recorded, resumes, settle
+from experiments.engine.study import command
 from experiments.engine.timing import step_times
 
 _EACH_EPOCH_UP_TO = 12  # runs in a command; with more, one line a run
-_PRIVATE = ("--out", "--data-dir", "--resume")  # options whose values are paths of this machine
 
 
 def run(experiment: Experiment) -> None:
@@ -38,7 +38,7 @@ class _Run:
 
     def __init__(self, experiment: Experiment, arguments: list[str]):
         self.experiment, self.console = experiment, Console()
-        self.command = shlex.join(["python", "-m", f"experiments.{experiment.name}", *public_arguments(arguments)])
+        self.command = command(experiment.name, arguments)
         settings = experiment.parse(arguments)
         self.record: records.Record | None = None
         if resumes(settings, experiment.presets["auto"]):
@@ -121,7 +121,7 @@ class _Run:
                 key = self._architecture(cell)
                 if key not in found:
                     build = functools.partial(self.experiment.build, self.settings, cell, self.data, 0)
-                    found[key] = costs(build, shape, all_of_them=self.experiment.count_costs)
+                    found[key] = count(build, shape, all_of_them=self.experiment.count_costs)
                 advance(1)
         return [found[self._architecture(cell)] for cell in self.cells]
 
@@ -129,7 +129,6 @@ class _Run:
         return tuple(cell[axis] for axis in ("act", *self.experiment.axes))
 
     def _config(self, counted: list[dict[str, int]]) -> dict[str, Any]:
-        data = self.data
         return {
             "experiment": self.experiment.name,
             "command": self.command,
@@ -139,7 +138,7 @@ class _Run:
                 name: value for name, value in recorded(self.settings).items()
                 if name not in (*NOT_PROTOCOL, *self.experiment.all_axes)
             },
-            "data": {"name": data.name, "fingerprint": data.fingerprint, "description": str(data)},
+            "data": self.data.identity,
             "nets": [{**cell, **count} for cell, count in zip(self.cells, counted, strict=True)],
         }  # fmt: skip
 
@@ -153,7 +152,7 @@ class _Run:
         if position["complete"]:
             self.console.say(f"the run {self.folder} is complete")
             return
-        last: Callable[[], training.Moment] | None = None
+        last: Callable[[], training.Snapshot] | None = None
         for number, cell in enumerate(self.cells):
             if number < position["cell"]:
                 continue
@@ -163,30 +162,31 @@ class _Run:
                 if (number, group) < (position["cell"], position["group"]):
                     continue
                 models = [self.experiment.build(self.settings, cell, self.data, seed) for seed in seeds]
-                graph, moment = training.start(models, plan)
+                loop, snapshot = training.start(models, plan)
                 if saved is not None:
-                    moment, saved = checkpoints.moment(moment), None
+                    snapshot, saved = checkpoints.snapshot(snapshot), None
                 here = {"cell": number, "group": group, "complete": False}
-                last = self._train(graph, moment, plan, cell, seeds, here, checkpoints, interrupts, each_epoch)
+                lines = functools.partial(training.fit, loop, snapshot, self.data, plan, seeds)
+                last = self._train(lines, snapshot, plan, cell, seeds, here, checkpoints, interrupts, each_epoch)
         if last is not None:
             end = {"cell": len(self.cells), "group": 0, "lines": len(self.record.lines), "complete": True}
             checkpoints.save(last(), end)
 
     def _train(
-        self, graph: Any, moment: training.Moment, plan: training.Plan, cell: Cell, seeds: list[int], here: Cell,
-        checkpoints: Checkpoints, interrupts: Interrupts, each_epoch: bool,
-    ) -> Callable[[], training.Moment]:  # fmt: skip
+        self, fit: Callable[..., Iterable[Any]], snapshot: training.Snapshot, plan: training.Plan, cell: Cell,
+        seeds: list[int], here: Cell, checkpoints: Checkpoints, interrupts: Interrupts, each_epoch: bool,
+    ) -> Callable[[], training.Snapshot]:  # fmt: skip
         assert self.record is not None
         record = self.record
         name = f"{_named(cell, self._shown())} seed {', '.join(map(str, seeds))}"
         steps_an_epoch = -(-len(self.data.train_labels) // plan.batch_size)
-        latest: list[Callable[[], training.Moment]] = [lambda: moment]
+        latest: list[Callable[[], training.Snapshot]] = [lambda: snapshot]
 
         with self.console.progress(name, plan.epochs * steps_an_epoch) as advance:
-            advance((moment.epoch - 1) * steps_an_epoch + moment.step)
+            advance((snapshot.epoch - 1) * steps_an_epoch + snapshot.step)
 
-            def on_step(now: Callable[[], training.Moment]) -> None:
-                advance(1)
+            def on_step(now: Callable[[], training.Snapshot], done: int) -> None:
+                advance(done)
                 latest[0] = now
                 if interrupts.signum is not None or checkpoints.due():
                     checkpoints.save(now(), {**here, "lines": len(record.lines)})
@@ -194,9 +194,9 @@ class _Run:
                     again = shlex.join(
                         ["python", "-m", f"experiments.{self.experiment.name}", "--resume", str(self.folder)]
                     )
-                    raise InterruptedRunError(interrupts.signum, f"The run is saved; go on with: {again}")
+                    raise InterruptedRunError(interrupts.signum, f"The run is saved; resume it with: {again}")
 
-            for lines in training.fit(graph, moment, self.data, plan, seeds, on_step=on_step):
+            for lines in fit(on_step=on_step):
                 for line in lines:
                     record.add({**cell, **line})
                     if each_epoch or line["epoch"] == plan.epochs or "diverged" in line:
@@ -262,20 +262,6 @@ class _Run:
         if diverged:
             runs = "" if len(diverged) == 1 else f"{len(diverged)} runs diverged; the first: "
             raise NonFiniteLossError(f"{runs}{diverged[0]}; try a smaller --lr or another --init")
-
-
-def public_arguments(arguments: Sequence[str]) -> list[str]:
-    """A command line without the options that name this machine's folders."""
-    kept, skip = [], False
-    for argument in arguments:
-        option, has_value, _ = argument.partition("=")
-        if option.replace("_", "-") in _PRIVATE:  # tyro takes both
-            skip = not has_value
-        elif skip:
-            skip = False
-        else:
-            kept.append(argument)
-    return kept
 
 
 def _named(cell: Cell, axes: Sequence[str]) -> str:
