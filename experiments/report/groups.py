@@ -10,9 +10,7 @@ from typing import Any
 from experiments import allcnn, covariate_shift, depth, parameters, resnet50, width
 from experiments.report.stored import Line, Run, StoredRecord
 
-TABLES = {
-    module.TABLE.name: module.TABLE for module in (width, depth, parameters, allcnn, resnet50, covariate_shift)
-}
+TABLES = {module.TABLE.name: module.TABLE for module in (width, depth, parameters, allcnn, resnet50, covariate_shift)}
 """Name -> the experiment that trains the nets of a table, in the paper's order."""
 _CODE = ("jax", "jaxlib", "flax", "optax", "linked_jax")  # what computes; numpy and Python only carry it
 
