@@ -96,8 +96,9 @@ class Trace:
                 return f(model, inputs)
 
         jaxpr, outputs = jax.make_jaxpr(forward, return_shape=True)(arrays, inputs)
+        larger = jax.tree.map(_twice, inputs)
         try:
-            samples = sample_axes(jaxpr, jax.make_jaxpr(forward)(arrays, jax.tree.map(_twice, inputs)))
+            samples = sample_axes(jaxpr, jax.make_jaxpr(forward)(arrays, larger))
         except Exception:  # whatever a model made for one size of batch raises: its samples are along the first axis
             samples = None
         parts = jax.tree.leaves(arrays), jax.tree.leaves(inputs)
@@ -117,11 +118,9 @@ class Trace:
         return jax.tree.unflatten(self.structure, leaves), taps
 
 
-def _twice(x: Any) -> jax.ShapeDtypeStruct:
+def _twice(x: Any) -> Any:
     aval = jax.typeof(x)
-    return jax.ShapeDtypeStruct(
-        (2 * aval.shape[0], *aval.shape[1:]), aval.dtype, weak_type=aval.weak_type, vma=getattr(aval, "vma", None)
-    )
+    return aval.update(shape=(2 * aval.shape[0], *aval.shape[1:])) if aval.shape else aval
 
 
 @dataclasses.dataclass(frozen=True)
