@@ -28,7 +28,7 @@ from experiments.engine.errors import UsageError, first_line
 DIGITS_TEST_SIZE = 360
 _READ_AT_ONCE = 1000
 _PIXELS = {"cdc4741f6c5081ef": "original pixels", "c955d4fefffbec93": "JPEG pixels"}
-"""Fingerprints of copies of CIFAR-10; the pixels of one went through JPEG once. Another order has another fingerprint."""
+"""Fingerprints of two copies of CIFAR-10; another order of the same images has another fingerprint."""
 
 
 @dataclasses.dataclass(frozen=True)
