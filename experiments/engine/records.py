@@ -163,9 +163,10 @@ class Record:
         _write_whole(self.folder / TIMES, json.dumps(times, indent=2) + "\n")
 
     def close(self) -> None:
-        """Close metrics.jsonl and let others have the folder."""
-        self._metrics.close()
-        _unlock(self.folder, self._lock)
+        """Close metrics.jsonl and let others have the folder; nothing if it is closed."""
+        if not self._metrics.closed:
+            self._metrics.close()
+            _unlock(self.folder, self._lock)
 
     def __enter__(self) -> "Record":
         return self

@@ -137,7 +137,7 @@ def test_a_record_is_held_while_it_is_open_and_can_be_taken_up_again(tmp_path):
             take()
     record.close()
     assert sorted(path.name for path in record.folder.iterdir()) == ["config.json", "metrics.jsonl"]
-    with pytest.raises(UsageError, match="exists; pass another --out, go on with --resume"):
+    with pytest.raises(UsageError, match="exists; pass another --out, resume it with --resume"):
         Record.create(record.folder, {})
     again = Record.reopen(record.folder)
     assert again.lines == [{"epoch": 1}]
@@ -242,7 +242,7 @@ def test_a_process_that_is_killed_lets_go_of_its_folder(tmp_path):
                     take()
         finally:
             holder.kill()
-    with pytest.raises(UsageError, match="exists; pass another --out, go on with --resume"):
+    with pytest.raises(UsageError, match="exists; pass another --out, resume it with --resume"):
         new_folder(str(folder), "name")
     again = Record.reopen(folder)
     assert again.lines == [{"epoch": 1}]
