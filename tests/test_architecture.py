@@ -14,8 +14,8 @@ from linked_jax import probe, remedies, revive
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
-    "linking", "activations", "moments", "certificates", "initializers", "schedules", "diagnostics",
-    "signal_statistics", "layers", "remedies", "probe", "revive",
+    "members", "linking", "activations", "moments", "initializers", "schedules", "diagnostics",
+    "signal_statistics", "layers", "certificates", "remedies", "probe", "revive",
 ]  # fmt: skip
 """From the ground up: a room imports from rooms before it only."""
 ALLOWED = {"jax", "numpy", "flax", "optax", "jaxtyping", "linked_jax"}
