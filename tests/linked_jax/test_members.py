@@ -150,9 +150,7 @@ def test_no_memory_address_stands_in_a_link_or_its_marks():
 
 
 def test_a_name_is_the_same_in_every_process():
-    code = (
-        "from tests.linked_jax.test_members import Nameless; from linked_jax import linked; print(linked(Nameless()))"
-    )
+    code = "from tests.linked_jax.test_members import Nameless, linked; print(linked(Nameless()))"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
     assert runs[0].stdout == runs[1].stdout == "Link(Nameless(z), Nameless(-z))\n"
 
