@@ -53,7 +53,7 @@ def net(act="lk_relu", *, depth=3, norm="none", unroll=False, seed=0, image_shap
         10,
         depth=depth,
         width=width,
-        activation=lambda features: get_activation(act, features),
+        activation=functools.partial(get_activation, act),
         stem_init=lambda _stride: variance_preserving(identity),
         kernel_init=default_kernel_init,
         norm=norm,
