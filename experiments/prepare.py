@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import http.client
 import io
-import os
 import re
 import signal
 import sys
@@ -23,18 +22,17 @@ import tarfile
 import tempfile
 import urllib.error
 import urllib.request
-import warnings
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
-import absl.logging
 import numpy as np
 import tyro
 from PIL import Image
 from rich.progress import DownloadColumn
 
 from experiments.engine.console import Console
+from experiments.engine.data import tensorflow_datasets, tfds_folder
 from experiments.engine.errors import UsageError, first_line, run_command
 
 SHAPE = (32, 32, 3)
@@ -61,15 +59,8 @@ class Settings:
     """Another copy of the archive, an address or a file; by default TFDS' own. Its checksum must be the original's."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Archive:
-    """What to download, and how to know it.
-
-    Attributes:
-      url: http, https or file.
-      size: in bytes.
-      sha256: hexadecimal.
-    """
+class Archive(NamedTuple):
+    """What to download, and how to know it: an address (http, https or file), bytes, and hexadecimal digits."""
 
     url: str
     size: int
@@ -102,14 +93,14 @@ def prepare(name: str, data_dir: str | None = None, url: str | None = None) -> P
             f"only cifar10 can be prepared here, got {name!r}; where TensorFlow is installed, "
             f"`tfds build {name} --file_format=array_record` prepares any set"
         )
-    console, tfds = Console(), _tensorflow_datasets()
+    console, tfds = Console(), tensorflow_datasets()
     stock = tfds.builder_cls(name)
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    root = tfds_folder(data_dir)
     folder = root / name / str(stock.VERSION)
     archive = _stock_archive(stock)
     if url:
         address = url if "://" in url else Path(url).expanduser().absolute().as_uri()
-        archive = dataclasses.replace(archive, url=address)
+        archive = archive._replace(url=address)
     try:
         if _is_prepared(tfds, name, root, folder):
             console.say(f"{name} is already prepared in {folder}")
@@ -129,15 +120,6 @@ def prepare(name: str, data_dir: str | None = None, url: str | None = None) -> P
     train, test = (builder.info.splits[split].num_examples for split in ("train", "test"))
     console.say(f"{name} is prepared: {train:,} train and {test:,} test images in {folder}")
     return folder
-
-
-def _tensorflow_datasets() -> Any:
-    absl.logging.set_verbosity(absl.logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import tensorflow_datasets as tfds
-    tfds.disable_progress_bar()  # its bars have no total
-    return tfds
 
 
 def _stock_archive(stock: Any) -> Archive:

@@ -85,7 +85,7 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
       >>> print(data.load("digits"))
       digits: 1,437 train and 360 test images of 8x8x1, 10 classes
     """
-    folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    folder = tfds_folder(data_dir)
     if name == "auto":
         name = "cifar10" if any(folder.glob("cifar10/*/dataset_info.json")) else "digits"
         if name == "digits":
@@ -95,6 +95,21 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     return Dataset(
         name, classes, **{key: jnp.asarray(value) for key, value in arrays.items()}, fingerprint=_fingerprint(arrays)
     )
+
+
+def tfds_folder(data_dir: str | None) -> Path:
+    """Where TensorFlow Datasets' sets are: by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def tensorflow_datasets() -> Any:
+    """The package, without its advice and its bars."""
+    absl.logging.set_verbosity(absl.logging.FATAL)  # it would install OpenCV, and regroup the records
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tensorflow_datasets as tfds
+    tfds.disable_progress_bar()  # its bars have no total
+    return tfds
 
 
 def first(data: Dataset, count: int) -> Dataset:
@@ -150,13 +165,9 @@ def _cached_tfds(name: str, folder: Path) -> tuple[int, dict[str, np.ndarray]]:
     arrays = _read_tfds(builder, name)
     try:
         cache_root.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache_root, suffix=".tmp", delete=False) as partial:
-            try:
-                np.savez(partial, allow_pickle=False, **arrays)
-                partial.flush()
-                Path(partial.name).replace(cache)
-            finally:
-                Path(partial.name).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_root) as scratch:
+            np.savez(Path(scratch) / cache.name, allow_pickle=False, **arrays)
+            (Path(scratch) / cache.name).replace(cache)
     except OSError as error:
         print(f"no cache written ({error.strerror}): the next start will be as slow", file=sys.stderr)
     return classes, arrays
@@ -171,17 +182,13 @@ def _how_to_prepare(name: str) -> str:
 def _tfds_builder(name: str, folder: Path) -> Any:
     if not folder.is_dir():
         raise UsageError(f"the data folder {folder} does not exist; pass --data-dir, or use --dataset digits")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import tensorflow_datasets as tfds
-
-        try:
-            builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
-        except Exception as error:
-            raise UsageError(
-                f"cannot open the data set {name!r} ({first_line(error)}); use --dataset digits or a TFDS name such "
-                "as cifar10, or prepare the set again"
-            ) from error
+    try:
+        builder = tensorflow_datasets().builder(name, data_dir=str(folder), file_format="array_record")
+    except Exception as error:
+        raise UsageError(
+            f"cannot open the data set {name!r} ({first_line(error)}); use --dataset digits or a TFDS name such as "
+            "cifar10, or prepare the set again"
+        ) from error
     if not (Path(builder.data_path) / "dataset_info.json").is_file():
         raise UsageError(f"{name} is not prepared in {folder}; {_how_to_prepare(name)} with --data-dir")
     features: Any = builder.info.features
@@ -193,7 +200,6 @@ def _tfds_builder(name: str, folder: Path) -> Any:
 
 
 def _read_tfds(builder: Any, name: str) -> dict[str, np.ndarray]:
-    absl.logging.set_verbosity(absl.logging.FATAL)  # it advises to install OpenCV, and to regroup the records
     arrays = {}
     try:
         for split in ("train", "test"):

@@ -246,7 +246,7 @@ def test_a_full_disk_leaves_no_partial_cache(tmp_path, own_cache, monkeypatch, c
     _, truth = prepare(tmp_path / "tfds")
 
     def savez(file, **_):
-        file.write(b"PK")
+        file.write_bytes(b"PK")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", savez)
