@@ -181,7 +181,7 @@ def _write(stock: Any, archive: bytes, root: str, console: Console) -> Any:
         for split, names in FILES.items()
     }
 
-    class Cifar10(stock, skip_registration=True):
+    class Cifar10(stock, skip_registration=True):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
         """The stock builder, which finds its images in `records`."""
 
         __module__ = stock.__module__  # the set says which builder reads it

@@ -12,7 +12,6 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
-from rich.progress import track
 
+from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, first_line
 
 DIGITS_TEST_SIZE = 360
@@ -42,8 +41,8 @@ class Dataset:
       train_labels: (N,) int32.
       test_images: (M, H, W, C) uint8.
       test_labels: (M,) int32.
-      fingerprint: SHA-256 over shapes and decoded pixels and labels, 16 hexadecimal digits. Two copies of a set whose
-        pixels differ, such as one that went through JPEG, have different fingerprints.
+      fingerprint: SHA-256 over shapes, decoded pixels and labels, 16 hexadecimal digits. Copies of a set that differ
+        in one pixel, or in the order of images, have different fingerprints.
     """
 
     name: str
@@ -104,7 +103,7 @@ def tfds_folder(data_dir: str | None) -> Path:
 
 def tensorflow_datasets() -> Any:
     """The package, without its advice and its bars."""
-    absl.logging.set_verbosity(absl.logging.FATAL)  # it would install OpenCV, and regroup the records
+    absl.logging.set_verbosity(absl.logging.FATAL)  # its advice: install OpenCV, prepare the set in other groups
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import tensorflow_datasets as tfds
@@ -200,28 +199,25 @@ def _tfds_builder(name: str, folder: Path) -> Any:
 
 
 def _read_tfds(builder: Any, name: str) -> dict[str, np.ndarray]:
-    arrays = {}
+    arrays, console = {}, Console()
     try:
         for split in ("train", "test"):
-            source = builder.as_data_source(split=split)
-            expected = builder.info.splits[split].num_examples
-            if len(source) != expected:
-                raise ValueError(f"{len(source)} of {expected} {split} examples")
-            bar = {"description": f"reading {name} {split}", "total": len(source), "transient": True}
-            examples = list(track(_examples(source), **bar, disable=not sys.stdout.isatty()))
-            arrays[f"{split}_images"] = np.stack([image for image, _ in examples])
-            arrays[f"{split}_labels"] = np.asarray([label for _, label in examples], np.int32)
+            source, images, labels = builder.as_data_source(split=split), [], []
+            size = builder.info.splits[split].num_examples
+            if len(source) != size:
+                raise ValueError(f"{len(source)} of {size} {split} examples")
+            with console.progress(f"reading {name} {split}", size) as advance:
+                for start in range(0, size, _READ_AT_ONCE):
+                    examples = source.__getitems__(range(start, min(start + _READ_AT_ONCE, size)))
+                    images += [example["image"] for example in examples]
+                    labels += [example["label"] for example in examples]
+                    advance(len(examples))
+            arrays |= {f"{split}_images": np.stack(images), f"{split}_labels": np.asarray(labels, np.int32)}
     except Exception as error:  # array_record, Pillow and protobuf raise whatever they like on a damaged file
         raise UsageError(
             f"{name} in {builder.data_path} cannot be read ({first_line(error)}); delete it and prepare it again"
         ) from error
     return arrays
-
-
-def _examples(source: Any) -> Iterator[tuple[np.ndarray, int]]:
-    for start in range(0, len(source), _READ_AT_ONCE):
-        batch: Iterable[Any] = source.__getitems__(range(start, min(start + _READ_AT_ONCE, len(source))))
-        yield from ((example["image"], int(example["label"])) for example in batch)
 
 
 def _fingerprint(arrays: dict[str, np.ndarray]) -> str:
