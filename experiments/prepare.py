@@ -7,7 +7,7 @@ reads the archive without TensorFlow; all else is the builder's, so the set is t
 and the set gets its name in the last step: a run that is stopped at any point leaves nothing that looks prepared. One
 that is killed may leave a folder incomplete.*, which nothing reads.
 
-Expected: 20 s after a download of 170 MB; 200 MB of disk, and 1 GB of memory while it runs.
+Expected: 20 s after a download of 170 MB; 200 MB of disk and 0.8 GB of memory.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ def prepare(name: str, data_dir: str | None = None, url: str | None = None) -> P
       The folder of the prepared set, such as ~/tensorflow_datasets/cifar10/3.0.2.
 
     Raises:
-      UsageError: if this is another set, no right archive could be had, or the folder cannot be used.
+      UsageError: if this is another set, the archive cannot be downloaded, or the folder cannot be used.
     """
     if name != "cifar10":
         raise UsageError(
