@@ -219,9 +219,7 @@ def run_all(jobs: Sequence[Job], at_once: int, console: Console) -> list[str]:
             _end([process for _, process in running])
     if interrupts.signum is not None:
         left = sum(not is_finished(job.folder) for job in jobs)
-        raise InterruptedRunError(
-            interrupts.signum, f"{left} nets are not finished; the same command goes on with them"
-        )
+        raise InterruptedRunError(interrupts.signum, f"{left} nets are not finished; the same command resumes them")
     return failed
 
 

@@ -188,16 +188,16 @@ def _facets(lines: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[Fac
         inside.remove(max(inside, key=lambda axis: len(distinct([axis]))))
         rows = [axis for axis in shown if axis not in ("act", *inside)]
 
-    def look(net: Mapping[str, Any]) -> tuple[Any, Any]:
+    def kinds(net: Mapping[str, Any]) -> tuple[Any, Any]:
         """What the colour tells, and what the dashes tell."""
         base = net["act"].removeprefix("lk_").removesuffix("_bn").removesuffix("_sqrt2")
         others = tuple(net[axis] for axis in inside)
         return (base, net["act"].replace(base, "")) if by_base else (net["act"], others)
 
-    colours, dashes = (list(dict.fromkeys(kinds)) for kinds in zip(*(look(net) for net, _ in nets), strict=True))
+    colours, dashes = (list(dict.fromkeys(found)) for found in zip(*(kinds(net) for net, _ in nets), strict=True))
     facets: dict[str, list[_Curve]] = {}
     for net, runs in nets:
-        colour, dash = look(net)
+        colour, dash = kinds(net)
         style = {
             "color": COLOURS[colours.index(colour) % len(COLOURS)],
             "linestyle": _DASHES[dashes.index(dash) % len(_DASHES)],

@@ -358,7 +358,7 @@ def test_a_signal_lets_the_children_save(command, monkeypatch, tmp_path, signum)
     code, _, error = command(*tiny(["relu", "lk_relu"]))
     assert code == 128 + signum
     assert error == (
-        f"interrupted by {signal.Signals(signum).name}. 2 nets are not finished; the same command goes on with them\n"
+        f"interrupted by {signal.Signals(signum).name}. 2 nets are not finished; the same command resumes them\n"
     )
     assert saved.read_text() == "saved"
 

@@ -118,7 +118,7 @@ def test_the_key_is_the_order():
 # --- TensorFlow Datasets
 
 
-def prepare(root: Path, name: str = "tiny", *, label: str = "label", label_kind: str = "class", splits=SPLITS):
+def prepare(root: Path, name: str = "tiny", *, label: str = "label", label_kind: str = "class", splits=SPLITS, group=1):
     """Write a prepared set; returns its folder and split -> (images, labels)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -133,7 +133,7 @@ def prepare(root: Path, name: str = "tiny", *, label: str = "label", label_kind:
     for split, size in splits.items():
         images = random.integers(0, 256, (size, *SHAPE), dtype=np.uint8)
         labels = random.integers(0, 3, size)
-        writer = ArrayRecordWriter(str(folder / f"{name}-{split}.array_record-00000-of-00001"), "group_size:1")
+        writer = ArrayRecordWriter(str(folder / f"{name}-{split}.array_record-00000-of-00001"), f"group_size:{group}")
         for image, number in zip(images, labels, strict=True):
             png = io.BytesIO()
             Image.fromarray(image).save(png, "png")
@@ -205,6 +205,12 @@ def test_a_prepared_set_is_read_exactly_and_the_second_time_from_the_cache(tmp_p
     assert second.fingerprint == first.fingerprint
     assert [path.suffix for path in own_cache.iterdir()] == [".npz"]
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_set_prepared_in_groups_is_read_without_advice(tmp_path, caplog):
+    _, truth = prepare(tmp_path / "tfds", group=64)
+    assert_equals(data.load("tiny", str(tmp_path / "tfds")), truth)
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "noise", "text", "flipped"])
