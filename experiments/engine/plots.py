@@ -226,9 +226,9 @@ def _draw(panel: Any, curves: Sequence[_Curve], what: _Panel, title: str) -> Non
         if curve.band:
             colour = curve.style["color"]
             panel.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.13, lw=0)
-        panel.set(**what.axes)
-        if what.least_top is not None:
-            panel.set_ylim(-0.1, max(what.least_top, panel.get_ylim()[1]))
+    panel.set(**what.axes)
+    if what.least_top is not None:
+        panel.set_ylim(-0.1, max(what.least_top, panel.get_ylim()[1]))
     panel.set_title(title, fontsize=9)
     panel.xaxis.label.set_size(8.5)
     panel.yaxis.label.set_size(8.5)
