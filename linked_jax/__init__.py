@@ -53,7 +53,7 @@ from linked_jax.layers import (
     get_activation,
 )
 from linked_jax.linking import Link, fourier, linked, min_max
-from linked_jax.schedules import inverse_time_decay, step_schedule
+from linked_jax.schedules import inverse_time_decay
 
 if TYPE_CHECKING:
     from linked_jax import linen, probe, remedies, revive
@@ -105,7 +105,6 @@ __all__ = [
     "selu",
     "sigmoid",
     "softplus",
-    "step_schedule",
     "swish",
     "tanh",
     "variance_preserving",
