@@ -75,6 +75,8 @@ def check_model(model: Any, call: Callable[[Any, Any], Any] | None) -> None:
         raise ValueError(
             f"without call the model is called as model(inputs), got {kind_of(model)}; pass call=lambda model, x: ..."
         )
+    if isinstance(model, type):
+        raise ValueError(f"the model is an instance, got the class {model.__name__}; pass {model.__name__}(...)")
     name, arguments = ("the model", ["inputs"]) if call is None else ("call", ["model", "inputs"])
     try:
         signature = inspect.signature(model if call is None else call)
