@@ -171,20 +171,9 @@ class Report:
 
 
 _COLUMNS = (
-    "name",
-    "activation",
-    "units",
-    "dead",
-    "no grad",
-    "NaN/inf",
-    "dormant",
-    "linear",
-    "satur.",
-    "shift",
-    "z²",
-    "grad²",
+    "name", "activation", "units", "dead", "no grad", "NaN/inf", "dormant", "linear", "satur.", "shift", "z²", "grad²",
     "rank",
-)
+)  # fmt: skip
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:

@@ -100,6 +100,7 @@ BAD = {
     "no function": (lambda: probe("a", [X]), "without call the model is called as"),
     "call is no function": (lambda: probe(WEIGHTS, [X], call="a"), "call is a function"),
     "call of one argument": (lambda: probe(WEIGHTS, [X], call=jnp.tanh), r"call is called as call\(model, inputs\)"),
+    "not hashable": (lambda: probe(functools.partial(lambda s, x: jnp.tanh(x), {1}), [X]), "unhashable type: 'set'"),
     "class": (lambda: probe(nnx.Linear, [X]), "the model is an instance"),
     "link along the samples": (lambda: probe(lambda x: lk_relu(x[:, 0]), [X]), "along the axis of the samples"),
     "other units": (
