@@ -136,10 +136,14 @@ class _Frame:
         """Whether it is in this jaxpr or in one inside it."""
         return origin.path[: len(self.path)] == self.path
 
-    def probed(self, variable: Variable, value: Any) -> Any:
-        """The value, with its gradient measured if it has a probe and is defined here."""
-        probe = self.probes.get(variable.origin) if variable.origin.path == self.path else None
-        return value if probe is None else _measured(value, probe)
+    def probed(self, values: Env, known: dict[Var, Variable], first: int) -> Env:
+        """The values; the gradient is measured of those with a probe that are defined here, from an equation on."""
+        probes = {
+            var: self.probes.get(known[var].origin)
+            for var in values
+            if known[var].origin.path == self.path and known[var].origin.equation >= first
+        }
+        return values | {var: _measured(values[var], probe) for var, probe in probes.items() if probe is not None}
 
 
 def _evaluate(jaxpr: Any, arguments: list[Any], inputs: list[Variable], frame: _Frame) -> tuple[list[Any], Taps]:
@@ -152,7 +156,7 @@ def _evaluate(jaxpr: Any, arguments: list[Any], inputs: list[Variable], frame: _
     body, constants = open_jaxpr(jaxpr)
     known = variables.describe(jaxpr, inputs, frame.path, frame.samples)
     env = dict(zip([*body.constvars, *body.invars], [*constants, *arguments], strict=True))
-    env = {var: frame.probed(known[var], value) for var, value in env.items()}
+    env = frame.probed(env, known, variables.INPUT)
     taps, i = Taps(), 0
     while i < len(body.eqns):
         equation, site, stop = body.eqns[i], activation_at(body.eqns, i), i + 1
@@ -169,7 +173,7 @@ def _evaluate(jaxpr: Any, arguments: list[Any], inputs: list[Variable], frame: _
                 taps.setdefault(key, tap)
         else:
             values = evaluate_equations(body, [equation], env)
-        env |= {var: frame.probed(known[var], value) for var, value in values.items()}
+        env |= frame.probed(values, known, i)
         i = stop
     return [read(atom, env) for atom in body.outvars], taps
 
@@ -208,8 +212,8 @@ def _enter(
     if kind in variables.CUSTOM:
         constant = dataclasses.replace(frame, probes={})
         taps = _evaluate(inner, jax.lax.stop_gradient(arguments), operands, constant)[1]
-        outside = {key[0]: tap.gradient_square_sum for key, tap in taps.items() if is_tap(tap) and not frame.has(key[0])}
-        return outputs, with_gradients(taps, outside)
+        origins = [key[0] for key, tap in taps.items() if is_tap(tap)]
+        return outputs, with_gradients(taps, {origin: jnp.zeros(()) for origin in origins if not frame.has(origin)})
     not_seen = NotSeen(f"{kind} in {frame.scope or source_of(equation) or 'the model'}")
     return outputs, Taps({frame.path: not_seen})
 

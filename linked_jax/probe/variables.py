@@ -31,11 +31,11 @@ CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 _SAME_AXES = {"convert_element_type", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint"}
 _SAME_ORDER = {"reshape", "broadcast_in_dim"}
-_INPUT, _CONSTANT = -1, -2
+INPUT, CONSTANT = -1, -2
 
 
 class Origin(NamedTuple):
-    """Where a variable is defined: the jaxpr, the equation in it (or _INPUT, _CONSTANT), and which of its outputs."""
+    """Where a variable is defined: the jaxpr, the equation in it (or INPUT, CONSTANT), and which of its outputs."""
 
     path: Path
     equation: int
@@ -99,13 +99,13 @@ def inputs_of(jaxpr: Any, from_data: Sequence[bool], path: Path, samples: Sample
     """The variables that enter a jaxpr, where nothing is known of them but whether they are data."""
     invars = open_jaxpr(jaxpr)[0].invars
     flags = zip(invars, from_data, strict=True)
-    return [_new(var, Origin(path, _INPUT, k), data, samples) for k, (var, data) in enumerate(flags)]
+    return [_new(var, Origin(path, INPUT, k), data, samples) for k, (var, data) in enumerate(flags)]
 
 
 def describe(jaxpr: Any, inputs: Sequence[Variable], path: Path, samples: Samples) -> dict[Var, Variable]:
     """What is known of every variable of a jaxpr, from what is known of its inputs."""
     body = open_jaxpr(jaxpr)[0]
-    known = {var: _new(var, Origin(path, _CONSTANT, k), False, samples) for k, var in enumerate(body.constvars)}
+    known = {var: _new(var, Origin(path, CONSTANT, k), False, samples) for k, var in enumerate(body.constvars)}
     known |= dict(zip(body.invars, inputs, strict=True))
     for i, equation in enumerate(body.eqns):
         operands = operands_of(equation, known)
@@ -132,7 +132,7 @@ def operands_of(equation: JaxprEqn, known: dict[Var, Variable]) -> list[Variable
 
 
 def _get(known: dict[Var, Variable], atom: Any) -> Variable:
-    return _new(atom, Origin((), _CONSTANT, -1), False, None) if isinstance(atom, Literal) else known[atom]
+    return _new(atom, Origin((), CONSTANT, -1), False, None) if isinstance(atom, Literal) else known[atom]
 
 
 def _new(var: Any, origin: Origin, from_data: bool, samples: Samples) -> Variable:
