@@ -24,7 +24,7 @@ Taps = OrderedDict[Any, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NotSeen:
-    """An equation that holds activations and is not looked into."""
+    """An equation that holds activations and is not entered."""
 
     what: str = dataclasses.field(metadata={"static": True})
 
@@ -149,7 +149,7 @@ class _Frame:
 def _evaluate(jaxpr: Any, arguments: list[Any], inputs: list[Variable], frame: _Frame) -> tuple[list[Any], Taps]:
     """The outputs of a jaxpr and the taps inside.
 
-    Calls and remat are looked into; so are scans, where each iteration is a layer, or, if the scan runs over the
+    Calls and remat are entered; so are scans, where each iteration is a layer, or, if the scan runs over the
     data, a recurrent layer that is one over all times. What a function with a custom derivative computes inside has
     taps, but no gradients.
     """

@@ -33,9 +33,9 @@ def probe(
     The model is traced to a jaxpr, and its activations are found there: links of this library; calls to jax.nn and
     flax activations; and written out tanh, sigmoid, relu by maximum, where or clip, clip(z, 0, a), leaky relu,
     Flax's PReLU, z * sigmoid(a * z), mish, and the usual ways to write gelu.
-    So in relu(conv(h) + h) the pre-activation is the sum. Remat, scan and calls are looked into. Softmax and the like,
+    So in relu(conv(h) + h) the pre-activation is the sum. Remat, scan and calls are entered. Softmax and the like,
     and links of one affine member, are not treated as activations. Other formulas are not known: one that has a tanh
-    or sigmoid inside is seen as that, with the verdicts of that. Mark it as `Link((my_function,))`, a link with one
+    or sigmoid inside is taken for that, with the verdicts of that. Mark it as `Link((my_function,))`, a link with one
     member, which bears the function's name. An activation that is applied twice to one z is one layer.
 
     A unit is one channel of the operation that made z: along the link's axis, or the last axis that does not grow with
@@ -189,7 +189,7 @@ class _Probe:
         if not taps:
             raise ValueError(
                 "no activation was found in the model's jaxpr, neither a link nor one of jax.nn or flax"
-                f"{f', and these were not looked into: {not_seen}' if not_seen else ''}; "
+                f"{f', and these were not entered: {not_seen}' if not_seen else ''}; "
                 "write an activation of your own as linked_jax.Link((my_function,))"
             )
         return make_report(taps, not_seen, self.tau)

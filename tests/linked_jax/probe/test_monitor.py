@@ -77,7 +77,7 @@ X = white(8, 4)
 BAD = {
     "no activation": (lambda: probe(WEIGHTS[0], [X], call=lambda w, x: jnp.sin(x @ w)), "no activation was found"),
     "hidden activation": (
-        lambda: probe(lambda x: jax.lax.cond(True, jnp.tanh, jnp.sin, x), [X]), "not looked into.*cond",
+        lambda: probe(lambda x: jax.lax.cond(True, jnp.tanh, jnp.sin, x), [X]), "not entered.*cond",
     ),
     "no batch": (lambda: probe(WEIGHTS, [], call=mlp), "no batch"),
     "no sample": (lambda: probe(WEIGHTS, [X[:0]], call=mlp), "N at least 1"),
