@@ -18,6 +18,7 @@ from linked_jax.initializers import (
 )
 from linked_jax.linking import Link, fourier, linked, min_max
 from linked_jax.members import evaluate
+from tests.cases import first_fast
 
 LINKS = {name: link for name, link in ACTIVATIONS.items() if isinstance(link, Link) and name != "crelu"}
 READ_OUTS = {
@@ -348,6 +349,118 @@ def test_strided_layer_keeps_forward_signals_of_white_inputs(c_in, c_out):
     y, back = forward_and_back(white(64, 8, 8, c_in), white(64, 4, 4, c_out, seed=1))
     assert mean_square_of(y) == pytest.approx(1, abs=0.06)
     assert mean_square_of(back) == pytest.approx(c_out / (c_in * 4), rel=0.06)
+
+
+# --- grouped, depthwise, dilated and transposed: the table at the top of initializers.py ---------------------------
+
+GEOMETRY = {  # c_in, c_out, window, stride, groups, dilation
+    "grouped": (8, 16, 3, 1, 4, 1),
+    "plain": (8, 8, 3, 1, 1, 1),
+    "strided": (4, 16, 3, 2, 1, 1),
+    "depthwise": (8, 8, 3, 1, 8, 1),
+    "depthwise_multiplied": (8, 24, 3, 1, 8, 1),
+    "depthwise_strided": (8, 16, 3, 2, 8, 1),
+    "dilated": (8, 8, 3, 1, 1, 2),
+    "dilated_strided": (8, 8, 3, 2, 1, 3),
+    "all": (8, 16, 3, 2, 2, 2),
+}
+TRANSPOSED = {  # c_in, c_out, window, stride, groups
+    "window_4_by_2": (8, 4, 4, 2, 1),
+    "window_2_by_2": (8, 4, 2, 2, 1),
+    "window_3_by_2": (4, 8, 3, 2, 1),
+    "window_5_by_3": (4, 4, 5, 3, 1),
+    "window_3_by_1": (4, 4, 3, 1, 1),
+    "groups": (8, 4, 4, 2, 4),
+}
+STARTS = {
+    "looks_linear": (looks_linear, laid_out(lk_relu, "interleaved")),
+    "variance_preserving": (variance_preserving, laid_out(lk_elu, "interleaved")),
+}
+over_starts = pytest.mark.parametrize(("start", "link"), first_fast(STARTS.values()), ids=STARTS)
+IMAGES = ("NHWC", "HWIO", "NHWC")
+
+
+def conv_of_all_kinds(h, kernel, stride, groups, dilation):
+    """In two axes, on images that go on beyond their borders, so that no border changes a mean square."""
+    reach = dilation * (kernel.shape[0] - 1)
+    h = jnp.pad(h, ((0, 0), (reach // 2, reach - reach // 2), (reach // 2, reach - reach // 2), (0, 0)), mode="wrap")
+    return jax.lax.conv_general_dilated(
+        h, kernel, (stride, stride), "VALID", rhs_dilation=(dilation, dilation), dimension_numbers=IMAGES,
+        feature_group_count=groups,
+    )  # fmt: skip
+
+
+def transposed(h, kernel, stride, groups=1):
+    parts = zip(jnp.split(h, groups, -1), jnp.split(kernel, groups, -1), strict=True)
+    outputs = [jax.lax.conv_transpose(x, k, (stride, stride), "SAME", dimension_numbers=IMAGES) for x, k in parts]
+    return jnp.concatenate(outputs, -1)
+
+
+def transposed_without_borders(h, kernel, stride, groups):
+    border = kernel.shape[0]
+    y = transposed(jnp.pad(h, ((0, 0), (border,) * 2, (border,) * 2, (0, 0)), mode="wrap"), kernel, stride, groups)
+    return y[:, border * stride : -border * stride, border * stride : -border * stride]
+
+
+def mean_squares(layer, init, shape, link, z):
+    """Forward and backward, over four kernels."""
+
+    @jax.jit
+    def forward_and_back(key):
+        y, pull = jax.vjp(lambda z: layer(link(z), init(key, shape)), z)
+        return jnp.square(y).mean(), jnp.square(pull(jax.random.normal(key, y.shape))[0]).mean()
+
+    return np.mean([forward_and_back(key) for key in jax.random.split(QUICK_KEY, 4)], axis=0)
+
+
+@over_starts
+@pytest.mark.parametrize("geometry", first_fast(map(pytest.param, GEOMETRY.values())), ids=GEOMETRY)
+def test_every_convolution_keeps_forward_signals_and_scales_gradients_as_the_table_says(start, link, geometry):
+    c_in, c_out, window, stride, groups, dilation = geometry
+    init = start(link, strides=stride, feature_group_count=groups)
+    layer = functools.partial(conv_of_all_kinds, stride=stride, groups=groups, dilation=dilation)
+    found = mean_squares(layer, init, (window, window, 2 * c_in // groups, c_out), link, white(16, 12, 12, c_in))
+    assert found == pytest.approx([1, c_out / (c_in * stride**2)], rel=0.08)
+
+
+@over_starts
+@pytest.mark.parametrize("geometry", first_fast(map(pytest.param, TRANSPOSED.values())), ids=TRANSPOSED)
+def test_every_transposed_convolution_does_what_the_table_says(start, link, geometry):
+    c_in, c_out, window, stride, groups = geometry
+    init = start(link, strides=stride, feature_group_count=groups, transpose=True)
+    layer = functools.partial(transposed_without_borders, stride=stride, groups=groups)
+    found = mean_squares(layer, init, (window, window, 2 * c_in // groups, c_out), link, white(16, 8, 8, c_in))
+    assert found == pytest.approx([1, c_out * stride**2 / c_in], rel=0.08)
+
+
+@pytest.mark.parametrize(("window", "stride"), first_fast([(4, 2), (2, 2), (3, 2), (5, 3), (3, 1), (7, 2)]))
+def test_a_transposed_layer_is_an_isometry_up_to_its_scale_borders_included(window, stride):
+    kernel = looks_linear(lk_relu, strides=stride, transpose=True)(QUICK_KEY, (window, window, 8, 4))
+    z = white(3, 5, 6, 4)
+    z = z.at[2].set(z[0] + z[1])
+    y = jax.jit(lambda z: transposed(lk_relu(z), kernel, stride))(z)
+    assert y.shape == (3, 5 * stride, 6 * stride, 4)
+    np.testing.assert_allclose(jnp.square(y).sum((1, 2, 3)), stride**2 * jnp.square(z).sum((1, 2, 3)), rtol=2e-5)
+    close(y[2], y[0] + y[1], 1e-5)
+
+
+def test_each_group_has_its_own_orthogonal_kernel():
+    link = laid_out(lk_relu, "interleaved")
+    kernel = looks_linear(link, feature_group_count=2)(KEY, (1, 8, 8))[0]
+    for half in (kernel[::2, :4], kernel[::2, 4:]):
+        close(half.T @ half, jnp.eye(4), 1e-5)
+    assert (jnp.abs(kernel[:, :4] - kernel[:, 4:]) > 1e-3).any()
+
+
+@pytest.mark.parametrize("start", [looks_linear, variance_preserving, default_kernel_init])
+def test_groups_that_split_a_unit_or_the_outputs_are_refused(start):
+    with pytest.raises(ValueError, match=r"2 groups split a unit's members in the blocked layout.*'interleaved'"):
+        start(lk_relu, feature_group_count=2)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        start(lk_relu, feature_group_count=0)
+    link = Link(lk_softplus.members, layout="interleaved")
+    with pytest.raises(ValueError, match=re.escape("3 groups divide the outputs of a kernel, got (3, 4, 8)")):
+        start(link, feature_group_count=3)(KEY, (3, 4, 8))
 
 
 # --- looks_linear: a thousand layers ------------------------------------------------------------------------------
