@@ -30,9 +30,9 @@ READ_OUTS = {
     "min_max": (1, 1),
 }
 LINEAR = {name: LINKS[name] for name in READ_OUTS}
-over_links = pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
-over_linear_links = pytest.mark.parametrize("link", LINEAR.values(), ids=LINEAR)
-layouts = pytest.mark.parametrize("layout", ["blocked", "interleaved"])
+over_links = pytest.mark.parametrize("link", first_fast(LINKS.values()), ids=LINKS)
+over_linear_links = pytest.mark.parametrize("link", first_fast(LINEAR.values()), ids=LINEAR)
+layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
 KEY, OTHER_KEY = jax.random.split(jax.random.key(0))
 QUICK_KEY = jax.random.key(0, impl="rbg")  # half the compile time, which is most of the time where each shape is new
 
@@ -84,7 +84,9 @@ def mean_square_of(x):
 # --- gain ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("link", [relu, lk_relu, Link((jax.nn.relu,) * 3)], ids=["relu", "lk_relu", "three"])
+@pytest.mark.parametrize(
+    "link", first_fast([relu, lk_relu, Link((jax.nn.relu,) * 3)]), ids=["relu", "lk_relu", "three"]
+)
 def test_gain_of_relu_is_the_root_of_two_linked_or_not(link):
     assert gain(link) == pytest.approx(math.sqrt(2), rel=1e-12)
 
@@ -123,7 +125,7 @@ def test_variance_preserving_dense_keeps_the_forward_mean_square(link):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("link", [relu, lk_relu, laid_out(min_max, "interleaved")], ids=str)
+@pytest.mark.parametrize("link", first_fast([relu, lk_relu, laid_out(min_max, "interleaved")]), ids=str)
 def test_variance_preserving_conv_keeps_the_forward_mean_square_on_average(link):
     @jax.jit
     def mean_square(z, keys):
@@ -135,7 +137,7 @@ def test_variance_preserving_conv_keeps_the_forward_mean_square_on_average(link)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("link", [relu, lk_relu, lk_elu], ids=["relu", "lk_relu", "lk_elu"])
+@pytest.mark.parametrize("link", first_fast([relu, lk_relu, lk_elu]), ids=["relu", "lk_relu", "lk_elu"])
 def test_variance_preserving_kernel_is_orthogonal_times_the_gain(link):
     kernel = variance_preserving(link)(KEY, (3, link.arity * 4, 6)).reshape(-1, 6)
     close(kernel.T @ kernel, gain(link) ** 2 * jnp.eye(6))
@@ -155,7 +157,7 @@ def test_read_out_exists_for_exactly_these_named_links():
     assert {name for name, link in LINKS.items() if has_one(link)} == set(READ_OUTS)
 
 
-@pytest.mark.parametrize("name", READ_OUTS)
+@pytest.mark.parametrize("name", first_fast(READ_OUTS))
 def test_read_out_is_the_known_one(name):
     assert read_out(LINKS[name]) == pytest.approx(READ_OUTS[name], abs=1e-9)
 
@@ -167,21 +169,23 @@ def test_read_out_sums_to_z_in_float64(link):
     np.testing.assert_allclose(total, z, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("slope", [-0.5, 0.0, 0.01, 0.25, 0.9, 3.0])
+@pytest.mark.parametrize("slope", first_fast([-0.5, 0.0, 0.01, 0.25, 0.9, 3.0]))
 def test_read_out_of_leaky_relu_divides_by_one_plus_slope(slope):
     assert read_out(linked(leaky(slope))) == pytest.approx((1 / (1 + slope), -1 / (1 + slope)), abs=1e-9)
 
 
 @pytest.mark.parametrize(
     ("link", "coefficients"),
-    [
-        (Link((lambda z: z,)), (1,)),
-        (Link((lambda z: -4 * z,)), (-0.25,)),
-        (linked(lambda z: z), (0.5, -0.5)),  # of all that sum to z, the smallest
-        (linked(jax.nn.relu, lambda z: jnp.minimum(z, 0), jnp.sin), (1, 1, 0)),
-        (linked(functools.partial(jax.nn.gelu, approximate=False)), (1, -1)),
-        (linked(lambda z: (z + jnp.sqrt(z * z + 4)) / 2), (1, -1)),
-    ],
+    first_fast(
+        [
+            (Link((lambda z: z,)), (1,)),
+            (Link((lambda z: -4 * z,)), (-0.25,)),
+            (linked(lambda z: z), (0.5, -0.5)),  # of all that sum to z, the smallest
+            (linked(jax.nn.relu, lambda z: jnp.minimum(z, 0), jnp.sin), (1, 1, 0)),
+            (linked(functools.partial(jax.nn.gelu, approximate=False)), (1, -1)),
+            (linked(lambda z: (z + jnp.sqrt(z * z + 4)) / 2), (1, -1)),
+        ]
+    ),
     ids=["identity", "scaled", "mirrored_identity", "three_members", "erf_gelu", "squareplus"],
 )
 def test_read_out_of_links_made_by_hand(link, coefficients):
@@ -190,7 +194,19 @@ def test_read_out_of_links_made_by_hand(link, coefficients):
 
 @pytest.mark.parametrize(
     "link",
-    [linked(jax.nn.relu6), lk_elu, lk_selu, lk_tanh, lk_sigmoid, fourier, relu, linked(jax.nn.mish), linked(jnp.abs)],
+    first_fast(
+        [
+            linked(jax.nn.relu6),
+            lk_elu,
+            lk_selu,
+            lk_tanh,
+            lk_sigmoid,
+            fourier,
+            relu,
+            linked(jax.nn.mish),
+            linked(jnp.abs),
+        ]
+    ),
     ids=["relu6", "lk_elu", "lk_selu", "lk_tanh", "lk_sigmoid", "fourier", "relu", "lk_mish", "abs"],
 )
 def test_link_without_read_out_is_refused_with_the_measured_deviation(link):
@@ -247,8 +263,8 @@ def test_every_member_meets_the_same_half_times_its_coefficient(link, layout):
 
 
 @layouts
-@pytest.mark.parametrize("strides", [1, 2])
-@pytest.mark.parametrize("link", [lk_relu, min_max], ids=["lk_relu", "min_max"])
+@pytest.mark.parametrize("strides", first_fast([1, 2]))
+@pytest.mark.parametrize("link", first_fast([lk_relu, min_max]), ids=["lk_relu", "min_max"])
 def test_layer_is_additive(link, strides, layout):
     link = laid_out(link, layout)
     z = white(3, 4, 4, 4)
@@ -257,7 +273,7 @@ def test_layer_is_additive(link, strides, layout):
     close(y[2], y[0] + y[1], 5e-3)
 
 
-@pytest.mark.parametrize(("space", "size"), [(1, 1), (1, 5), (2, 1), (2, 2), (2, 3), (3, 1), (3, 3)])
+@pytest.mark.parametrize(("space", "size"), first_fast([(1, 1), (1, 5), (2, 1), (2, 2), (2, 3), (3, 1), (3, 3)]))
 def test_square_layer_is_isometric_in_any_number_of_axes(space, size):
     z = white(2, *(6,) * space, 4)
     kernel = looks_linear(lk_relu)(KEY, (size,) * space + (8, 4))
@@ -270,7 +286,7 @@ def test_square_layer_is_isometric_in_any_number_of_axes(space, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("c_in", "c_out"), [(8, 16), (8, 12), (16, 8), (8, 8)])
+@pytest.mark.parametrize(("c_in", "c_out"), first_fast([(8, 16), (8, 12), (16, 8), (8, 8)]))
 def test_changing_width_keeps_forward_signals_and_scales_gradients(c_in, c_out):
     kernel = looks_linear(lk_relu)(QUICK_KEY, (2 * c_in, c_out))
 
@@ -305,7 +321,7 @@ STRIDES = {
     "1d_even": ((4,), 3),
     "3d": ((3, 3, 3), 2),
 }
-over_strides = pytest.mark.parametrize("case", STRIDES.values(), ids=STRIDES)
+over_strides = pytest.mark.parametrize("case", first_fast(map(pytest.param, STRIDES.values())), ids=STRIDES)
 
 
 @over_strides
@@ -324,7 +340,7 @@ def test_strided_layer_with_room_for_all_pixels_keeps_the_norm_exactly(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("window", [2, 3, 4, 5, 7])
+@pytest.mark.parametrize("window", first_fast([2, 3, 4, 5, 7]))
 def test_strided_layer_gives_every_pixel_a_gradient(window):
     kernel = looks_linear(lk_relu, strides=2)(KEY, (window, window, 8, 4))
     gradient = jax.jit(jax.grad(lambda z: (conv(lk_relu(z), kernel, 2) ** 2).sum()))(white(1, 6, 6, 4))
@@ -337,7 +353,7 @@ def test_delta_kernel_at_stride_two_would_drop_three_quarters_of_the_pixels():
     assert (jnp.abs(gradient).max(-1) == 0).mean() == 0.75
 
 
-@pytest.mark.parametrize(("c_in", "c_out"), [(4, 4), (4, 32), (8, 4)])
+@pytest.mark.parametrize(("c_in", "c_out"), first_fast([(4, 4), (4, 32), (8, 4)]))
 def test_strided_layer_keeps_forward_signals_of_white_inputs(c_in, c_out):
     kernel = looks_linear(lk_relu, strides=2)(QUICK_KEY, (3, 3, 2 * c_in, c_out))
 
@@ -452,7 +468,7 @@ def test_each_group_has_its_own_orthogonal_kernel():
     assert (jnp.abs(kernel[:, :4] - kernel[:, 4:]) > 1e-3).any()
 
 
-@pytest.mark.parametrize("start", [looks_linear, variance_preserving, default_kernel_init])
+@pytest.mark.parametrize("start", first_fast([looks_linear, variance_preserving, default_kernel_init]))
 def test_groups_that_split_a_unit_or_the_outputs_are_refused(start):
     with pytest.raises(ValueError, match=r"2 groups split a unit's members in the blocked layout.*'interleaved'"):
         start(lk_relu, feature_group_count=2)
@@ -468,7 +484,7 @@ def test_groups_that_split_a_unit_or_the_outputs_are_refused(start):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "space"), [((32,), (64, 32)), ((8, 8, 4), (3, 3, 8, 4))], ids=["dense_32", "conv_8x8x4"]
+    ("shape", "space"), first_fast([((32,), (64, 32)), ((8, 8, 4), (3, 3, 8, 4))]), ids=["dense_32", "conv_8x8x4"]
 )
 @over_linear_links
 def test_a_thousand_layers_keep_signals_and_gradients_and_stay_linear(link, shape, space):
@@ -508,7 +524,7 @@ INITS = {
     "variance_preserving": variance_preserving(lk_elu),
     "default": default_kernel_init(fourier),
 }
-over_inits = pytest.mark.parametrize("init", INITS.values(), ids=INITS)
+over_inits = pytest.mark.parametrize("init", first_fast(INITS.values()), ids=INITS)
 
 
 @over_inits
@@ -527,7 +543,7 @@ def test_init_under_jit_and_vmap_is_init_outside(init):
     close(jax.jit(init, static_argnums=1)(KEY, (3, 3, 8, 4)), one_by_one[0], 1e-5)
 
 
-@pytest.mark.parametrize("link", [lk_relu, lk_elu, fourier], ids=["lk_relu", "lk_elu", "fourier"])
+@pytest.mark.parametrize("link", first_fast([lk_relu, lk_elu, fourier]), ids=["lk_relu", "lk_elu", "fourier"])
 def test_init_may_be_built_inside_jit(link):
     read_out.cache_clear()
     shape = (2 * 4, 4)
@@ -535,7 +551,7 @@ def test_init_may_be_built_inside_jit(link):
     close(inside, default_kernel_init(link)(KEY, shape), 1e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", first_fast([jnp.bfloat16, jnp.float16]))
 @over_inits
 def test_init_in_half_precision_is_orthogonal_to_its_rounding(init, dtype):
     kernel = init(KEY, (1, 1, 8, 4), dtype)
@@ -544,7 +560,7 @@ def test_init_in_half_precision_is_orthogonal_to_its_rounding(init, dtype):
     close(half.T @ half, (half.T @ half)[0, 0] * jnp.eye(4), 0.02)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.float64, 1e-12)])
+@pytest.mark.parametrize(("dtype", "tolerance"), first_fast([(jnp.float32, 1e-5), (jnp.float64, 1e-12)]))
 @over_inits
 def test_init_obeys_its_dtype_and_is_orthogonal_to_its_rounding(init, dtype, tolerance):
     with jax.enable_x64(dtype == jnp.float64):
@@ -554,14 +570,14 @@ def test_init_obeys_its_dtype_and_is_orthogonal_to_its_rounding(init, dtype, tol
     np.testing.assert_allclose(gram, gram[0, 0] * np.eye(4), atol=tolerance)
 
 
-@pytest.mark.parametrize("shape", [(3, 3, 7, 4), (7, 4), (4,), ()])
+@pytest.mark.parametrize("shape", first_fast(map(pytest.param, [(3, 3, 7, 4), (7, 4), (4,), ()])))
 @over_inits
 def test_shape_that_does_not_fit_the_link_is_refused(init, shape):
     with pytest.raises(ValueError, match=re.escape(f"got {shape}")):
         init(KEY, shape)
 
 
-@pytest.mark.parametrize("strides", [(2,), (2, 2, 2), ()])
+@pytest.mark.parametrize("strides", first_fast(map(pytest.param, [(2,), (2, 2, 2), ()])))
 def test_strides_of_the_wrong_length_are_refused(strides):
     with pytest.raises(ValueError, match="one per spatial axis"):
         looks_linear(lk_relu, strides=strides)(KEY, (3, 3, 8, 4))
@@ -571,8 +587,8 @@ def test_strides_of_the_wrong_length_are_refused(strides):
 
 
 @layouts
-@pytest.mark.parametrize("member", [0, 1])
-@pytest.mark.parametrize("link", [lk_relu, lk_selu, fourier], ids=["lk_relu", "lk_selu", "fourier"])
+@pytest.mark.parametrize("member", first_fast([0, 1]))
+@pytest.mark.parametrize("link", first_fast([lk_relu, lk_selu, fourier]), ids=["lk_relu", "lk_selu", "fourier"])
 def test_embedded_kernel_computes_what_the_plain_layer_did(link, member, layout):
     link = laid_out(link, layout)
     g = link.members[member]
@@ -592,7 +608,7 @@ def test_embedding_keeps_the_dtype():
     assert embed_plain_kernel(jnp.ones((2, 2), jnp.bfloat16), lk_relu).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("member", [-1, 2])
+@pytest.mark.parametrize("member", first_fast([-1, 2]))
 def test_embedding_refuses_a_member_that_the_link_has_not(member):
     with pytest.raises(ValueError, match=f"member={member}"):
         embed_plain_kernel(jnp.ones((2, 2)), lk_relu, member=member)

@@ -92,15 +92,15 @@ def same_numbers_and_gradients(ours, theirs, z, tolerance):
 
 
 @dtypes
-@pytest.mark.parametrize("make", [dense, conv, grouped])
+@pytest.mark.parametrize("make", first_fast([dense, conv, grouped]))
 def test_linen_and_nnx_compute_the_same(make, dtype, tolerance):
     same_numbers_and_gradients(*make(lk_swish, lk_swish, dtype), tolerance)
 
 
 @pytest.mark.slow
 @dtypes
-@pytest.mark.parametrize("make", [dense, conv])
-@pytest.mark.parametrize("links", LINKS.values(), ids=LINKS)
+@pytest.mark.parametrize("make", first_fast([dense, conv]))
+@pytest.mark.parametrize("links", first_fast(map(pytest.param, LINKS.values())), ids=LINKS)
 def test_linen_and_nnx_compute_the_same_after_every_link(links, make, dtype, tolerance):
     same_numbers_and_gradients(*make(*links, dtype), tolerance)
 
@@ -126,7 +126,7 @@ def test_slopes_have_their_own_dtype():
     )
 
 
-@pytest.mark.parametrize("link", [lk_relu, lk_elu], ids=["lk_relu", "lk_elu"])
+@pytest.mark.parametrize("link", first_fast([lk_relu, lk_elu]), ids=["lk_relu", "lk_elu"])
 def test_kernels_start_as_in_nnx(link):
     z = white(1, 6, 6, 4)
     interleaved = linked(*link.members, layout="interleaved")
