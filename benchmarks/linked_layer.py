@@ -12,27 +12,22 @@ of the compiled step. Both relative to the plain net. Memory goal, under scan: l
 
 import dataclasses
 import functools
-import json
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import tyro
 from flax import nnx
 from jaxtyping import Array
 
-from experiments.engine import records
+from benchmarks import turns
 from experiments.engine.console import Console
-from experiments.engine.errors import UsageError, run_command
+from experiments.engine.errors import run_command
 from linked_jax import LinkedConv
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(turns.Settings):
     """Step time and memory of a linked conv net beside the plain one and the naive concatenation."""
 
     depth: int = 50
@@ -43,10 +38,6 @@ class Settings:
     """Height and width of the images."""
     batch_size: int = 128
     """Images."""
-    rounds: int = 20
-    """Timed steps of each net; they take turns."""
-    out: Path | None = None
-    """A JSON file for the record."""
 
 
 class PlainLayer(nnx.Module):
@@ -97,37 +88,21 @@ def compile_step(name: str, settings: Settings, *, scan: bool) -> tuple[Any, tup
     return step.lower(*arguments).compile(), arguments
 
 
-def measure(settings: Settings, *, scan: bool, advance: Callable[[int], None]) -> dict[str, dict[str, float]]:
+def measure(settings: Settings, console: Console, *, scan: bool) -> dict[str, dict[str, float]]:
     """For each net: temporary memory in bytes, and the median seconds of a step."""
     steps = {name: compile_step(name, settings, scan=scan) for name in LAYERS}
-    times: dict[str, list[float]] = {name: [] for name in LAYERS}
-    for done in range(settings.rounds + 2):
-        for name, (step, arguments) in steps.items():
-            start = time.perf_counter()
-            jax.block_until_ready(step(*arguments))
-            if done >= 2:  # warm-up
-                times[name].append(time.perf_counter() - start)
-        advance(1)
+    actions = {name: functools.partial(step, *arguments) for name, (step, arguments) in steps.items()}
+    times = turns.medians(actions, settings.rounds, console, "scanned layers" if scan else "unrolled layers")
     return {
-        name: {
-            "temporary_bytes": steps[name][0].memory_analysis().temp_size_in_bytes,
-            "step_seconds": float(np.median(times[name])),
-        }
-        for name in LAYERS
+        name: {"temporary_bytes": step.memory_analysis().temp_size_in_bytes, "step_seconds": times[name]}
+        for name, (step, _) in steps.items()
     }
 
 
 def main() -> None:
     """Measure, print the ratios, and write the record."""
-    settings = tyro.cli(Settings, prog="python -m benchmarks.linked_layer")
-    for option, value in dataclasses.asdict(settings).items():
-        if isinstance(value, int) and value < 1:
-            raise UsageError(f"--{option.replace('_', '-')} is at least 1, got {value}")
-    console = Console()
-    results = {}
-    for mode in ("scanned", "unrolled"):
-        with console.progress(f"{mode} layers", settings.rounds + 2) as advance:
-            results[mode] = measure(settings, scan=mode == "scanned", advance=advance)
+    settings, console = turns.parse(Settings, "linked_layer"), Console()
+    results = {mode: measure(settings, console, scan=mode == "scanned") for mode in ("scanned", "unrolled")}
     rows = []
     for mode, nets in results.items():
         for name, net in nets.items():
@@ -141,11 +116,7 @@ def main() -> None:
                 }
             )
     console.table(f"{settings.depth} conv layers of {settings.width} units, relative to the plain net:", rows)
-    if settings.out:
-        config = {key: value for key, value in dataclasses.asdict(settings).items() if key != "out"}
-        record = {"benchmark": "linked_layer", "settings": config, "results": results, **records.environment()}
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        settings.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    turns.save(settings, "linked_layer", results)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,23 @@
-"""What does a `Monitor` cost? A training loop with and without one, and one look beside one training step.
+"""What does a `Monitor` cost? A training loop with and without one, and one report beside one training step.
 
     python -m benchmarks.monitor
 
 A linked conv net on digits, Adam. The loops with and without the monitor take turns, and so do the training step, the
-forward pass and the look, on the same batch; times are medians after warm-up. The first look, which traces the model
-and compiles, is reported by itself. With --with-loss a look goes backward too.
+forward pass and the report, on the same batch; times are medians after warm-up. The first report, for which the model
+is traced and compiled, is timed by itself. With --with-loss a report has gradients too.
 """
 
 import dataclasses
-import json
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from jaxtyping import Array
 
+from benchmarks import turns
 from experiments.engine import data as data_lib
-from experiments.engine import records
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
 from linked_jax import LinkedConv, LinkedLinear
@@ -30,25 +25,23 @@ from linked_jax.probe import Monitor
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Time of a training loop with and without a monitor, and of one look at the units."""
+class Settings(turns.Settings):
+    """Time of a training loop with and without a monitor, and of one report."""
 
     depth: int = 4
     """3x3 convs."""
     width: int = 32
     """Units in every layer."""
     batch_size: int = 128
-    """Images of a step, and of a look."""
+    """Images of a step, and of a report."""
     every: int = 100
-    """Steps from look to look."""
+    """Steps from report to report."""
     steps: int = 300
     """Steps of a loop."""
     rounds: int = 7
-    """Timed loops of each kind; they take turns. Each piece is timed ten times as often."""
+    """Timed rounds of loops, which take turns. Each piece is timed ten times as often."""
     with_loss: bool = False
     """Let the monitor measure gradients too."""
-    out: Path | None = None
-    """A JSON file for the record."""
 
 
 class Bench:
@@ -85,7 +78,7 @@ class Bench:
 
         self._step, self._forward = step, jax.jit(model_fn)
         batches, loss = ([(self.images, self.labels)], loss_fn) if settings.with_loss else ([self.images], None)
-        self.monitor = Monitor(model_fn, batches, every=settings.every, loss_fn=loss)
+        self.monitor = Monitor(batches, every=settings.every, call=model_fn, loss_fn=loss)
 
     def train_step(self) -> Any:
         """One update from the start: the parameters stay as they are."""
@@ -95,19 +88,19 @@ class Bench:
         """The forward pass alone."""
         return self._forward(self.params, self.images)
 
-    def look(self) -> None:
-        """One look of the monitor."""
+    def report(self) -> None:
+        """One report of the monitor."""
         self.monitor(0, self.params)
 
     def loop(self) -> Any:
-        """Train, unwatched."""
+        """Train."""
         carry = self.params, self.opt_state
         for _ in range(self.settings.steps):
             carry = self._step(*carry, self.images, self.labels)
         return carry
 
-    def watched_loop(self) -> Any:
-        """Train, and look from time to time."""
+    def monitored_loop(self) -> Any:
+        """Train, with a report from time to time."""
         carry = self.params, self.opt_state
         for step in range(self.settings.steps):
             self.monitor(step, carry[0])
@@ -115,39 +108,15 @@ class Bench:
         return carry
 
 
-def seconds(action: Callable[[], Any]) -> float:
-    """Of one call, until its arrays are there."""
-    start = time.perf_counter()
-    jax.block_until_ready(action())
-    return time.perf_counter() - start
-
-
-def medians(actions: dict[str, Callable[[], Any]], rounds: int, advance: Callable[[int], None]) -> dict[str, float]:
-    """Median seconds of each action; they take turns, and the first round is warm-up."""
-    times = {name: [] for name in actions}
-    for done in range(rounds + 1):
-        for name, action in actions.items():
-            taken = seconds(action)
-            if done:
-                times[name].append(taken)
-        advance(1)
-    return {name: float(np.median(values)) for name, values in times.items()}
-
-
 def main() -> None:
     """Measure, print the ratios, and write the record."""
-    settings = tyro.cli(Settings, prog="python -m benchmarks.monitor")
-    for option, value in dataclasses.asdict(settings).items():
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise UsageError(f"--{option.replace('_', '-')} is at least 1, got {value}")
-    bench, console = Bench(settings), Console()
-    results = {"first look": seconds(bench.look)}
-    pieces = {"training step": bench.train_step, "forward pass": bench.forward, "look": bench.look}
-    with console.progress("pieces", 10 * settings.rounds + 1) as advance:
-        results |= medians(pieces, 10 * settings.rounds, advance)
-    loops = {"loop": bench.loop, "loop with monitor": bench.watched_loop}
-    with console.progress("loops", settings.rounds + 1) as advance:
-        results |= medians(loops, settings.rounds, advance)
+    settings, console = turns.parse(Settings, "monitor"), Console()
+    bench = Bench(settings)
+    results = {"first report": turns.seconds(bench.report)}
+    pieces = {"training step": bench.train_step, "forward pass": bench.forward, "report": bench.report}
+    results |= turns.medians(pieces, 10 * settings.rounds, console, "pieces")
+    loops = {"loop": bench.loop, "loop with monitor": bench.monitored_loop}
+    results |= turns.medians(loops, settings.rounds, console, "loops")
     unit = dict.fromkeys(results, results["training step"]) | dict.fromkeys(loops, results["loop"])
     console.table(
         f"{settings.depth} linked convs of {settings.width} units on {jax.devices()[0].device_kind}, relative to a "
@@ -157,11 +126,7 @@ def main() -> None:
             for name, taken in results.items()
         ],
     )
-    if settings.out:
-        config = {key: value for key, value in dataclasses.asdict(settings).items() if key != "out"}
-        record = {"benchmark": "monitor", "settings": config, "results": results, **records.environment()}
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        settings.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    turns.save(settings, "monitor", results)
 
 
 if __name__ == "__main__":

@@ -10,23 +10,12 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jaxtyping import Array, Float
 
+from linked_jax.probe import variables
 from linked_jax.probe.models import merge, split
 from linked_jax.probe.names import named_calls, scope_of, source_of
 from linked_jax.probe.recognise import activation_at, has_activation, inner_jaxprs, open_jaxpr
 from linked_jax.probe.taps import Env, Tap, all_times, evaluate_equations, is_tap, measure, read
-from linked_jax.probe.variables import (
-    CALLS,
-    CUSTOM,
-    REMATS,
-    Origin,
-    Path,
-    Samples,
-    Variable,
-    describe,
-    inputs_of,
-    operands_of,
-    sample_axes,
-)
+from linked_jax.probe.variables import Origin, Path, Samples, Variable
 
 Taps = OrderedDict[Any, Any]
 """A `Tap` for each (pre-activation, activation), and a `NotSeen`: in order of execution. JAX keeps their order."""
@@ -35,7 +24,7 @@ Taps = OrderedDict[Any, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NotSeen:
-    """An equation that holds activations and is not looked into."""
+    """An equation that holds activations and is not entered."""
 
     what: str = dataclasses.field(metadata={"static": True})
 
@@ -72,7 +61,7 @@ def observe(f: Callable[[Any, Any], Any], parameters: Any, inputs: Any) -> tuple
       Array(1, dtype=int32)
     """
     outputs, taps = Trace.of(f, parameters, inputs).evaluate()
-    return outputs, [dataclasses.replace(tap, gradient_square_sum=None) for tap in taps.values() if is_tap(tap)]
+    return outputs, [tap for tap in with_gradients(taps, {}).values() if is_tap(tap)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +87,7 @@ class Trace:
         jaxpr, outputs = jax.make_jaxpr(forward, return_shape=True)(arrays, inputs)
         larger = jax.tree.map(_twice, inputs)
         try:
-            samples = sample_axes(jaxpr, jax.make_jaxpr(forward)(arrays, larger))
+            samples = variables.sample_axes(jaxpr, jax.make_jaxpr(forward)(arrays, larger))
         except Exception:  # whatever a model made for one size of batch raises: its samples are along the first axis
             samples = None
         parts = jax.tree.leaves(arrays), jax.tree.leaves(inputs)
@@ -113,9 +102,17 @@ class Trace:
             gradient for it is that sum.
         """
         frame = _Frame((), "", self.samples, probes or {})
-        inputs = inputs_of(self.jaxpr, self.from_data, (), self.samples)
+        inputs = variables.inputs_of(self.jaxpr, self.from_data, (), self.samples)
         leaves, taps = _evaluate(self.jaxpr, self.arguments, inputs, frame)
         return jax.tree.unflatten(self.structure, leaves), taps
+
+
+def with_gradients(taps: Taps, square_sums: Mapping[Origin, Any]) -> Taps:
+    """The taps with the sums of squares of the gradients for z, by its origin; with None where there is none."""
+    return Taps(
+        (key, dataclasses.replace(tap, gradient_square_sum=square_sums.get(key[0])) if is_tap(tap) else tap)
+        for key, tap in taps.items()
+    )
 
 
 def _twice(x: Any) -> Any:
@@ -135,23 +132,31 @@ class _Frame:
     def inside(self, i: int, equation: JaxprEqn) -> "_Frame":
         return dataclasses.replace(self, path=(*self.path, i), scope=scope_of(equation, self.scope))
 
-    def probed(self, variable: Variable, value: Any) -> Any:
-        """The value, with its gradient measured if it has a probe and is defined here."""
-        probe = self.probes.get(variable.origin) if variable.origin.path == self.path else None
-        return value if probe is None else _measured(value, probe)
+    def has(self, origin: Origin) -> bool:
+        """Whether it is in this jaxpr or in one inside it."""
+        return origin.path[: len(self.path)] == self.path
+
+    def probed(self, values: Env, known: dict[Var, Variable], first: int) -> Env:
+        """The values; the gradient is measured of those with a probe that are defined here, from an equation on."""
+        probes = {
+            var: self.probes.get(known[var].origin)
+            for var in values
+            if known[var].origin.path == self.path and known[var].origin.equation >= first
+        }
+        return values | {var: _measured(values[var], probe) for var, probe in probes.items() if probe is not None}
 
 
 def _evaluate(jaxpr: Any, arguments: list[Any], inputs: list[Variable], frame: _Frame) -> tuple[list[Any], Taps]:
     """The outputs of a jaxpr and the taps inside.
 
-    Calls and remat are looked into; so are scans, where each iteration is a layer, or, if the scan runs over the
-    data, a recurrent layer that is one over all times. Of functions with a custom derivative the activations are
-    seen and their gradients are not.
+    Calls and remat are entered; so are scans, where each iteration is a layer, or, if the scan runs over the
+    data, a recurrent layer that is one over all times. What a function with a custom derivative computes inside has
+    taps, but no gradients.
     """
     body, constants = open_jaxpr(jaxpr)
-    known = describe(jaxpr, inputs, frame.path, frame.samples)
+    known = variables.describe(jaxpr, inputs, frame.path, frame.samples)
     env = dict(zip([*body.constvars, *body.invars], [*constants, *arguments], strict=True))
-    env = {var: frame.probed(known[var], value) for var, value in env.items()}
+    env = frame.probed(env, known, variables.INPUT)
     taps, i = Taps(), 0
     while i < len(body.eqns):
         equation, site, stop = body.eqns[i], activation_at(body.eqns, i), i + 1
@@ -161,14 +166,14 @@ def _evaluate(jaxpr: Any, arguments: list[Any], inputs: list[Variable], frame: _
             values, tap = measure(body, some, site, known[site.z], env, frame.samples, frame.scope)
             taps.setdefault((known[site.z].origin, site.activation, _signature(some, known)), tap)
         elif any(has_activation(inner) for inner in inner_jaxprs(equation)):
-            operands = operands_of(equation, known)
+            operands = variables.operands_of(equation, known)
             outputs, inside = _enter(body, equation, env, operands, frame.inside(i, equation))
             values = dict(zip(equation.outvars, outputs, strict=True))
             for key, tap in inside.items():
                 taps.setdefault(key, tap)
         else:
             values = evaluate_equations(body, [equation], env)
-        env |= {var: frame.probed(known[var], value) for var, value in values.items()}
+        env |= frame.probed(values, known, i)
         i = stop
     return [read(atom, env) for atom in body.outvars], taps
 
@@ -198,18 +203,17 @@ def _enter(
     arguments = [read(atom, env) for atom in equation.invars]
     if kind == "scan":
         return _scan(equation, arguments, [operand.from_data for operand in operands], frame)
-    if kind in CALLS:
+    if kind in variables.CALLS:
         return _evaluate(inner, arguments, operands, frame)
-    if kind in REMATS:
+    if kind in variables.REMATS:
         options = {name: equation.params[name] for name in ("policy", "prevent_cse")}
         return jax.checkpoint(lambda arguments: _evaluate(inner, arguments, operands, frame), **options)(arguments)
     outputs = list(evaluate_equations(body, [equation], env).values())
-    if kind in CUSTOM:
+    if kind in variables.CUSTOM:
         constant = dataclasses.replace(frame, probes={})
         taps = _evaluate(inner, jax.lax.stop_gradient(arguments), operands, constant)[1]
-        return outputs, jax.tree.map(
-            lambda tap: dataclasses.replace(tap, gradient_square_sum=None), taps, is_leaf=is_tap
-        )
+        origins = [key[0] for key, tap in taps.items() if is_tap(tap)]
+        return outputs, with_gradients(taps, {origin: jnp.zeros(()) for origin in origins if not frame.has(origin)})
     not_seen = NotSeen(f"{kind} in {frame.scope or source_of(equation) or 'the model'}")
     return outputs, Taps({frame.path: not_seen})
 
@@ -227,8 +231,8 @@ def _scan(equation: JaxprEqn, arguments: list[Any], from_data: list[bool], frame
     n_consts = first_x - n_carry
     over_time = any(from_data[first_x:])
     varies = [*from_data[:n_consts], *[any(from_data)] * n_carry, *from_data[first_x:]]
-    inputs = inputs_of(jaxpr, varies, frame.path, frame.samples)
-    own = {origin: probe for origin, probe in frame.probes.items() if origin.path[: len(frame.path)] == frame.path}
+    inputs = variables.inputs_of(jaxpr, varies, frame.path, frame.samples)
+    own = {origin: probe for origin, probe in frame.probes.items() if frame.has(origin)}
 
     def step(carry: list[Any], x: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
         here = dataclasses.replace(frame, probes=own if over_time else x[1])

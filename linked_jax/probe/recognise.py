@@ -58,7 +58,7 @@ INLINED: tuple[tuple[str, Callable[..., Any]], ...] = (
 
 COMMUTATIVE = {"add", "mul", "max", "min"}
 AFFINE = {"add", "broadcast_in_dim", "convert_element_type", "copy", "div", "mul", "name", "neg", "reshape", "sub"}
-"""Operations that are affine in each operand; of a product and a quotient, in the first one alone or the other."""
+"""Operations that are affine in their operands; a product and a quotient are not, if both operands change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _is_affine(equations: Sequence[JaxprEqn], variables: Sequence[Any], result: 
             changing = [var for var, operand in zip(body.invars, operands, strict=True) if operand]
             if not all(_is_affine(body.eqns, changing, out) for out in body.outvars):
                 return False
-        elif name not in AFFINE or (name == "mul" and all(operands)) or (name == "div" and operands[1]):
+        elif name not in AFFINE or (name == "mul" and all(operands)) or (name == "div" and operands[-1]):
             return False
         affine |= set(equation.outvars)
     return result in affine or isinstance(result, Literal)

@@ -31,11 +31,11 @@ CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 _SAME_AXES = {"convert_element_type", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint"}
 _SAME_ORDER = {"reshape", "broadcast_in_dim"}
-_INPUT, _CONSTANT = -1, -2
+INPUT, CONSTANT = -1, -2
 
 
 class Origin(NamedTuple):
-    """Where a variable is defined: the jaxpr, the equation in it (or _INPUT, _CONSTANT), and which of its outputs."""
+    """Where a variable is defined: the jaxpr, the equation in it (or INPUT, CONSTANT), and which of its outputs."""
 
     path: Path
     equation: int
@@ -98,14 +98,14 @@ def _with_shapes(body: Any) -> list[Any]:
 def inputs_of(jaxpr: Any, from_data: Sequence[bool], path: Path, samples: Samples) -> list[Variable]:
     """The variables that enter a jaxpr, where nothing is known of them but whether they are data."""
     invars = open_jaxpr(jaxpr)[0].invars
-    origins = [Origin(path, _INPUT, k) for k in range(len(invars))]
-    return [_new(*pair, data, samples) for *pair, data in zip(invars, origins, from_data, strict=True)]
+    flags = zip(invars, from_data, strict=True)
+    return [_new(var, Origin(path, INPUT, k), data, samples) for k, (var, data) in enumerate(flags)]
 
 
 def describe(jaxpr: Any, inputs: Sequence[Variable], path: Path, samples: Samples) -> dict[Var, Variable]:
     """What is known of every variable of a jaxpr, from what is known of its inputs."""
     body = open_jaxpr(jaxpr)[0]
-    known = {var: _new(var, Origin(path, _CONSTANT, k), False, samples) for k, var in enumerate(body.constvars)}
+    known = {var: _new(var, Origin(path, CONSTANT, k), False, samples) for k, var in enumerate(body.constvars)}
     known |= dict(zip(body.invars, inputs, strict=True))
     for i, equation in enumerate(body.eqns):
         operands = operands_of(equation, known)
@@ -132,14 +132,18 @@ def operands_of(equation: JaxprEqn, known: dict[Var, Variable]) -> list[Variable
 
 
 def _get(known: dict[Var, Variable], atom: Any) -> Variable:
-    return _new(atom, Origin((), _CONSTANT, -1), False, None) if isinstance(atom, Literal) else known[atom]
+    return _new(atom, Origin((), CONSTANT, -1), False, None) if isinstance(atom, Literal) else known[atom]
 
 
 def _new(var: Any, origin: Origin, from_data: bool, samples: Samples) -> Variable:
     """A variable that an operation made: its channels are along the last axis that is not of samples."""
-    shape = getattr(var.aval, "shape", ())
+    shape = _shape(var)
     others = [k for k in range(len(shape)) if k not in _samples_of(var, samples)]
     return Variable(origin, from_data, tuple((Factor(n, [k] == others[-1:]),) for k, n in enumerate(shape)))
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return getattr(var.aval, "shape", ())
 
 
 def _samples_of(var: Any, samples: Samples) -> tuple[int, ...]:
@@ -148,7 +152,7 @@ def _samples_of(var: Any, samples: Samples) -> tuple[int, ...]:
 
 def _moved(equation: JaxprEqn, operand: Variable) -> tuple[tuple[Factor, ...], ...] | None:
     """The axes of the operand after pure data movement; None for any other operation."""
-    kind, shape = equation.primitive.name, getattr(equation.outvars[0].aval, "shape", ())
+    kind, shape = equation.primitive.name, _shape(equation.outvars[0])
     if kind in _SAME_AXES:
         return operand.axes
     if kind == "transpose":
@@ -181,7 +185,7 @@ def arrangement(site: Site, z: Variable, samples: Samples) -> tuple[Callable[[Ar
     Raises:
       ValueError: if the link's axis is that of the samples.
     """
-    shape, outputs = site.z.aval.shape, site.h.aval.shape
+    shape, outputs = _shape(site.z), _shape(site.h)
     z_first, h_first = _samples_of(site.z, samples), _samples_of(site.h, samples)
     z_order, h_order = _to_front(z_first, len(shape)), _to_front(h_first, len(outputs))
     n, ndim, factors = len(z_first), len(shape), (Factor(1, True),)
@@ -203,14 +207,14 @@ def arrangement(site: Site, z: Variable, samples: Samples) -> tuple[Callable[[Ar
 
 def _unit_axis(site: Site, z: Variable, z_order: list[int], h_sizes: list[int], n: int, *, known: bool) -> int:
     """The axis of z's units, where the first n axes are of samples; those are guessed if they are not known."""
-    ndim, z_sizes = len(z_order), [site.z.aval.shape[k] for k in z_order]
+    ndim, z_sizes = len(z_order), [_shape(site.z)[k] for k in z_order]
     if site.arity > 1:  # its axis is the one that the link made longer; it may be the first if no samples are known
         begin = n if known else 0
         longer = [k for k in range(begin, ndim) if len(h_sizes) == ndim and h_sizes[k] == site.arity * z_sizes[k]]
         if not longer:
             raise ValueError(
-                f"the link {site.activation} is laid along the axis of the samples: it makes {site.h.aval.shape} of z "
-                f"of shape {site.z.aval.shape}; give z an axis of units, as in link(z[..., None])"
+                f"the link {site.activation} is laid along the axis of the samples: it makes {_shape(site.h)} of z "
+                f"of shape {_shape(site.z)}; give z an axis of units, as in link(z[..., None])"
             )
         return longer[0]
     channels = [k for k in range(n, ndim) if any(factor.is_channel for factor in z.axes[z_order[k]])]

@@ -1,0 +1,68 @@
+"""What the benchmarks share: options, timing in turns, and the record."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import tyro
+
+from experiments.engine import records
+from experiments.engine.console import Console
+from experiments.engine.errors import UsageError
+
+_WARM_UP = 2  # rounds; the first one compiles
+S = TypeVar("S", bound="Settings")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Options of every benchmark."""
+
+    rounds: int = 20
+    """Timed rounds; in each, what is compared takes turns."""
+    out: Path | None = None
+    """A JSON file for the record."""
+
+
+def parse(kind: type[S], name: str) -> S:
+    """The settings of the command `python -m benchmarks.NAME`.
+
+    Raises:
+      UsageError: if an integer is below 1.
+    """
+    settings = tyro.cli(kind, prog=f"python -m benchmarks.{name}")
+    for option, value in dataclasses.asdict(settings).items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise UsageError(f"--{option.replace('_', '-')} is at least 1, got {value}")
+    return settings
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    """Of one call, until its arrays are there."""
+    start = time.perf_counter()
+    jax.block_until_ready(action())
+    return time.perf_counter() - start
+
+
+def medians(actions: Mapping[str, Callable[[], Any]], rounds: int, console: Console, title: str) -> dict[str, float]:
+    """Median seconds of each action; they take turns, after rounds of warm-up."""
+    times = []
+    with console.progress(title, rounds + _WARM_UP) as advance:
+        for _ in range(rounds + _WARM_UP):
+            times.append([seconds(action) for action in actions.values()])
+            advance(1)
+    return dict(zip(actions, np.median(times[_WARM_UP:], axis=0).tolist(), strict=True))
+
+
+def save(settings: Settings, name: str, results: Any) -> None:
+    """Write the record, if its file is named: the settings, the results and where they were measured."""
+    if settings.out:
+        config = {key: value for key, value in dataclasses.asdict(settings).items() if key != "out"}
+        record = {"benchmark": name, "settings": config, "results": results, **records.environment()}
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        settings.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
