@@ -10,7 +10,6 @@ from linked_jax.activations import (
     crelu,
     elu,
     gelu,
-    get_activation,
     leaky_relu,
     lk_elu,
     lk_gelu,
@@ -39,19 +38,29 @@ from linked_jax.initializers import (
     read_out,
     variance_preserving,
 )
-from linked_jax.layers import ChannelPReLU, LinkedConv, LinkedLinear, LinkedPReLU
+from linked_jax.layers import (
+    ACTIVATION_NAMES,
+    ChannelPReLU,
+    LinkedConv,
+    LinkedLinear,
+    LinkedPReLU,
+    activation_arity,
+    get_activation,
+)
 from linked_jax.linking import Link, fourier, linked, min_max
 from linked_jax.schedules import all_cnn_schedule, inverse_time_decay, step_schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACTIVATION_NAMES",
     "Certificate",
     "ChannelPReLU",
     "Link",
     "LinkedConv",
     "LinkedLinear",
     "LinkedPReLU",
+    "activation_arity",
     "all_cnn_schedule",
     "certify",
     "crelu",

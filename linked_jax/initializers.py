@@ -30,7 +30,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from linked_jax.linking import Link, join
-from linked_jax.moments import evaluate, mean_square
+from linked_jax.members import evaluate
+from linked_jax.moments import mean_square
 
 Initializer = Callable[..., Array]
 

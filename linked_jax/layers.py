@@ -7,16 +7,17 @@ backward pass only z is kept: the link is computed again there, so a linked net 
 that keeps its activations.
 """
 
+import difflib
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from linked_jax.activations import ACTIVATIONS, lk_relu, prelu
+from linked_jax.activations import ACTIVATIONS, SYNONYMS, lk_relu, prelu
 from linked_jax.initializers import Initializer, default_kernel_init
 from linked_jax.linking import Layout, Link, from_the_right, join, linked, marked
 
@@ -177,8 +178,8 @@ class ChannelPReLU(nnx.Module):
       Array([-1.,  4.], dtype=float32)
     """
 
-    arity: ClassVar[int] = 1
-    layout: ClassVar[Layout] = "blocked"
+    arity: int = 1
+    layout: Layout = "blocked"
 
     def __init__(
         self,
@@ -242,7 +243,7 @@ class LinkedPReLU(nnx.Module):
       Array([-1.,  4.], dtype=float32)
     """
 
-    arity: ClassVar[int] = 2
+    arity: int = 2
 
     def __init__(
         self,
@@ -272,11 +273,70 @@ class LinkedPReLU(nnx.Module):
         return marked(lambda z: join([from_the_right(g)(z) for g in members], -1, self.layout), z, label)
 
 
-ACTIVATIONS.update(prelu=ChannelPReLU, lk_prelu=LinkedPReLU)
+_WITH_SLOPES: dict[str, type[ChannelPReLU] | type[LinkedPReLU]] = {"prelu": ChannelPReLU, "lk_prelu": LinkedPReLU}
+ACTIVATION_NAMES = (*ACTIVATIONS, *_WITH_SLOPES)
+"""The names that `get_activation` takes, without synonyms such as silu for swish."""
+
+
+def activation_arity(name: str) -> int:
+    """The number of members of the activation of that name; nothing is built.
+
+    Args:
+      name: one of `ACTIVATION_NAMES`, or a synonym (silu is swish).
+
+    Returns:
+      1 for a plain activation, 2 for a mirror link.
+
+    Raises:
+      ValueError: if there is no such name; the message has the nearest one and the list.
+
+    Example:
+      >>> from linked_jax import activation_arity
+      >>> activation_arity("relu"), activation_arity("lk_prelu")
+      (1, 2)
+    """
+    return (ACTIVATIONS | _WITH_SLOPES)[_known(name)].arity
+
+
+def get_activation(name: str, features: int | None = None) -> Link | ChannelPReLU | LinkedPReLU:
+    """The activation of that name: a `Link`, or a module with slopes for each of a number of features.
+
+    Args:
+      name: one of `ACTIVATION_NAMES`, or a synonym (silu is swish).
+      features: the number of pre-activation channels C. prelu and lk_prelu need it; the others ignore it.
+
+    Returns:
+      A callable z (..., C) -> (..., d*C) with an `arity` d and a `link`, the link that it is at the start.
+
+    Raises:
+      ValueError: if there is no such name; the message has the nearest one and the list. If features are missing.
+
+    Example:
+      >>> from linked_jax import get_activation
+      >>> get_activation("lk_silu") is get_activation("lk_swish")
+      True
+      >>> get_activation("lk_prelu", 3).arity
+      2
+    """
+    known = _known(name)
+    if known in ACTIVATIONS:
+        return ACTIVATIONS[known]
+    if features is None:
+        raise ValueError(f"{name} has slopes for each feature, got features=None; pass get_activation({name!r}, C)")
+    return _WITH_SLOPES[known](features)
+
+
+def _known(name: str) -> str:
+    known = SYNONYMS.get(name, name)
+    if known not in ACTIVATION_NAMES:
+        nearest = difflib.get_close_matches(name, [*ACTIVATION_NAMES, *SYNONYMS], n=1, cutoff=0.0)
+        names = ", ".join(sorted(ACTIVATION_NAMES))
+        raise ValueError(f"no activation {name!r}; did you mean {nearest[0]!r}? The names are: {names}")
+    return known
 
 
 def _link_at_start(link: Activation) -> Link:
-    start = link if isinstance(link, Link) else getattr(link, "link", None)
+    start = getattr(link, "link", None)
     if not isinstance(start, Link):
         raise TypeError(
             f"the default kernel_init needs a Link or a module with a .link, got {link!r}; pass kernel_init"
@@ -287,8 +347,8 @@ def _link_at_start(link: Activation) -> Link:
 def _check_link(link: Activation) -> Activation:
     if isinstance(link, type) or not isinstance(link, Activation):
         raise TypeError(f"link is a Link or a built module with an arity, got {link!r}; pass e.g. linked(jax.nn.relu)")
-    if isinstance(link, Link) and link.axis != -1:
-        raise ValueError(f"Flax layers have channels last, got a link with axis={link.axis}; pass one with axis=-1")
+    if (axis := getattr(link, "axis", -1)) != -1:
+        raise ValueError(f"Flax layers have channels last, got a link with axis={axis}; pass one with axis=-1")
     return link
 
 

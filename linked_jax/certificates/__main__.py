@@ -3,9 +3,8 @@
 import argparse
 import sys
 
-from linked_jax.activations import get_activation
 from linked_jax.certificates import DTYPES, certify
-from linked_jax.linking import Link
+from linked_jax.layers import get_activation
 
 
 def _print_progress(share: float) -> None:
@@ -24,11 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     options = parser.parse_args(arguments)
     try:
-        link = get_activation(options.activation)
+        link = get_activation(options.activation, 1)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    link = link if isinstance(link, Link) else link(1)  # prelu and lk_prelu: modules of one feature
     progress = _print_progress if sys.stderr.isatty() else None
     certificate = certify(link, options.dtype, progress=progress)
     print(f"activation       {options.activation}\n{certificate}")

@@ -19,7 +19,6 @@ from experiments.engine.rows import identity, stem_init
 from experiments.models.depth_net import DepthNet
 from experiments.models.parameters_net import ParametersNet
 from linked_jax import LinkedLinear, default_kernel_init, get_activation, linked, lk_relu, variance_preserving
-from linked_jax.linking import Link
 
 ADAM = adam(3e-3)  # static arguments of the jitted step: made once, so that equal nets compile once
 SLOW = sgd(1e-30)
@@ -48,13 +47,12 @@ def digits():
 
 
 def net(act="lk_relu", *, depth=3, norm="none", unroll=False, seed=0, image_shape=(8, 8, 1), width=4):
-    found = get_activation(act)
     return DepthNet(
         image_shape,
         10,
         depth=depth,
         width=width,
-        activation=(lambda _: found) if isinstance(found, Link) else found,
+        activation=functools.partial(get_activation, act),
         stem_init=lambda _stride: variance_preserving(identity),
         kernel_init=default_kernel_init,
         norm=norm,
