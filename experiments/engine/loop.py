@@ -22,7 +22,7 @@ from jaxtyping import Array
 from experiments.engine.parallel import ONE_DEVICE, Placement
 
 Loss = Callable[[Any, Any, Any, Any, Array], tuple[Array, Any]]
-"""(parameters, state, data, batch, key) -> the scalar loss and the new state; hashable, so that equal ones compile once."""
+"""(parameters, state, data, batch, key) -> the scalar loss, the new state. Hashable: equal ones compile once."""
 
 
 class Carry(NamedTuple):
