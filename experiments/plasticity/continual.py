@@ -71,14 +71,14 @@ def learn(
     method: Method, width: int, plan: Plan, base: Task, runs: Sequence[tuple[int, float]],
     on_task: Callable[[int], None] = lambda _: None,
 ) -> list[dict[str, list[float]]]:  # fmt: skip
-    """One net for each run, from its first task to the last.
+    """One net for each run, from its first task to the last; together, and as alone but for rounding.
 
     Args:
       method: of `METHODS`.
       width: of the hidden layers.
       plan: the stream.
       base: the images that tasks are made of.
-      runs: (seed, rate) of each; they are computed together, and as alone but for rounding.
+      runs: (seed, rate) of each.
       on_task: called after each task with 1.
 
     Returns:

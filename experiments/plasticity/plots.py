@@ -57,43 +57,41 @@ def ends(values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
 def table(stream: str, column: str, config: Mapping[str, Any], lines: Sequence[Line]) -> list[dict[str, str]]:
     """A row for each method, the best on the last tasks first."""
     found = [(net, chosen(of_net(stream, net["row"], net["width"], lines))) for net in _nets(column, config)]
-    rows = []
-    for net, runs in sorted(found, key=lambda pair: -statistics.fmean(_last(run, "accuracy") for run in pair[1])):
-        first = [statistics.fmean(ends(run["accuracy"])[0]) for run in runs]
-        last = [_last(run, "accuracy") for run in runs]
-        rows.append(
-            {
-                "method": net["row"],
-                "last tasks": spread(last),
-                "first tasks": spread(first),
-                "difference": spread([b - a for a, b in zip(first, last, strict=True)]),
-                "all tasks": spread([statistics.fmean(run["accuracy"]) for run in runs]),
-                "dead, last": spread([_last(run, "dead") for run in runs]),
-                "dormant, last": spread([_last(run, "dormant") for run in runs]),
-                "rank, first": f"{statistics.fmean(statistics.fmean(ends(run['rank'])[0]) for run in runs):.1f}",
-                "rank, last": f"{statistics.fmean(_last(run, 'rank') for run in runs):.1f}",
-                "rate": f"{runs[0]['rate']:g}",
-                "seeds": str(len(runs)),
-                "units": str(net["width"]),
-                "parameters": f"{net['parameters']:,}",
-            }
-        )
-        if not all(min(run["finite"]) for run in runs):
-            rows[-1]["method"] += " (diverged)"
-    return rows
+    return [
+        {
+            "method": net["row"] + " (diverged)" * (not all(min(run["finite"]) for run in runs)),
+            "last tasks": spread([_last(run, "accuracy") for run in runs]),
+            "first tasks": spread([_first(run, "accuracy") for run in runs]),
+            "difference": spread([_last(run, "accuracy") - _first(run, "accuracy") for run in runs]),
+            "all tasks": spread([statistics.fmean(run["accuracy"]) for run in runs]),
+            "dead, last": spread([_last(run, "dead") for run in runs]),
+            "dormant, last": spread([_last(run, "dormant") for run in runs]),
+            "rank, first": f"{statistics.fmean(_first(run, 'rank') for run in runs):.1f}",
+            "rank, last": f"{statistics.fmean(_last(run, 'rank') for run in runs):.1f}",
+            "rate": f"{runs[0]['rate']:g}",
+            "seeds": str(len(runs)),
+            "units": str(net["width"]),
+            "parameters": f"{net['parameters']:,}",
+        }
+        for net, runs in sorted(found, key=lambda pair: -statistics.fmean(_last(run, "accuracy") for run in pair[1]))
+    ]
 
 
 def rates_table(stream: str, column: str, config: Mapping[str, Any], lines: Sequence[Line]) -> list[dict[str, str]]:
     """Mean accuracy over all tasks, and on the last ones, at each rate that was tried with seed 0."""
     rows = []
     for net in _nets(column, config):
-        row = {"method": net["row"]}
-        for run in of_net(stream, net["row"], net["width"], lines):
-            if run["seed"] == 0:
-                last = _last(run, "accuracy")
-                row[f"rate {run['rate']:g}"] = f"{statistics.fmean(run['accuracy']):.4f} (last {last:.4f})"
-        rows.append(row)
+        tried = [run for run in of_net(stream, net["row"], net["width"], lines) if run["seed"] == 0]
+        said = {
+            f"rate {run['rate']:g}": f"{statistics.fmean(run['accuracy']):.4f} (last {_last(run, 'accuracy'):.4f})"
+            for run in tried
+        }
+        rows.append({"method": net["row"], **said})
     return rows
+
+
+def _first(run: Line, measure: str) -> float:
+    return statistics.fmean(ends(run[measure])[0])
 
 
 def _last(run: Line, measure: str) -> float:

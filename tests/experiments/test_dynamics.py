@@ -253,7 +253,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_record(a_run, in_process, tmp
     (folder / "metrics.jsonl").write_text("".join(of_first), encoding="utf-8")
     code, again, error = in_process(tmp_path, *TINY, "--seeds", 2, "--seed", 7, "--out", "record")
     assert (code, error) == (0, "")
-    assert "relu seed 7" not in again
+    assert "\nrelu seed 7" not in again
     assert [text for text in again.splitlines() if "  step " in text] == [
         text for text in out.splitlines() if "  step " in text and not text.startswith("relu seed 7")
     ]
