@@ -120,23 +120,6 @@ def predict(
     return channel_moments(x)
 
 
-def add_branches(*branches: Moments) -> Moments:
-    """The moments of a sum of independent branches, as in a residual block: means and variances add.
-
-    A branch with fewer channels is taken as zero in the rest, like a shortcut that is padded with zeros at its end.
-
-    >>> import jax.numpy as jnp
-    >>> from linked_jax.remedies.bkn import add_branches
-    >>> from linked_jax.remedies.moment_calculus import Moments
-    >>> total = add_branches(Moments(jnp.ones(1), jnp.ones(1)), Moments(jnp.ones(2), jnp.ones(2)))
-    >>> [each.tolist() for each in total]
-    [[2.0, 1.0], [2.0, 1.0]]
-    """
-    features = max(branch.mean.size for branch in branches)
-    padded = [jax.tree.map(lambda each: jnp.pad(each, (0, features - each.size)), branch) for branch in branches]
-    return jax.tree.map(lambda *each: sum(each), *padded)
-
-
 class BatchKalmanNorm(nnx.Module):
     """Batch norm with the fused moments m and v: (x, predicted) -> (y, posterior).
 

@@ -29,7 +29,7 @@ class Moments(NamedTuple):
     variance: Float[Array, " c"]
 
 
-def through_kernel(moments: Moments, kernel: Float[Array, "... c_in c_out"]) -> Moments:
+def through_kernel(moments: Moments, kernel: Float[Array, "... c_in c_out"], *, groups: int = 1) -> Moments:
     """The moments of x K, or of the convolution x * K away from padded borders.
 
         mean' = K^T mean,   var' = (K^2)^T var + 1e-10,   K and K^2 summed over the positions of a convolution
@@ -38,7 +38,8 @@ def through_kernel(moments: Moments, kernel: Float[Array, "... c_in c_out"]) -> 
 
     Args:
       moments: of the inputs, (c_in,).
-      kernel: (c_in, c_out) or (*kernel_size, c_in, c_out).
+      kernel: (c_in, c_out) or (*kernel_size, c_in / groups, c_out).
+      groups: of a grouped convolution, as Flax' feature_group_count.
 
     Returns:
       Moments of the outputs, (c_out,).
@@ -56,16 +57,20 @@ def through_kernel(moments: Moments, kernel: Float[Array, "... c_in c_out"]) -> 
       >>> mean, variance
       (Array([-1.], dtype=float32), Array([25.], dtype=float32))
     """
-    if kernel.ndim < 2 or moments.mean.shape != (kernel.shape[-2],):
+    if kernel.ndim < 2 or moments.mean.shape != (groups * kernel.shape[-2],):
         raise ValueError(
-            f"a kernel of shape {kernel.shape} takes moments of its inputs, the axis before the last, got moments of "
-            f"shape {moments.mean.shape}; for a link or flattened features pass them through it first"
+            f"a kernel of shape {kernel.shape} takes moments of its inputs, the axis before the last times {groups} "
+            f"groups, got moments of shape {moments.mean.shape}; for a link or flattened features pass them through it "
+            "first"
         )
     kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    space = tuple(range(kernel.ndim - 2))
-    dot = functools.partial(jnp.dot, precision="highest")  # few numbers, and all that follows is divided by them
-    variance = dot(moments.variance, jnp.square(kernel).sum(space)) + EPSILON
-    return Moments(dot(moments.mean, kernel.sum(space)), variance)
+
+    def summed(values: Array, weights: Array) -> Array:  # over positions and the inputs of each group
+        weights = weights.sum(tuple(range(kernel.ndim - 2))).reshape(kernel.shape[-2], groups, -1)
+        # In full precision: these are few numbers, and all that follows is divided by them.
+        return jnp.einsum("gi,igo->go", values.reshape(groups, -1), weights, precision="highest").ravel()
+
+    return Moments(summed(moments.mean, kernel), summed(moments.variance, jnp.square(kernel)) + EPSILON)
 
 
 def through_link(moments: Moments, link: Link) -> Moments:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.test_util import check_grads
 
 from linked_jax import LinkedConv
-from linked_jax.remedies.bkn import BatchKalmanNorm, add_branches, channel_moments, fuse, predict
+from linked_jax.remedies.bkn import BatchKalmanNorm, channel_moments, fuse, predict
 from linked_jax.remedies.moment_calculus import Moments
 
 means = hnp.arrays(np.float64, 3, elements=st.floats(-5, 5, allow_subnormal=False))
@@ -153,23 +153,6 @@ def test_one_value_for_each_channel_is_refused():
         predict(some_moments(), jax.random.key(0), nnx.Linear(3, 4, rngs=nnx.Rngs(0)), (3,))
     with pytest.raises(ValueError, match="samples is at least 1"):
         predict(some_moments(), jax.random.key(0), nnx.relu, (3,), samples=0)
-
-
-def test_branches_add_and_the_narrower_is_padded_with_zeros():
-    narrow, wide = some_moments(2), some_moments(4)
-    padded = Moments(*(np.concatenate([each, np.zeros(2)]) for each in narrow))
-    for order in [(narrow, wide), (wide, narrow)]:
-        close(add_branches(*order), Moments(padded.mean + wide.mean, padded.variance + wide.variance), 1e-6)
-
-
-@pytest.mark.slow
-@hypothesis.given(pairs, pairs)
-def test_branches_have_the_moments_of_independent_sums(left, right):
-    """Each branch takes two values, m - sqrt(v) and m + sqrt(v), and all four pairs are equally likely."""
-    values = [np.stack([m - np.sqrt(v), m + np.sqrt(v)]) for m, v in (left, right)]
-    sums = (values[0][:, None] + values[1][None]).reshape(4, -1)
-    with jax.enable_x64(True):
-        close(add_branches(as_moments(left), as_moments(right)), Moments(sums.mean(0), sums.var(0)), 1e-10)
 
 
 # --- the norm -------------------------------------------------------------------------------------------------------
