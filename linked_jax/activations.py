@@ -19,14 +19,11 @@ activation at its kink is JAX's own; an `lk_` link takes the limit z -> 0+ there
 hold their certificate (`linked_jax.certify`) in float32, bfloat16 and float16.
 """
 
-import difflib
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from linked_jax.linking import Link, fourier, linked, min_max
+from linked_jax.linking import Layout, Link, fourier, from_the_right, join, linked, min_max
 
 
 def prelu(z: Float[Array, "..."], negative_slope: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
@@ -48,6 +45,36 @@ def prelu(z: Float[Array, "..."], negative_slope: Float[ArrayLike, "..."]) -> Fl
       Array([-0.5,  3. ], dtype=float32)
     """
     return jnp.where(z > 0, z, jnp.asarray(negative_slope, z.dtype) * z)
+
+
+def linked_prelu(
+    z: Float[Array, "..."],
+    positive_slope: Float[ArrayLike, "..."],
+    mirrored_slope: Float[ArrayLike, "..."],
+    *,
+    layout: Layout = "blocked",
+) -> Float[Array, "..."]:
+    """PReLU linked with its mirror image, each with slopes of its own.
+
+        f(z) = (prelu(z, a), prelu(-z, b))
+
+    Args:
+      z: pre-activations, (..., C).
+      positive_slope: a, broadcast against z.
+      mirrored_slope: b, broadcast against z.
+      layout: "blocked" or "interleaved", see `Link`.
+
+    Returns:
+      (..., 2*C). The Jacobian at z = 0 is the limit z -> 0+, (1, -b).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax.activations import linked_prelu
+      >>> linked_prelu(jnp.array([-4.0]), 0.5, 0.25)
+      Array([-2.,  4.], dtype=float32)
+    """
+    members = (lambda z: prelu(z, positive_slope)), (lambda z: prelu(-z, mirrored_slope))
+    return join([from_the_right(g)(z) for g in members], -1, layout)
 
 
 def _gelu(z: Array) -> Array:
@@ -79,43 +106,13 @@ lk_tanh = linked(tanh)
 lk_sigmoid = linked(sigmoid)
 """(sigmoid(z), sigmoid(-z)). NOT linked in floating point: both members are flat beyond |z| of about 87 (float32)."""
 
-ACTIVATIONS: dict[str, Any] = {
+ACTIVATIONS: dict[str, Link] = {
     "relu": relu, "leaky_relu": leaky_relu, "elu": elu, "selu": selu, "swish": swish, "gelu": gelu,
     "softplus": softplus, "tanh": tanh, "sigmoid": sigmoid,
     "lk_relu": lk_relu, "crelu": crelu, "lk_leaky_relu": lk_leaky_relu, "lk_elu": lk_elu, "lk_selu": lk_selu,
     "lk_swish": lk_swish, "lk_gelu": lk_gelu, "lk_softplus": lk_softplus, "lk_tanh": lk_tanh,
     "lk_sigmoid": lk_sigmoid, "min_max": min_max, "fourier": fourier,
 }  # fmt: skip
-"""Name -> link. `linked_jax.layers` adds the two with parameters: prelu and lk_prelu name module classes."""
+"""Name -> link. `linked_jax.get_activation` also knows those with parameters, prelu and lk_prelu."""
 
-_SYNONYMS = {"silu": "swish", "lk_silu": "lk_swish", "minmax": "min_max", "lk_crelu": "lk_relu"}
-
-
-def get_activation(name: str) -> Any:
-    """The activation of that name: a `Link`, or for prelu and lk_prelu a Flax NNX module class.
-
-    Both have an `.arity` and, once a module is built with its number of features, are called on z alike.
-
-    Args:
-      name: a key of `ACTIVATIONS`, or a synonym (silu is swish).
-
-    Returns:
-      A `Link` or a module class.
-
-    Raises:
-      ValueError: if there is no such name; the message has the nearest one and the list.
-
-    Example:
-      >>> from linked_jax import get_activation
-      >>> get_activation("lk_silu") is get_activation("lk_swish")
-      True
-      >>> get_activation("lk_prelu").arity
-      2
-    """
-    known = _SYNONYMS.get(name, name)
-    if known in ACTIVATIONS:
-        return ACTIVATIONS[known]
-    nearest = difflib.get_close_matches(name, [*ACTIVATIONS, *_SYNONYMS], n=1, cutoff=0.0)
-    raise ValueError(
-        f"no activation {name!r}; did you mean {nearest[0]!r}? The names are: {', '.join(sorted(ACTIVATIONS))}"
-    )
+SYNONYMS = {"silu": "swish", "lk_silu": "lk_swish", "minmax": "min_max", "lk_crelu": "lk_relu"}

@@ -7,17 +7,31 @@ A plain activation is a link with one member, so no other file asks "linked or p
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, ArrayLike, Float
 
-Member = Callable[[Any], Any]
+from linked_jax.members import Member, Mirrored, formula, jumps_at_zero, member_key
+
 Layout = Literal["blocked", "interleaved"]
+
+
+@runtime_checkable
+class Activation(Protocol):
+    """What a layer needs of a link: a `Link`, or a module with parameters such as `LinkedPReLU`."""
+
+    @property
+    def arity(self) -> int:
+        """The number of members d."""
+        ...
+
+    def __call__(self, z: Any) -> Any:
+        """z (..., C) -> (..., d*C)."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,6 +85,11 @@ class Link:
         """The number of members d."""
         return len(self.members)
 
+    @property
+    def link(self) -> "Link":
+        """The link itself: an activation with parameters has the link that it starts as under this name."""
+        return self
+
     def __call__(self, z: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
         """Apply every member to z: (..., C) -> (..., d*C), and () -> (d,). The dtype stays."""
         z = jnp.asarray(z)
@@ -80,41 +99,24 @@ class Link:
         return marked(lambda z: join([self._apply(g, z) for g in self.members], self.axis, self.layout), z, label)
 
     def _apply(self, member: Member, z: Array) -> Array:
-        g = from_the_right(member) if self.arity > 1 and _jumps_at_zero(member) else member
+        g = from_the_right(member) if self.arity > 1 and jumps_at_zero(member) else member
         value = jnp.asarray(g(z))
         if value.shape != z.shape:
             raise ValueError(f"a member maps shape {z.shape} to itself, got {value.shape} from {member!r}")
         return value.astype(z.dtype)
 
     def _key(self) -> Hashable:
-        return tuple(map(_member_key, self.members)), self.axis, self.layout
+        return tuple(map(member_key, self.members)), self.axis, self.layout
 
     def __repr__(self) -> str:
         options = [f"axis={self.axis}"] * (self.axis != -1) + [f"layout={self.layout!r}"] * (self.layout != "blocked")
-        return f"Link({', '.join([*map(_formula, self.members), *options])})"
+        return f"Link({', '.join([*map(formula, self.members), *options])})"
 
     def __eq__(self, other: object) -> bool:
         return self._key() == other._key() if isinstance(other, Link) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self._key())
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Mirrored:
-    """The mirrored member z -> g(-z) of equation (6); equal to another one over an equal g."""
-
-    g: Member
-
-    def __call__(self, z: Any) -> Any:
-        """g(-z)."""
-        return self.g(-z)
-
-    def __eq__(self, other: object) -> bool:
-        return _member_key(self.g) == _member_key(other.g) if isinstance(other, Mirrored) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash((Mirrored, _member_key(self.g)))
 
 
 def linked(*members: Member, axis: int = -1, layout: Layout = "blocked") -> Link:
@@ -207,49 +209,6 @@ def _value_of_derivative_of(value: Array, carrier: Array) -> Array:
 
 
 _value_of_derivative_of.defjvps(None, lambda tangent, _out, _value, _carrier: tangent)
-
-
-@functools.lru_cache(maxsize=4096)
-def _limits_differ(member: Member) -> bool:
-    @jax.jit  # a bare custom_jvp, as jax.nn.relu is, would still join a vmap around us
-    def derivative(z: Array) -> Array:
-        return jax.jvp(member, (z,), (jnp.ones_like(z),))[1]
-
-    tiny, eps = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).eps)
-    with jax.ensure_compile_time_eval():
-        # A true jump looks the same from 1e-38 and from 1e-32; z**2 and |z|**1.1 only tend to their value at 0.
-        at_zero, near, further = (float(derivative(jnp.float32(z))) for z in (0.0, tiny, 2.0**20 * tiny))
-    jump = abs(near - at_zero)
-    return jump > 8 * eps * max(abs(near), abs(at_zero)) and abs(near - further) <= 0.01 * jump
-
-
-def _jumps_at_zero(member: Member) -> bool:
-    """Whether the limit z -> 0+ of the derivative is another one than JAX uses at 0, by more than rounding."""
-    try:
-        return _limits_differ(member)
-    except Exception:
-        # g closes over traced values, is not hashable or takes no scalar: nothing can be measured now. The shift is
-        # right for a jump and changes a smooth derivative by less than rounding. An error of g's own comes up in use.
-        return True
-
-
-def _member_key(member: Member) -> Hashable:
-    if not isinstance(member, functools.partial):
-        return member
-    arguments = {**dict(enumerate(member.args)), **member.keywords}
-    try:  # with types: 1, 1.0 and True are equal and yet other arguments
-        return member.func, frozenset((name, type(value), value) for name, value in arguments.items())
-    except TypeError:  # arrays as arguments: only the very same partial is equal
-        return member
-
-
-def _formula(member: Member) -> str:
-    if isinstance(member, Mirrored):
-        return _formula(member.g).replace("(z", "(-z")
-    if isinstance(member, functools.partial):
-        arguments = [*map(repr, member.args), *(f"{name}={value!r}" for name, value in member.keywords.items())]
-        return f"{getattr(member.func, '__name__', member.func)}({', '.join(['z', *arguments])})"
-    return f"{getattr(member, '__name__', member)}(z)"
 
 
 def _single_member(member: Member) -> Member:

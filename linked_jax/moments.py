@@ -10,9 +10,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+from linked_jax.members import evaluate
 
 _LIMIT = 12.0  # phi(12) = 2e-32
 _PANELS = 96  # of width 1/4 over [-12, 12]
@@ -26,21 +26,6 @@ def _nodes_and_weights() -> tuple[np.ndarray, np.ndarray]:
     half = np.diff(edges)[:, None] / 2
     z = (edges[:-1, None] + half * (1 + x)).ravel()
     return z, (half * w).ravel() * np.exp(-z * z / 2) / np.sqrt(2 * np.pi)
-
-
-def evaluate(f: Callable[[Any], Any], z: np.ndarray) -> np.ndarray:
-    """f(z) in float64, also while JAX traces something else and whether or not x64 is enabled.
-
-    Args:
-      f: an elementwise function built from jax.numpy.
-      z: any shape.
-
-    Returns:
-      A NumPy float64 array like z.
-    """
-    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        # jit: a bare custom_jvp, as jax.nn.relu is, would still join a vmap around us
-        return np.asarray(jax.jit(f)(jnp.asarray(z, jnp.float64)), np.float64)
 
 
 def expectation(f: Callable[[Any], Any]) -> float:

@@ -44,7 +44,7 @@ from experiments.engine import records, tables
 from experiments.engine.console import Console
 from experiments.engine.errors import NonFiniteLossError, UsageError, run_command
 from experiments.engine.optimizers import OPTIMIZERS
-from linked_jax import Link, LinkedLinear, get_activation, live_units
+from linked_jax import LinkedLinear, activation_arity, get_activation, live_units
 
 _MOST = {"units": 10_000, "steps": 10**9, "seeds": 10_000}  # a picture's lines, a 32-bit count, a table
 _LARGEST_BIAS = 1e6  # well within float32
@@ -83,8 +83,7 @@ class Net(nnx.Module):
     """z = W x + b, logits = K f(z) + c; W has columns of length 1, b is the same for all units."""
 
     def __init__(self, units: int, act: str, bias: float, *, rngs: nnx.Rngs):
-        found = get_activation(act)
-        link = found if isinstance(found, Link) else found(units)
+        link = get_activation(act, units)
         constant = nnx.initializers.constant(bias)
         self.hidden = nnx.Linear(2, units, kernel_init=unit_columns, bias_init=constant, rngs=rngs)
         self.read_out = LinkedLinear(units, 2, link=link, rngs=rngs)
@@ -155,7 +154,7 @@ def check(settings: Settings) -> Settings:
         raise UsageError("--act takes at least one value, got none")
     for act in settings.act:
         try:
-            get_activation(act)
+            activation_arity(act)
         except ValueError as error:
             raise UsageError(f"--act: {error}") from error
     return dataclasses.replace(settings, act=tuple(dict.fromkeys(settings.act)))

@@ -1,4 +1,4 @@
-"""What lets a run go on after it was killed: its last moment, saved atomically with Orbax."""
+"""What lets a run resume after it was killed: its last snapshot, saved atomically with Orbax."""
 
 import time
 from pathlib import Path
@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.engine.errors import UsageError
-from experiments.engine.training import Moment
+from experiments.engine.errors import UsageError, first_line
+from experiments.engine.training import Snapshot
 
 
 class Checkpoints:
@@ -34,10 +34,11 @@ class Checkpoints:
         """Whether that many seconds have passed since the last one, or since the start."""
         return time.monotonic() - self._last >= self._every
 
-    def save(self, moment: Moment, position: dict[str, Any]) -> None:
-        """Save a moment and where in the run it is (JSON values). It is complete on disk, or not there."""
-        where = {"epoch": moment.epoch, "step": moment.step, "diverged": moment.diverged, "losses": moment.losses.shape}
-        arrays = {"arrays": _numbered(moment.arrays), "losses": moment.losses}
+    def save(self, snapshot: Snapshot, position: dict[str, Any]) -> None:
+        """Save a snapshot and where in the run it is (JSON values). It is complete on disk, or not there."""
+        where = {name: getattr(snapshot, name) for name in ("epoch", "step", "diverged")}
+        where["losses"] = snapshot.losses.shape
+        arrays = {"arrays": _numbered(snapshot.arrays), "losses": snapshot.losses}
         save = ocp.args.Composite(
             arrays=ocp.args.StandardSave(arrays), position=ocp.args.JsonSave({**position, **where})
         )
@@ -50,8 +51,8 @@ class Checkpoints:
             return None
         return self._restore(position=ocp.args.JsonRestore())["position"]
 
-    def moment(self, like: Moment) -> Moment:
-        """The last one's moment, on the devices of `like`.
+    def snapshot(self, like: Snapshot) -> Snapshot:
+        """The last one's snapshot, on the devices of `like`.
 
         Raises:
           UsageError: if it does not have the arrays of `like`.
@@ -64,7 +65,7 @@ class Checkpoints:
         }
         found = self._restore(arrays=ocp.args.StandardRestore(abstract))["arrays"]
         treedef = jax.tree.structure(like.arrays)
-        return Moment(
+        return Snapshot(
             jax.tree.unflatten(treedef, [found["arrays"][str(i)] for i in range(treedef.num_leaves)]),
             np.asarray(found["losses"]),
             position["epoch"],
@@ -80,10 +81,9 @@ class Checkpoints:
         try:
             return self._manager.restore(self._manager.latest_step(), args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax raises whatever its storage does
-            first_line = next(iter(str(error).splitlines()), type(error).__name__)
             raise UsageError(
-                f"the checkpoint in {self._manager.directory} cannot be read ({first_line}); delete that folder, and "
-                "--resume starts from the beginning"
+                f"the checkpoint in {self._manager.directory} cannot be read ({first_line(error)}); delete that "
+                "folder, and --resume starts from the beginning"
             ) from error
 
 

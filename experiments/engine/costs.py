@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-def costs(build: Callable[[], nnx.Module], image_shape: tuple[int, ...], *, all_of_them: bool = True) -> dict[str, int]:
+def count(build: Callable[[], nnx.Module], image_shape: tuple[int, ...], *, all_of_them: bool = True) -> dict[str, int]:
     """Count for one image.
 
     Args:
-      build: makes the model, model(images, train=) -> (logits, taps).
+      build: makes the model, model(images, train=) -> logits.
       image_shape: (H, W, C).
       all_of_them: else the parameters only, which is quick at any depth.
 
@@ -28,7 +28,7 @@ def costs(build: Callable[[], nnx.Module], image_shape: tuple[int, ...], *, all_
       >>> from experiments.engine import costs, data
       >>> settings, digits = width.TABLE.presets["quick"], data.load("digits")
       >>> cell = {"act": "relu", "init": "glorot", "lr": 0.01, "width": 50}
-      >>> costs.costs(lambda: width.build(settings, cell, digits, 0), (8, 8, 1))["parameters"]  # 9*50+50 + 64*50*10+10
+      >>> costs.count(lambda: width.build(settings, cell, digits, 0), (8, 8, 1))["parameters"]  # 9*50+50 + 64*50*10+10
       32510
     """
     graph, parameters, state = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
@@ -37,7 +37,7 @@ def costs(build: Callable[[], nnx.Module], image_shape: tuple[int, ...], *, all_
         return counted
 
     def forward(parameters: Any, state: Any, images: jax.Array) -> jax.Array:
-        return nnx.merge(graph, parameters, state, copy=True)(images, train=True)[0]  # pyright: ignore[reportCallIssue]
+        return nnx.merge(graph, parameters, state, copy=True)(images, train=True)  # pyright: ignore[reportCallIssue]
 
     def images(count: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count, *image_shape), jnp.float32)

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from rich.progress import track
 
-from experiments.engine.errors import UsageError
+from experiments.engine.errors import UsageError, first_line
 
 DIGITS_TEST_SIZE = 360
 _READ_AT_ONCE = 1000
@@ -52,6 +52,11 @@ class Dataset:
     test_images: UInt8[Array, "m h w c"]
     test_labels: Int[Array, " m"]
     fingerprint: str
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a record says of its data."""
+        return {"name": self.name, "fingerprint": self.fingerprint, "description": str(self)}
 
     def __str__(self) -> str:
         n, height, width, channels = self.train_images.shape
@@ -173,7 +178,7 @@ def _tfds_builder(name: str, folder: Path) -> Any:
             builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
         except Exception as error:
             raise UsageError(
-                f"cannot open the data set {name!r} ({_first_line(error)}); use --dataset digits or a TFDS name such "
+                f"cannot open the data set {name!r} ({first_line(error)}); use --dataset digits or a TFDS name such "
                 "as cifar10, or prepare the set again"
             ) from error
     if not (Path(builder.data_path) / "dataset_info.json").is_file():
@@ -201,13 +206,9 @@ def _read_tfds(builder: Any, name: str) -> dict[str, np.ndarray]:
             arrays[f"{split}_labels"] = np.asarray([label for _, label in examples], np.int32)
     except Exception as error:  # array_record, Pillow and protobuf raise whatever they like on a damaged file
         raise UsageError(
-            f"{name} in {builder.data_path} cannot be read ({_first_line(error)}); delete it and prepare it again"
+            f"{name} in {builder.data_path} cannot be read ({first_line(error)}); delete it and prepare it again"
         ) from error
     return arrays
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _examples(source: Any) -> Iterator[tuple[np.ndarray, int]]:
@@ -224,21 +225,11 @@ def _fingerprint(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()[:16]
 
 
-def batches(key: jax.Array | None, size: int, batch_size: int) -> list[np.ndarray]:
-    """The indices of one epoch, every example once; the last batch may be smaller.
+def order(key: jax.Array | None, size: int) -> np.ndarray:
+    """The indices of an epoch's examples, every one once: int32; shuffled by the key, or in the stored order.
 
-    Args:
-      key: shuffles; None keeps the stored order.
-      size: the number of examples.
-      batch_size: of all but the last batch.
-
-    Returns:
-      int32 index arrays.
-
-    Example:
-      >>> from experiments.engine import data
-      >>> [batch.tolist() for batch in data.batches(None, 5, 2)]
-      [[0, 1], [2, 3], [4]]
+    >>> from experiments.engine import data
+    >>> data.order(None, 5).tolist()
+    [0, 1, 2, 3, 4]
     """
-    order = np.arange(size, dtype=np.int32) if key is None else np.asarray(jax.random.permutation(key, size), np.int32)
-    return np.split(order, range(batch_size, size, batch_size))
+    return np.asarray(np.arange(size) if key is None else jax.random.permutation(key, size), np.int32)

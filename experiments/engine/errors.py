@@ -22,6 +22,16 @@ class InterruptedRunError(RuntimeError):
         self.signum = signum
 
 
+def first_line(error: BaseException) -> str:
+    r"""What a library's error says, in one line; its type's name if it says nothing.
+
+    >>> from experiments.engine.errors import first_line
+    >>> first_line(ValueError("a file\nis missing")), first_line(KeyError())
+    ('a file', 'KeyError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Call main and end the process: 0, 2 on a usage error, 3 on a non-finite loss, 130 on Ctrl-C, 143 on SIGTERM."""
     try:

@@ -5,7 +5,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,8 +21,11 @@ _LOCK, _HOLDER = ".lock", ".holder"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "linked_jax")
 
 
+Line = dict[str, Any]
+
+
 class Record:
-    """A run's folder, locked while it is open. Each metrics line is on disk when `add` returns.
+    """A run's folder, locked while it is open; a context manager. Lines are on disk when `add` returns.
 
     Attributes:
       folder: with config.json and metrics.jsonl.
@@ -29,7 +33,7 @@ class Record:
       lines: those of metrics.jsonl.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], lines: list[dict[str, Any]], lock: FileLock):
+    def __init__(self, folder: Path, config: dict[str, Any], lines: list[Line], lock: FileLock):
         self.folder, self.config, self.lines = folder, config, lines
         self._lock = lock
         self._metrics = (folder / METRICS).open("a", encoding="utf-8")
@@ -50,12 +54,16 @@ class Record:
         except OSError as error:
             raise _cannot_write(folder, error) from error
         lock = _lock(folder)
-        _write_whole(folder / CONFIG, text + "\n")
-        return cls(folder, complete, [], lock)
+        try:
+            _write_whole(folder / CONFIG, text + "\n")
+            return cls(folder, complete, [], lock)
+        except BaseException:
+            _unlock(folder, lock)
+            raise
 
     @classmethod
     def reopen(cls, folder: Path) -> "Record":
-        """Go on with a run that ended early.
+        """Resume a run that ended early.
 
         Raises:
           UsageError: if it is no run, is damaged, belongs to other code, or another process has it.
@@ -68,11 +76,16 @@ class Record:
             for what, now in _program().items():
                 if config.get(what) != now:
                     raise UsageError(
-                        f"the run {folder} was begun with {what} {config.get(what)}, this is {now}: going on would mix "
-                        "two programs in one record; go back to that, or start anew"
+                        f"the run {folder} was begun with {what} {config.get(what)}, this is {now}: resuming it would "
+                        "mix two programs in one record; go back to that, or start anew"
                     )
-            return cls(folder, config, read_lines(folder, damaged_end=True), lock)
-        except UsageError:
+            lines = read_lines(folder, damaged_end=True)
+            record = cls(folder, config, lines, lock)
+            content = (folder / METRICS).read_bytes()
+            if content.count(b"\n") != len(lines) or (lines and content[-1:] != b"\n"):
+                record.keep(len(lines))  # a half-written end: drop it from the file
+            return record
+        except BaseException:
             _unlock(folder, lock)
             raise
 
@@ -94,27 +107,77 @@ class Record:
                 raise UsageError(f"{folder} is a record with another {key}; pass another --out, or remove it")
         return record
 
-    def add(self, line: Mapping[str, Any]) -> None:
-        """Append one JSON object to metrics.jsonl."""
-        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+    def add(self, *lines: Mapping[str, Any]) -> None:
+        """Append JSON objects to metrics.jsonl: one, or several together, all of them or none."""
+        if len(lines) != 1:
+            self._rewrite([*self.lines, *map(dict, lines)])
+            return
+        self._metrics.write(_json(lines[0]))
         self._metrics.flush()
-        self.lines.append(dict(line))
+        os.fsync(self._metrics.fileno())
+        self.lines.append(dict(lines[0]))
+
+    def find(self, key: Mapping[str, Any]) -> Line | None:
+        """The first line that has these entries."""
+        return next((line for line in self.lines if key.items() <= line.items()), None)
+
+    def once(self, key: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> Line:
+        """The line with this key. If there is none it is made, timed and added.
+
+        Args:
+          key: what tells the run from others; JSON values.
+          make: the run; gives the rest of the line.
+        """
+        return self.once_each([key], lambda _missing: [make()])[0]
+
+    def once_each(
+        self, keys: Sequence[Mapping[str, Any]], make: Callable[[list[int]], Sequence[Mapping[str, Any]]]
+    ) -> list[Line]:
+        """The lines with these keys. Those that are missing are made together; each gets its share of the time.
+
+        Args:
+          keys: one a line.
+          make: the positions of the keys that are missing -> the rest of their lines.
+        """
+        missing = [place for place, key in enumerate(keys) if self.find(key) is None]
+        if missing:
+            began = time.perf_counter()
+            made = make(missing)
+            seconds = round((time.perf_counter() - began) / len(missing), 1)
+            self.add(*({**keys[i], **line, "seconds": seconds} for i, line in zip(missing, made, strict=True)))
+        return [line for key in keys if (line := self.find(key)) is not None]
+
+    def once_all(self, key: Mapping[str, Any], make: Callable[[], Sequence[Mapping[str, Any]]]) -> list[Line]:
+        """All lines with this key, which are made together: a run with a line an epoch, and one at its end."""
+        if self.find(key) is None:
+            self.add(*({**key, **line} for line in make()))
+        return [line for line in self.lines if key.items() <= line.items()]
 
     def keep(self, count: int) -> None:
         """Drop all lines but the first `count`."""
+        self._rewrite(self.lines[:count])
+
+    def _rewrite(self, lines: list[Line]) -> None:
+        _write_whole(self.folder / METRICS, "".join(map(_json, lines)))
         self._metrics.close()
-        self.lines = self.lines[:count]
-        _write_whole(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
+        self.lines = lines
 
     def write_times(self, times: Mapping[str, Any]) -> None:
         """Leave step times beside the metrics."""
         _write_whole(self.folder / TIMES, json.dumps(times, indent=2) + "\n")
 
     def close(self) -> None:
-        """Close metrics.jsonl and let others have the folder."""
+        """Close metrics.jsonl and let others have the folder; nothing if it is closed."""
         self._metrics.close()
-        _unlock(self.folder, self._lock)
+        if self._lock.is_locked:
+            _unlock(self.folder, self._lock)
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -205,9 +268,17 @@ def _acquire(folder: Path) -> FileLock:
     return lock
 
 
+def _json(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
 def _write_whole(path: Path, text: str) -> None:
+    """Leave the old file or the new one, on disk."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 
@@ -278,7 +349,7 @@ def _commit() -> str:
 def _exists(folder: Path) -> UsageError:
     if (folder / _HOLDER).exists():
         _acquire(folder).release()  # or says who holds it
-    return UsageError(f"the record {folder} exists; pass another --out, go on with --resume {folder}, or delete it")
+    return UsageError(f"the record {folder} exists; pass another --out, resume it with --resume {folder}, or delete it")
 
 
 def _cannot_write(folder: Path, error: OSError) -> UsageError:

@@ -3,13 +3,21 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from flax import nnx
 
 from experiments.engine.errors import UsageError
-from linked_jax import Link, default_kernel_init, get_activation, looks_linear, relu, variance_preserving
+from linked_jax import (
+    Link,
+    activation_arity,
+    default_kernel_init,
+    get_activation,
+    looks_linear,
+    relu,
+    variance_preserving,
+)
 from linked_jax.initializers import Initializer
 from linked_jax.layers import Activation
 
@@ -47,7 +55,7 @@ class Row:
         act, norm = (act.removesuffix("_bn"), "batch") if act.endswith("_bn") else (act, "none")
         row = cls(act.removesuffix("_sqrt2"), act.endswith("_sqrt2"), norm)
         try:
-            get_activation(row.act)
+            activation_arity(row.act)
         except ValueError as error:
             raise UsageError(f"--act: {error}; add _sqrt2 or _bn for those rows") from error
         return row
@@ -63,22 +71,12 @@ class Row:
 
     def activation(self, features: int) -> Activation:
         """A link, or a new module with parameters for that many features."""
-        return _activation(self.act, features)
+        return get_activation(self.act, features)
 
     def plain(self, features: int) -> Activation:
         """The same without its mirror: relu for lk_relu. Links that are no mirror of a named one get relu."""
         name = self.act.removeprefix("lk_")
-        return _activation(name, features) if get_activation(name).arity == 1 else relu
-
-
-def _activation(name: str, features: int) -> Any:
-    found = get_activation(name)
-    return found if isinstance(found, Link) else found(features)
-
-
-def at_start(link: Any) -> Link:
-    """The link itself, or the one that a module with parameters starts as."""
-    return link if isinstance(link, Link) else link.link
+        return get_activation(name, features) if activation_arity(name) == 1 else relu
 
 
 InitName = Literal["auto", "looks_linear", "glorot", "glorot_normal", "he"]
@@ -105,7 +103,7 @@ def check_init(name: str, row: Row) -> None:
       UsageError: with what to take instead.
     """
     try:
-        INITS[name](at_start(row.activation(1)))
+        INITS[name](row.activation(1).link)
     except ValueError as error:
         raise UsageError(f"--init {name} does not fit --act {row.act}: {error}; take --init auto") from error
 

@@ -96,7 +96,7 @@ def parse(presets: Mapping[str, AnySettings], arguments: list[str], prog: str) -
 
 
 def resumes(settings: Settings, default: Settings) -> bool:
-    """Whether a record is to be gone on with.
+    """Whether a record is to be resumed.
 
     Raises:
       UsageError: if options come with it that the record has already fixed.
@@ -106,7 +106,7 @@ def resumes(settings: Settings, default: Settings) -> bool:
     for field in dataclasses.fields(default):
         if field.name not in _RESUMABLE_WITH and getattr(settings, field.name) != getattr(default, field.name):
             option = f"--{field.name.replace('_', '-')}"
-            raise UsageError(f"--resume goes on with the settings of its record, got {option} too; leave {option} out")
+            raise UsageError(f"--resume takes the settings of its record, got {option} too; leave {option} out")
     return True
 
 

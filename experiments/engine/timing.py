@@ -3,19 +3,19 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from experiments.engine import data as data_lib
 from experiments.engine import training
+from experiments.engine.loop import Loop, step
 
 _WARM_UP = 3  # steps; the first one compiles
 
 
 def step_times(
-    nets: Sequence[tuple[Any, training.Moment, training.Plan]],
+    nets: Sequence[tuple[Loop, training.Snapshot, training.Plan]],
     data: data_lib.Dataset,
     steps: int,
     on_step: Callable[[int], None] = lambda _: None,
@@ -25,7 +25,7 @@ def step_times(
     A slow moment of the machine meets all nets alike: each round times one step of every net.
 
     Args:
-      nets: graph and moment from `training.start`, and the plan.
+      nets: loop and snapshot from `training.start`, and the plan.
       data: the set; the first batch is used.
       steps: rounds.
       on_step: called with 1 after each round.
@@ -33,24 +33,25 @@ def step_times(
     Returns:
       Seconds, one a net.
     """
-    runs = []
-    for graph, moment, plan in nets:
-        images, labels = plan.place.shared((data.train_images, data.train_labels))
+    carries = [snapshot.arrays for _, snapshot, _ in nets]
+    arguments = []
+    for _, _, plan in nets:
+        arrays, lr = plan.arrays(data)
         index = plan.place.batch(np.arange(plan.batch_size, dtype=np.int32))
-        key = plan.place.of_seeds(jax.random.key(0))
-        rest = (images, labels, *plan.place.shared((plan.inputs, np.float32(plan.lr))), index, key, np.int32(0))
-        carry = moment.arrays
-        loss = None
-        for _ in range(_WARM_UP):
-            carry, loss = training.step(plan.place, graph, plan.optimizer, plan.augment, carry, *rest)
+        arguments.append((arrays, index, plan.place.of_seeds(jax.random.key(0)), np.int32(0), lr))
+
+    def timed(net: int) -> float:
+        begin = time.perf_counter()
+        carries[net], loss = step(nets[net][0], carries[net], *arguments[net])
         jax.block_until_ready(loss)
-        runs.append([graph, plan, carry, rest])
-    seconds: list[list[float]] = [[] for _ in runs]
+        return time.perf_counter() - begin
+
+    for net in range(len(nets)):
+        for _ in range(_WARM_UP):
+            timed(net)
+    seconds: list[list[float]] = [[] for _ in nets]
     for _ in range(steps):
-        for number, (graph, plan, carry, rest) in enumerate(runs):
-            begin = time.perf_counter()
-            runs[number][2], loss = training.step(plan.place, graph, plan.optimizer, plan.augment, carry, *rest)
-            jax.block_until_ready(loss)
-            seconds[number].append(time.perf_counter() - begin)
+        for net, times in enumerate(seconds):
+            times.append(timed(net))
         on_step(1)
     return [statistics.median(times) for times in seconds]

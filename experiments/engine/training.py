@@ -1,7 +1,6 @@
-"""THE training loop. A model is any NNX module with model(images, train=, tap=) -> (logits, taps).
+"""How a table's nets are trained: image classification, epoch after epoch, each followed by a test on every example.
 
-`tap(link, z, units)` is called for each activation with its pre-activations z, (N, ..., units) or flat; taps is a list
-of what it returned, each with a leading axis of layers.
+A model is any NNX module with model(images, train=) -> logits.
 """
 
 import dataclasses
@@ -20,23 +19,26 @@ from jaxtyping import Array
 
 from experiments.engine import data as data_lib
 from experiments.engine.augment import flip_and_shift
+from experiments.engine.loop import Carry, Loop, advance
 from experiments.engine.parallel import ONE_DEVICE, Placement
-from linked_jax import live_units
+from linked_jax.diagnostics import UnitStatistics
+from linked_jax.probe import observe
+from linked_jax.signal_statistics import mean_square
 
 _EVALUATE_AT_ONCE = 500
-_STEPS_IN_FLIGHT = 32  # between looks at the loss: dispatch stays ahead of the device, and bad news is not late
-_STEPS_IN_FLIGHT_OF_MANY = 4  # virtual devices wait for each other for ever if too much is in flight
+_IN_FLIGHT = 32  # updates between checks of the loss: dispatch stays ahead of the device, and bad news is not late
+_IN_FLIGHT_OF_MANY = 4  # virtual devices wait for each other for ever if too much is in flight
 
 
 @dataclasses.dataclass
-class Moment:
-    """All that a run needs to go on from here.
+class Snapshot:
+    """All that a run needs to resume from here.
 
     Attributes:
-      arrays: parameters, statistics, random keys and optimiser state.
-      losses: of this epoch's steps so far, a float32 array of shape (steps,) or (steps, seeds).
+      arrays: the loop's carry.
+      losses: of this epoch's updates so far, a float32 array of shape (updates,) or (seeds, updates).
       epoch: from 1.
-      step: steps done in this epoch.
+      step: updates done in this epoch.
       diverged: the seeds whose loss is no longer finite.
     """
 
@@ -53,9 +55,9 @@ class Plan:
 
     Attributes:
       optimizer: an Optax transformation; its updates are multiplied by lr.
-      lr: the learning rate, or a factor of the optimizer's own.
       epochs: passes over the training set.
       batch_size: the last batch of an epoch may be smaller.
+      lr: the learning rate, or a factor of the optimizer's own.
       inputs: what the net sees of pixels, see `data.scale`.
       shuffle: draw a new order of the examples for each epoch.
       augment: flip and shift the training images at random.
@@ -71,42 +73,64 @@ class Plan:
     augment: bool = False
     place: Placement = ONE_DEVICE
 
+    def loop(self, model: nnx.Module) -> Loop:
+        """The loop for models with the graph of this one."""
+        return Loop(CrossEntropy(nnx.graphdef(model), self.augment), self.optimizer, self.place)
 
-def start(models: Sequence[nnx.Module], plan: Plan) -> tuple[Any, Moment]:
-    """The graph that the models share, and the moment before the first step.
+    def arrays(self, data: data_lib.Dataset) -> tuple[Any, Array]:
+        """The loop's data, and its rate, on the devices."""
+        return self.place.shared(((data.train_images, data.train_labels, self.inputs), np.float32(self.lr)))
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+    """The mean cross-entropy of a batch, given by its indices."""
+
+    graph: Any
+    augment: bool = False
+
+    def __call__(self, parameters: Any, state: Any, data: Any, batch: Array, key: Array) -> tuple[Array, Any]:
+        """See `loop.Loss`; data: images, labels, inputs."""
+        images, labels, inputs = data
+        x = images[batch]
+        if self.augment:
+            x = flip_and_shift(key, x)
+        model = nnx.merge(self.graph, parameters, state, copy=True)  # batch statistics change, inside this trace
+        logits = model(data_lib.scale(x, inputs), train=True)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()
+        return loss, nnx.split(model, nnx.Param, ...)[2]
+
+
+def start(models: Sequence[nnx.Module], plan: Plan) -> tuple[Loop, Snapshot]:
+    """The loop, and the snapshot before the first update.
 
     Args:
       models: one a seed, left as they are; more than one only where the plan stacks seeds.
       plan: how to train.
     """
-    graphs, carries = [], []
-    for model in models:
-        graph, parameters, state = nnx.split(model, nnx.Param, ...)
-        graphs.append(graph)
-        carries.append((parameters, state, plan.optimizer.init(parameters)))
-    stack = (lambda *leaves: jnp.stack(leaves)) if plan.place.stacked else jnp.copy  # a step donates its input
-    carry = plan.place.of_seeds(jax.tree.map(stack, *carries))
-    return graphs[0], Moment(carry, np.zeros((0, len(models)) if plan.place.stacked else 0, np.float32))
+    loop = plan.loop(models[0])
+    return loop, Snapshot(loop.start(models), np.zeros((len(models), 0) if plan.place.stacked else 0, np.float32))
 
 
 def fit(
-    graph: Any,
-    moment: Moment,
+    loop: Loop,
+    snapshot: Snapshot,
     data: data_lib.Dataset,
     plan: Plan,
     seeds: Sequence[int],
     *,
-    on_step: Callable[[Callable[[], Moment]], None] = lambda _: None,
+    on_step: Callable[[Callable[[], Snapshot], int], None] = lambda _now, _done: None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Train from a moment on, and after each epoch evaluate every test example.
+    """Train from a snapshot on, and after each epoch evaluate every test example.
 
     Args:
-      graph: from `start`.
-      moment: from `start`, or one that was saved. Its arrays are used up.
+      loop: from `start`.
+      snapshot: from `start`, or one that was saved. Its arrays are used up.
       data: the set.
       plan: how to train.
       seeds: of the order of the examples and of augmentation, one a model.
-      on_step: called after each step with a function that gives the moment; it may save, or raise to end the run.
+      on_step: called after each update, or block of updates that is one program, with a function that gives the
+        snapshot and the number of updates; it may save, or raise to end the run.
 
     Yields:
       After each epoch a list with a line for each seed: seed, epoch (from 1), train_loss, test_accuracy, units,
@@ -114,64 +138,66 @@ def fit(
       mean square of the pre-activations of a layer. As soon as a loss is seen not to be finite, a line with seed, epoch
       and diverged, which says where; that seed has no further lines.
     """
-    place = plan.place
-    images, labels, test_images, test_labels = place.shared(
-        (data.train_images, data.train_labels, data.test_images, data.test_labels)
+    place, size = plan.place, len(data.train_labels)
+    (arrays, lr), test = plan.arrays(data), place.shared((data.test_images, data.test_labels))
+    stack = np.stack if place.stacked else lambda orders: orders[0]
+    in_flight = _IN_FLIGHT if place.mesh is None else _IN_FLIGHT_OF_MANY
+    whole, steps = size // plan.batch_size, -(-size // plan.batch_size)
+    diverged, carry, losses, done = (
+        set(snapshot.diverged),
+        snapshot.arrays,
+        [jnp.asarray(snapshot.losses)],
+        snapshot.step,
     )
-    inputs, lr = place.shared((plan.inputs, np.float32(plan.lr)))
-    run_keys = [jax.random.key(seed) for seed in seeds]
-    stack = jnp.stack if place.stacked else lambda keys: keys[0]
-    in_flight = _STEPS_IN_FLIGHT if place.mesh is None else _STEPS_IN_FLIGHT_OF_MANY
-    diverged, carry, losses, done = set(moment.diverged), moment.arrays, list(moment.losses), moment.step
 
-    for epoch in range(moment.epoch, plan.epochs + 1):
+    for epoch in range(snapshot.epoch, plan.epochs + 1):
         if len(diverged) == len(seeds):
             return
         began = time.perf_counter()
-        keys = [jax.random.fold_in(key, epoch) for key in run_keys]
-        orders = [
-            data_lib.batches(key if plan.shuffle else None, len(data.train_labels), plan.batch_size) for key in keys
-        ]
-        steps = len(orders[0])
-        epoch_keys = place.of_seeds(stack(keys))
-        for number in range(done, steps):
-            index = place.batch(np.stack([order[number] for order in orders]) if place.stacked else orders[0][number])
-            carry, loss = step(
-                place, graph, plan.optimizer, plan.augment,
-                carry, images, labels, inputs, lr, index, epoch_keys, np.int32(number),
-            )  # fmt: skip
-            losses.append(loss)
-            done = number + 1
+        keys = [jax.random.fold_in(jax.random.key(seed), epoch) for seed in seeds]
+        epoch_keys = place.of_seeds(jnp.stack(keys) if place.stacked else keys[0])
+        order = stack([data_lib.order(key if plan.shuffle else None, size) for key in keys])
+        while done < steps:
+            count = min(in_flight - done % in_flight, whole - done) if loop.scanned and done < whole else 1
+            first, last = done * plan.batch_size, min((done + count) * plan.batch_size, size)
+            batches = order[..., first:last].reshape(*order.shape[:-1], count, -1)
+            carry, new = advance(loop, carry, arrays, batches, epoch_keys, first=done, lr=lr)
+            losses.append(new)
+            done += count
             if done % in_flight == 0 or done == steps:
-                for seed, value in zip(seeds, np.atleast_1d(loss), strict=True):
+                for seed, value in zip(seeds, np.atleast_1d(new[..., -1]), strict=True):
                     if not math.isfinite(value) and seed not in diverged:
                         diverged.add(seed)
                         where = f"the loss is {float(value)} in epoch {epoch}, step {done}"
                         yield [{"seed": seed, "epoch": epoch, "diverged": where}]
-            on_step(
-                lambda carry=carry, losses=losses, epoch=epoch, done=done: Moment(
-                    carry, np.asarray(jax.device_get(losses), np.float32), epoch, done, tuple(sorted(diverged))
-                )
-            )
+            on_step(functools.partial(_snapshot, carry, losses, epoch, done, tuple(sorted(diverged))), count)
             if len(diverged) == len(seeds):
                 return
-        sizes = np.asarray([len(index) for index in orders[0]])
-        train_losses = np.average(np.asarray(jax.device_get(losses)), axis=0, weights=sizes)
-        tested = evaluate(graph, carry[:2], test_images, test_labels, inputs, place)
+        sizes = np.full(steps, plan.batch_size)
+        sizes[-1] = size - (steps - 1) * plan.batch_size
+        train_losses = np.average(_joined(losses), axis=-1, weights=sizes)
+        tested = evaluate(loop.loss.graph, carry, *test, arrays[-1], place)
         seconds = round(time.perf_counter() - began, 3)
         lines = []
         for seed, train_loss, result in zip(seeds, np.atleast_1d(train_losses), tested, strict=True):
             if seed in diverged:
                 continue
-            if not np.isfinite(result["signal_by_layer"]).all():
+            line = {"seed": seed, "epoch": epoch}
+            if np.isfinite(result["signal_by_layer"]).all():
+                lines.append({**line, "train_loss": float(train_loss), **result, "seconds": seconds})
+            else:
                 diverged.add(seed)
-                lines.append(
-                    {"seed": seed, "epoch": epoch, "diverged": f"the signal is not finite after epoch {epoch}"}
-                )
-                continue
-            lines.append({"seed": seed, "epoch": epoch, "train_loss": float(train_loss), **result, "seconds": seconds})
+                lines.append({**line, "diverged": f"the signal is not finite after epoch {epoch}"})
         yield lines
         losses, done = [], 0
+
+
+def _snapshot(carry: Carry, losses: list[Any], epoch: int, done: int, diverged: tuple[int, ...]) -> Snapshot:
+    return Snapshot(carry, _joined(losses), epoch, done, diverged)
+
+
+def _joined(losses: list[Any]) -> np.ndarray:
+    return np.concatenate(jax.device_get(losses), axis=-1).astype(np.float32)
 
 
 def train(model: nnx.Module, data: data_lib.Dataset, plan: Plan, seed: int) -> tuple[nnx.Module, list[dict[str, Any]]]:
@@ -186,89 +212,64 @@ def train(model: nnx.Module, data: data_lib.Dataset, plan: Plan, seed: int) -> t
     Returns:
       The trained model, and the lines of `fit`. If it diverged the last line says so, and the model is what was left.
     """
-    graph, moment = start([model], plan)
-    latest: list[Callable[[], Moment]] = [lambda: moment]
+    loop, snapshot = start([model], plan)
+    latest: list[Callable[[], Snapshot]] = [lambda: snapshot]
 
-    def on_step(now: Callable[[], Moment]) -> None:
+    def keep(now: Callable[[], Snapshot], _done: int) -> None:
         latest[0] = now
 
-    lines = [line for lines in fit(graph, moment, data, plan, [seed], on_step=on_step) for line in lines]
-    return nnx.merge(graph, *latest[0]().arrays[:2]), lines
+    lines = [line for lines in fit(loop, snapshot, data, plan, [seed], on_step=keep) for line in lines]
+    return nnx.merge(nnx.graphdef(model), *latest[0]().arrays[:2]), lines
 
 
 def evaluate(
-    graph: Any, variables: Any, images: Array, labels: Array, inputs: data_lib.Affine, place: Placement
+    graph: Any, carry: Carry, images: Array, labels: Array, inputs: data_lib.Affine, place: Placement
 ) -> list[dict[str, Any]]:
     """Accuracy over every example, dead units and signal of each layer; one a seed."""
-    correct, live, signal = np.zeros((), np.int64), None, None
+    correct, live, signal = 0, [], []
     for begin in range(0, len(labels), _EVALUATE_AT_ONCE):
         batch = slice(begin, begin + _EVALUATE_AT_ONCE)
-        found = jax.device_get(_evaluate_batch(place, graph, variables, images[batch], labels[batch], inputs))
-        hits, batch_live, mean_square = found
-        weighted = [np.asarray(chunk, np.float64) * len(labels[batch]) for chunk in mean_square]
-        correct = np.asarray(correct + hits)
-        live = batch_live if live is None else [a | b for a, b in zip(live, batch_live, strict=True)]
-        signal = weighted if signal is None else [a + b for a, b in zip(signal, weighted, strict=True)]
-    assert live is not None
-    assert signal is not None
+        arguments = (carry.parameters, carry.state, images[batch], labels[batch], inputs)
+        hits, seen = jax.device_get(_evaluate_batch(place, graph, *arguments))
+        correct = correct + np.asarray(hits)
+        live.append([units for units, _ in seen])
+        signal.append([np.asarray(layers, np.float64) * len(labels[batch]) for _, layers in seen])
+    live = [np.any(layers, axis=0) for layers in zip(*live, strict=True)]
+    signal = [np.sum(layers, axis=0) / len(labels) for layers in zip(*signal, strict=True)]
     if not place.stacked:
-        correct, live, signal = correct[None], [x[None] for x in live], [x[None] for x in signal]
+        return [_tested(len(labels), correct, live, signal)]
     return [
-        _tested(len(labels), correct[seed], [x[seed] for x in live], [x[seed] for x in signal])
-        for seed in range(len(correct))
+        _tested(len(labels), hits, [layers[seed] for layers in live], [layers[seed] for layers in signal])
+        for seed, hits in enumerate(np.asarray(correct))
     ]
 
 
 def _tested(examples: int, correct: Any, live: list[np.ndarray], signal: list[np.ndarray]) -> dict[str, Any]:
-    dead = [int((~layer).sum()) for chunk in live for layer in chunk]
+    dead = [int((~units).sum()) for layers in live for units in layers]
     return {
         "test_accuracy": int(correct) / examples,
-        "units": sum(chunk.size for chunk in live),
+        "units": sum(layers.size for layers in live),
         "dead_units": sum(dead),
         "dead_by_layer": dead,
-        "signal_by_layer": [float(f"{value / examples:.4g}") for chunk in signal for value in chunk],
+        "signal_by_layer": [float(f"{value:.4g}") for layers in signal for value in layers],
     }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
-def step(place, graph, optimizer, augment, carry, images, labels, inputs, lr, index, key, number):
-    """One update: (carry, loss). The carry is used up; number is that of the step in its epoch, for augmentation."""
-
-    def train(carry, images, labels, inputs, lr, index, key, number):
-        parameters, state, optimizer_state = carry
-        x = images[index]
-        if augment:
-            x = flip_and_shift(jax.random.fold_in(key, number), x)
-
-        def loss_of(parameters):
-            model = nnx.merge(graph, parameters, state, copy=True)  # batch statistics change, inside this trace
-            logits, _ = model(data_lib.scale(x, inputs), train=True)
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels[index]).mean()
-            return loss, nnx.split(model, nnx.Param, ...)[2]
-
-        (loss, new_state), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameters)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, parameters)
-        updates = jax.tree.map(lambda update: lr * update, updates)
-        return (optax.apply_updates(parameters, updates), new_state, optimizer_state), loss
-
-    own = (True, False, False, False, False, True, True, False)
-    return place.over_seeds(train, own)(carry, images, labels, inputs, lr, index, key, number)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _evaluate_batch(place, graph, variables, images, labels, inputs):
-    def test(variables, images, labels, inputs):
-        model = nnx.merge(graph, *variables)
-        logits, taps = model(data_lib.scale(images, inputs), train=False, tap=observe)
-        return (logits.argmax(axis=-1) == labels).sum(), [live for live, _ in taps], [signal for _, signal in taps]
+def _evaluate_batch(place, graph, parameters, state, images, labels, inputs):
+    """Correct answers; and of each tap its layers' live units (layers, C) and mean squares (layers,)."""
 
-    return place.over_seeds(test, (True, False, False, False))(variables, images, labels, inputs)
+    def test(parameters, state, images, labels, inputs):
+        def logits_of(variables, x):
+            return nnx.merge(graph, *variables)(x, train=False)
+
+        logits, taps = observe(logits_of, (parameters, state), data_lib.scale(images, inputs))
+        return (logits.argmax(axis=-1) == labels).sum(), [_layers(tap.stats) for tap in taps]
+
+    return place.over_seeds(test, (True, True, False, False, False))(parameters, state, images, labels, inputs)
 
 
-def observe(link: Any, z: Array, units: int) -> tuple[Array, Array]:
-    """Which of the layer's units are live, and the mean square of its pre-activations.
-
-    Before a dense layer z is flat, (n, positions * units): a unit is a channel there too.
-    """
-    live = live_units(link(z), arity=link.arity, layout=link.layout)
-    return live.reshape(-1, units).any(axis=0), jnp.square(z.astype(jnp.float32)).mean()
+def _layers(stats: UnitStatistics) -> tuple[Array, Array]:
+    """Live units and mean square of the one layer of a tap, or of the layers of a scan."""
+    layers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[stats.count.ndim :]), stats)
+    return layers.live, jax.vmap(mean_square)(layers)

@@ -7,14 +7,11 @@ last.
 """
 
 from collections.abc import Callable
-from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.engine.rows import Norm, at_start, batch_norm, identity, normalised
-from experiments.models.depth_net import Tap
+from experiments.engine.rows import Norm, batch_norm, identity, normalised
 from linked_jax import LinkedConv
 from linked_jax.initializers import Initializer
 from linked_jax.layers import Activation
@@ -60,28 +57,20 @@ class AllCNN(nnx.Module):
         specs = [(multiple * width, *rest) for multiple, *rest in _LAYERS] + [(classes, 1, 1, True)]
         for number, (units, window, stride, activated) in enumerate(specs):
             link = activation(features) if activated else identity
-            init = stem_init if number == 0 else kernel_init(at_start(link), strides=stride)
-            if activated:
-                norms.append(batch_norm(features, norm, rngs))
+            init = stem_init if number == 0 else kernel_init(link.link, strides=stride)
+            norms.append(batch_norm(features, norm if activated else "none", rngs))
             layers.append(
                 LinkedConv(features, units, (window, window), link=link, strides=stride, kernel_init=init, rngs=rngs)
             )
             features = units
         self.layers, self.norms = nnx.List(layers), nnx.List(norms)
-        self.activated = tuple(activated for *_, activated in specs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
-    def __call__(
-        self, images: Float[Array, "n h w c"], *, train: bool = False, tap: Tap | None = None
-    ) -> tuple[Float[Array, "n classes"], list[Any]]:
-        """Logits, and what the tap returned for each of the six activations."""
-        z, taps, norms = images, [], iter(self.norms)
-        for number, (layer, activated) in enumerate(zip(self.layers, self.activated, strict=True)):
-            if activated:
-                z = normalised(z, next(norms), train)
-                if tap is not None:
-                    taps.append(jax.tree.map(lambda leaf: leaf[None], tap(layer.link, z, z.shape[-1])))
-            z = layer(z)
+    def __call__(self, images: Float[Array, "n h w c"], *, train: bool = False) -> Float[Array, "n classes"]:
+        """Images in [0, 1] -> logits."""
+        z = images
+        for number, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
+            z = layer(normalised(z, norm, train))
             if number in _DROPOUT_AFTER:
                 z = self.dropout(z, deterministic=not train)
-        return z.mean(axis=(1, 2)), taps
+        return z.mean(axis=(1, 2))

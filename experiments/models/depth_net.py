@@ -7,19 +7,14 @@ network, cut before the activations instead of after them.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.engine.rows import Norm, at_start, batch_norm, normalised
+from experiments.engine.rows import Norm, batch_norm, normalised
 from linked_jax import Link, LinkedConv, LinkedLinear
 from linked_jax.initializers import Initializer
 from linked_jax.layers import Activation
-
-Tap = Callable[[Activation, Array, int], Any]
-"""tap(link, z, units): called with each activation's pre-activations, (N, ..., units) or flat."""
 
 
 class DepthNet(nnx.Module):
@@ -57,34 +52,27 @@ class DepthNet(nnx.Module):
 
         height, width_px, channels = image_shape
         positions = -(-height // 2) * -(-width_px // 2)
-        self.depth, self.width, self.unroll = depth, width, unroll
+        self.depth, self.unroll = depth, unroll
         self.stem = nnx.Conv(channels, width, (7, 7), strides=2, kernel_init=stem_init(2), rngs=rngs)
         self.first = nnx.Conv(width, width, (3, 3), kernel_init=stem_init(1), rngs=rngs)
         self.first_norm = batch_norm(width, norm, rngs)
         self.blocks = nnx.data(nnx.vmap(block)(rngs.split(depth - 1)) if depth > 1 else None)
         link = activation(positions * width)
         self.read_out = LinkedLinear(
-            positions * width, classes, link=link, kernel_init=kernel_init(at_start(link)), rngs=rngs
+            positions * width, classes, link=link, kernel_init=kernel_init(link.link), rngs=rngs
         )
 
-    def __call__(
-        self, images: Float[Array, "n h w c"], *, train: bool = False, tap: Tap | None = None
-    ) -> tuple[Float[Array, "n classes"], list[Any]]:
-        """Logits, and what the tap returned: for the inner activations stacked, then for the last one."""
-        tap = tap or (lambda _link, _z, _units: None)
+    def __call__(self, images: Float[Array, "n h w c"], *, train: bool = False) -> Float[Array, "n classes"]:
+        """Images in [0, 1] -> logits."""
 
-        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=(nnx.Carry, 0), unroll=self.depth - 1 if self.unroll else 1)
-        def layers(block: _Block, z: Array) -> tuple[Array, Any]:
-            return block(z, train=train), tap(block.conv.link, z, self.width)
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry, unroll=self.depth - 1 if self.unroll else 1)
+        def layers(block: _Block, z: Array) -> Array:
+            return block(z, train=train)
 
         z = normalised(self.first(self.stem(images)), self.first_norm, train)
-        taps = []
         if self.blocks is not None:
-            z, inner = layers(self.blocks, z)
-            taps.append(inner)
-        z = z.reshape(len(z), -1)
-        taps.append(jax.tree.map(lambda leaf: leaf[None], tap(self.read_out.link, z, self.width)))
-        return self.read_out(z), taps
+            z = layers(self.blocks, z)
+        return self.read_out(z.reshape(len(z), -1))
 
 
 class _Block(nnx.Module):
@@ -99,7 +87,7 @@ class _Block(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        self.conv = LinkedConv(width, width, (3, 3), link=link, kernel_init=kernel_init(at_start(link)), rngs=rngs)
+        self.conv = LinkedConv(width, width, (3, 3), link=link, kernel_init=kernel_init(link.link), rngs=rngs)
         self.norm = batch_norm(width, norm, rngs)
 
     def __call__(self, z: Array, *, train: bool) -> Array:

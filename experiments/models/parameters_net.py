@@ -7,14 +7,11 @@ A pool sees what the activation gives, so the conv after it takes all members of
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.engine.rows import Norm, at_start, batch_norm, normalised
-from experiments.models.depth_net import Tap
+from experiments.engine.rows import Norm, batch_norm, normalised
 from linked_jax import Link, LinkedConv, LinkedLinear
 from linked_jax.initializers import Initializer
 from linked_jax.layers import Activation
@@ -54,13 +51,12 @@ class ParametersNet(nnx.Module):
         arity = links[0].arity
 
         def linked_conv(features: int, link: Activation) -> LinkedConv:
-            init = kernel_init(at_start(link))
+            init = kernel_init(link.link)
             return LinkedConv(features, features, (3, 3), link=link, padding="VALID", kernel_init=init, rngs=rngs)
 
-        init = [kernel_init(at_start(link)) for link in links]
+        init = [kernel_init(link.link) for link in links]
         self.links = nnx.List(links)
-        self.units = (low, low, high, high, dense)
-        self.norms = nnx.List([batch_norm(units, norm, rngs) for units in self.units])
+        self.norms = nnx.List([batch_norm(units, norm, rngs) for units in (low, low, high, high, dense)])
         self.conv1 = nnx.Conv(channels, low, (3, 3), kernel_init=stem_init, rngs=rngs)
         self.conv2 = linked_conv(low, links[0])
         self.conv3 = nnx.Conv(arity * low, high, (3, 3), kernel_init=init[1], rngs=rngs)
@@ -69,25 +65,14 @@ class ParametersNet(nnx.Module):
         self.dense5 = nnx.Linear(arity * positions * high, dense, kernel_init=init[3], rngs=rngs)
         self.read_out = LinkedLinear(dense, classes, link=links[4], kernel_init=init[4], rngs=rngs)
 
-    def __call__(
-        self, images: Float[Array, "n h w c"], *, train: bool = False, tap: Tap | None = None
-    ) -> tuple[Float[Array, "n classes"], list[Any]]:
-        """Logits, and what the tap returned for each of the five activations."""
-        taps = []
-
-        def pre_activation(z: Array, layer: int) -> Array:
-            z = normalised(z, self.norms[layer], train)
-            if tap is not None:
-                taps.append(jax.tree.map(lambda leaf: leaf[None], tap(self.links[layer], z, self.units[layer])))
-            return z
-
-        z = pre_activation(self.conv1(images), 0)
-        z = pre_activation(self.conv2(z), 1)
-        z = pre_activation(self.conv3(_pool(self.links[1](z))), 2)
-        z = pre_activation(self.conv4(z), 3)
+    def __call__(self, images: Float[Array, "n h w c"], *, train: bool = False) -> Float[Array, "n classes"]:
+        """Images in [0, 1] -> logits."""
+        z = normalised(self.conv1(images), self.norms[0], train)
+        z = normalised(self.conv2(z), self.norms[1], train)
+        z = normalised(self.conv3(_pool(self.links[1](z))), self.norms[2], train)
+        z = normalised(self.conv4(z), self.norms[3], train)
         h = _pool(self.links[3](z))
-        z = pre_activation(self.dense5(h.reshape(len(h), -1)), 4)
-        return self.read_out(z), taps
+        return self.read_out(normalised(self.dense5(h.reshape(len(h), -1)), self.norms[4], train))
 
 
 def _pool(h: Array) -> Array:

@@ -8,14 +8,12 @@ link="everywhere" f_o is linked too, and the identity shortcut carries z itself;
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.engine.rows import Norm, at_start, batch_norm, normalised
-from experiments.models.depth_net import Tap
+from experiments.engine.rows import Norm, batch_norm, normalised
 from linked_jax import LinkedConv, LinkedLinear
 from linked_jax.initializers import Initializer
 from linked_jax.layers import Activation
@@ -74,28 +72,18 @@ class ResNet50(nnx.Module):
                     )
                 )  # fmt: skip
                 features = wide
-        self.blocks, self.features = nnx.List(found), features
+        self.blocks = nnx.List(found)
         last = outer(height * width * features)
         self.read_out = LinkedLinear(
-            height * width * features, classes, link=last, kernel_init=kernel_init(at_start(last)), rngs=rngs
+            height * width * features, classes, link=last, kernel_init=kernel_init(last.link), rngs=rngs
         )
 
-    def __call__(
-        self, images: Float[Array, "n h w c"], *, train: bool = False, tap: Tap | None = None
-    ) -> tuple[Float[Array, "n classes"], list[Any]]:
-        """Logits, and what the tap returned for each of the 49 activations, in their order."""
-        taps = []
-
-        def look(link: Activation, z: Array, units: int) -> None:
-            if tap is not None:
-                taps.append(jax.tree.map(lambda leaf: leaf[None], tap(link, z, units)))
-
+    def __call__(self, images: Float[Array, "n h w c"], *, train: bool = False) -> Float[Array, "n classes"]:
+        """Images in [0, 1] -> logits; 49 activations are on the way."""
         z = normalised(self.stem(images), self.stem_norm, train)
         for block in self.blocks:
-            z = block(z, train, look)
-        z = z.reshape(len(z), -1)
-        look(self.read_out.link, z, self.features)
-        return self.read_out(z), taps
+            z = block(z, train)
+        return self.read_out(z.reshape(len(z), -1))
 
 
 class _Bottleneck(nnx.Module):
@@ -118,7 +106,7 @@ class _Bottleneck(nnx.Module):
         def conv(
             c_in: int, c_out: int, window: int, link: Activation, strides: int = 1, scale: float = 1.0
         ) -> LinkedConv:
-            init = _scaled(kernel_init(at_start(link), strides=strides), scale)
+            init = _scaled(kernel_init(link.link, strides=strides), scale)
             return LinkedConv(c_in, c_out, (window, window), link=link, strides=strides, kernel_init=init, rngs=rngs)
 
         self.f_o = outer(features)
@@ -130,12 +118,9 @@ class _Bottleneck(nnx.Module):
         self.norms = nnx.List([batch_norm(c, norm, rngs) for c in (narrow, narrow, wide)])
         self.shortcut_norm = batch_norm(wide, norm, rngs) if project else None
 
-    def __call__(self, z: Array, train: bool, look: Callable[[Activation, Array, int], None]) -> Array:
-        look(self.f_o, z, z.shape[-1])
+    def __call__(self, z: Array, train: bool) -> Array:
         h = normalised(self.reduce(z), self.norms[0], train)
-        look(self.spatial.link, h, h.shape[-1])
         h = normalised(self.spatial(h), self.norms[1], train)
-        look(self.expand.link, h, h.shape[-1])
         h = normalised(self.expand(h), self.norms[2], train)
         if self.shortcut is not None:
             return h + normalised(self.shortcut(z), self.shortcut_norm, train)

@@ -1,14 +1,11 @@
 """The paper's shallow network (table 1): conv 3x3 -> activation -> flatten -> dense."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.engine.rows import Norm, at_start, batch_norm, normalised
-from experiments.models.depth_net import Tap
+from experiments.engine.rows import Norm, batch_norm, normalised
 from linked_jax import Link, LinkedLinear
 from linked_jax.initializers import Initializer
 from linked_jax.layers import Activation
@@ -43,15 +40,11 @@ class WidthNet(nnx.Module):
         height, width_px, channels = image_shape
         features = height * width_px * width
         link = activation(features)
-        self.width = width
         self.conv = nnx.Conv(channels, width, (3, 3), kernel_init=stem_init, rngs=rngs)
         self.norm = batch_norm(width, norm, rngs)
-        self.read_out = LinkedLinear(features, classes, link=link, kernel_init=kernel_init(at_start(link)), rngs=rngs)
+        self.read_out = LinkedLinear(features, classes, link=link, kernel_init=kernel_init(link.link), rngs=rngs)
 
-    def __call__(
-        self, images: Float[Array, "n h w c"], *, train: bool = False, tap: Tap | None = None
-    ) -> tuple[Float[Array, "n classes"], list[Any]]:
-        """Logits, and what the tap returned for the one activation."""
-        z = normalised(self.conv(images), self.norm, train).reshape(len(images), -1)
-        taps = [] if tap is None else [jax.tree.map(lambda leaf: leaf[None], tap(self.read_out.link, z, self.width))]
-        return self.read_out(z), taps
+    def __call__(self, images: Float[Array, "n h w c"], *, train: bool = False) -> Float[Array, "n classes"]:
+        """Images in [0, 1] -> logits."""
+        z = normalised(self.conv(images), self.norm, train)
+        return self.read_out(z.reshape(len(z), -1))

@@ -64,7 +64,7 @@ class Method:
 
     def link(self) -> Link:
         """The activation."""
-        return get_activation(self.act)
+        return get_activation(self.act).link
 
     def build(self, net: str, image_shape: Sequence[int], classes: int, seed: int) -> RemedyNet:
         """The network that it makes."""

@@ -25,7 +25,7 @@ from jaxtyping import Array
 
 from linked_jax.activations import relu
 from linked_jax.linking import Link
-from linked_jax.moments import evaluate
+from linked_jax.members import evaluate
 
 _OF_NORMS = ("scale", "mean", "var")
 _BUFFERS = {"trace": -1, "mu": -1, "nu": -2}  # an optimiser's buffer -> the power of the factor in which it changes

@@ -15,7 +15,7 @@ from jax.scipy.special import ndtr
 from jaxtyping import Array, ArrayLike, Float
 
 from linked_jax.linking import Link, join
-from linked_jax.moments import evaluate
+from linked_jax.members import evaluate
 from linked_jax.remedies.normprop import max_moments
 
 EPSILON = 1e-10

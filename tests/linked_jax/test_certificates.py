@@ -12,8 +12,7 @@ import pytest
 
 from linked_jax import certificates
 from linked_jax.activations import ACTIVATIONS
-from linked_jax.certificates import certify
-from linked_jax.certificates.__main__ import main
+from linked_jax.certificates import certify, main
 from linked_jax.linking import Link, linked
 
 LINKS = {n: f for n, f in ACTIVATIONS.items() if isinstance(f, Link) and f.arity > 1 and n != "crelu"}  # lk_relu again
@@ -202,8 +201,13 @@ def test_text_tells_the_findings():
 @pytest.fixture(scope="module")
 def command_lines():
     """Real processes, side by side: most of their time is importing JAX."""
-    arguments = {"linked": ("lk_swish", "--dtype", "bfloat16"), "unknown": ("lk_swosh",)}
-    command = [sys.executable, "-m", "linked_jax.certificates"]
+    arguments = {
+        "linked": ("linked_jax.certificates", "lk_swish", "--dtype", "bfloat16"),
+        "certify": ("linked_jax", "certify", "lk_prelu", "--dtype", "bfloat16"),
+        "unknown": ("linked_jax", "certify", "lk_swosh"),
+        "other": ("linked_jax", "prove", "lk_swish"),
+    }
+    command = [sys.executable, "-W", "error", "-m"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = {name: subprocess.Popen([*command, *words], **pipe) for name, words in arguments.items()}
     return {name: (*process.communicate(timeout=120), process.returncode) for name, process in started.items()}
@@ -214,6 +218,9 @@ def test_command_for_a_linked_activation(command_lines):
     out, _, code = command_lines["linked"]
     assert code == 0
     assert "activation       lk_swish\nlinked           yes\n" in out
+    out, _, code = command_lines["certify"]
+    assert code == 0
+    assert "activation       lk_prelu\nlinked           yes\n" in out
 
 
 def test_command_for_one_that_is_not_linked(capsys):
@@ -229,8 +236,15 @@ def test_command_for_an_unknown_name(command_lines):
     assert "did you mean 'lk_swish'" in err.splitlines()[-1]
 
 
-def test_command_prints_one_line_of_error_and_no_warning(command_lines):
-    assert command_lines["linked"][1] == ""
+@pytest.mark.slow
+def test_another_command_is_refused(command_lines):
+    assert command_lines["other"] == (
+        "", "error: the command is certify, got prove; try python -m linked_jax certify lk_swish\n", 2
+    )  # fmt: skip
+
+
+def test_commands_print_one_line_of_error_and_no_warning(command_lines):
+    assert command_lines["linked"][1] == command_lines["certify"][1] == ""
     assert len(command_lines["unknown"][1].splitlines()) == 1
 
 

@@ -17,7 +17,7 @@ from linked_jax.initializers import (
     variance_preserving,
 )
 from linked_jax.linking import Link, fourier, linked, min_max
-from linked_jax.moments import evaluate
+from linked_jax.members import evaluate
 
 LINKS = {name: link for name, link in ACTIVATIONS.items() if isinstance(link, Link) and name != "crelu"}
 READ_OUTS = {

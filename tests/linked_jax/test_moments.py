@@ -11,7 +11,8 @@ from scipy import integrate, special, stats
 
 from linked_jax.activations import ACTIVATIONS
 from linked_jax.linking import Link
-from linked_jax.moments import evaluate, expectation, mean_square
+from linked_jax.members import evaluate
+from linked_jax.moments import expectation, mean_square
 
 MEMBERS = {name: link.members[0] for name, link in ACTIVATIONS.items() if isinstance(link, Link) and link.arity == 1}
 over_members = pytest.mark.parametrize("g", MEMBERS.values(), ids=MEMBERS)

@@ -10,7 +10,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from linked_jax.activations import get_activation, lk_relu, min_max, relu
+from linked_jax.activations import ACTIVATIONS, lk_relu, min_max, relu
 from linked_jax.layers import LinkedConv, LinkedLinear
 from linked_jax.linking import Link
 from linked_jax.remedies.enorm import Layer, balance, enorm
@@ -20,8 +20,8 @@ LINKS = {
     "relu": relu,
     "lk_relu": lk_relu,
     "interleaved": INTERLEAVED,
-    "leaky": get_activation("leaky_relu"),
-    "lk_leaky": get_activation("lk_leaky_relu"),
+    "leaky": ACTIVATIONS["leaky_relu"],
+    "lk_leaky": ACTIVATIONS["lk_leaky_relu"],
     "min_max": min_max,
 }
 over_links = pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
@@ -363,7 +363,7 @@ def test_a_norm_beside_the_chain_is_refused_and_one_elsewhere_is_not():
 @pytest.mark.parametrize("name", ["swish", "elu", "tanh", "lk_elu", "softplus"])
 def test_activations_that_are_not_homogeneous_are_refused(name):
     with pytest.raises(ValueError, match="g\\(a z\\) = a g\\(z\\)"):
-        Layer("a", link=get_activation(name))
+        Layer("a", link=ACTIVATIONS[name])
 
 
 def test_a_step_needs_the_parameters():

@@ -1,0 +1,134 @@
+"""THE training loop: one pure update, scanned over the batches of an epoch or called once a batch.
+
+    (loss, state'), g = d loss(parameters, state, data, batch, key) / d parameters
+    parameters' = parameters + lr * optimizer(g)
+
+On a CPU a convolution inside a loop body can be many times slower than outside, so nets with convolutions run one
+jitted update a call there; elsewhere the epoch is one program. `python -m benchmarks.loop` measures both.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array
+
+from experiments.engine.parallel import ONE_DEVICE, Placement
+
+Loss = Callable[[Any, Any, Any, Any, Array], tuple[Array, Any]]
+"""(parameters, state, data, batch, key) -> the scalar loss, the new state. Hashable: equal ones compile once."""
+
+
+class Carry(NamedTuple):
+    """What an update changes; under a stacked placement with a leading axis of seeds."""
+
+    parameters: Any
+    state: Any
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What is trained, and where; a static argument of jit.
+
+    Attributes:
+      loss: of a batch, for one seed.
+      optimizer: an Optax transformation. Keep the object: another one with equal settings compiles anew.
+      place: on which devices, and whether seeds are stacked.
+      own_data: whether each seed has data of its own, with a leading axis of seeds.
+      scanned: one program an epoch, see above; by default everywhere but on a CPU.
+    """
+
+    loss: Loss
+    optimizer: optax.GradientTransformation
+    place: Placement = ONE_DEVICE
+    own_data: bool = False
+    scanned: bool = dataclasses.field(default_factory=lambda: jax.default_backend() != "cpu")
+
+    def start(self, models: Sequence[nnx.Module]) -> Carry:
+        """The carry before the first update, of one model a seed. It shares no array with the models.
+
+        Args:
+          models: left as they are; more than one only where the placement stacks seeds.
+        """
+        stack = (lambda *leaves: jnp.stack(leaves)) if self.place.stacked else jnp.copy  # an update donates its carry
+        carries = []
+        for model in models:
+            _, parameters, state = nnx.split(model, nnx.Param, ...)
+            carries.append(Carry(parameters, state, self.optimizer.init(parameters)))
+        return self.place.of_seeds(jax.tree.map(stack, *carries))
+
+    def update(self, carry: Carry, data: Any, batch: Any, key: Array, number: Any, lr: Any) -> tuple[Carry, Array]:
+        """One update of one seed, in no jit: the new carry, and the loss before it.
+
+        Args:
+          carry: parameters, state and the optimiser's state.
+          data: of the loss.
+          batch: of the loss, such as the indices of examples.
+          key: of the epoch; the loss gets it folded with the number.
+          number: of the update in the epoch, from 0.
+          lr: multiplies the optimiser's updates.
+        """
+
+        def of(parameters: Any) -> tuple[Array, Any]:
+            return self.loss(parameters, carry.state, data, batch, jax.random.fold_in(key, number))
+
+        (loss, state), gradients = jax.value_and_grad(of, has_aux=True)(carry.parameters)
+        updates, opt_state = self.optimizer.update(gradients, carry.opt_state, carry.parameters)
+        updates = jax.tree.map(lambda update: lr * update, updates)
+        return Carry(optax.apply_updates(carry.parameters, updates), state, opt_state), loss
+
+    def own(self, lr: Any) -> tuple[bool, ...]:
+        """Which arguments of `update` have an axis of seeds where they are stacked; a rate may."""
+        return (True, self.own_data, True, True, False, jnp.ndim(lr) > 0)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def step(loop: Loop, carry: Carry, data: Any, batch: Any, key: Array, number: Any, lr: Any) -> tuple[Carry, Array]:
+    """One update of all seeds: the carry, which is used up, and the losses (1,) or (seeds, 1)."""
+    carry, loss = loop.place.over_seeds(loop.update, loop.own(lr))(carry, data, batch, key, number, lr)
+    return carry, loss[..., None]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def scan(loop: Loop, carry: Carry, data: Any, batches: Any, key: Array, first: Any, lr: Any) -> tuple[Carry, Array]:
+    """An update for each of the batches, of all seeds, in one program: the carry, and the losses ([seeds,] updates)."""
+
+    def of_one_seed(carry: Carry, data: Any, batches: Any, key: Array, first: Any, lr: Any) -> tuple[Carry, Array]:
+        numbers = first + jnp.arange(len(jax.tree.leaves(batches)[0]))
+        return jax.lax.scan(lambda c, x: loop.update(c, data, x[0], key, x[1], lr), carry, (batches, numbers))
+
+    return loop.place.over_seeds(of_one_seed, loop.own(lr))(carry, data, batches, key, first, lr)
+
+
+def advance(
+    loop: Loop, carry: Carry, data: Any, batches: np.ndarray, key: Array, *, first: int = 0, lr: Any = 1.0
+) -> tuple[Carry, Array]:
+    """An update for each of the batches, in the way that is fast here.
+
+    Args:
+      loop: what is trained.
+      carry: used up.
+      data: of the loss; on the placement's devices.
+      batches: of one size: (updates, batch) or, with stacked seeds, (seeds, updates, batch).
+      key: of the epoch; with stacked seeds one each.
+      first: the number of the first update in its epoch.
+      lr: the rate; with stacked seeds it may be one each.
+
+    Returns:
+      The carry, and the losses: (updates,) or (seeds, updates).
+    """
+    if loop.scanned:
+        return scan(loop, carry, data, loop.place.batch(batches), key, np.int32(first), lr)
+    losses = []
+    for number in range(batches.shape[-2]):
+        batch = loop.place.batch(batches[..., number, :])
+        carry, loss = step(loop, carry, data, batch, key, np.int32(first + number), lr)
+        losses.append(loss)
+    return carry, losses[0] if len(losses) == 1 else jnp.concatenate(losses, axis=-1)
