@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from linked_jax import fourier, leaky_relu, lk_relu, lk_swish, relu
 from linked_jax.diagnostics import UnitStatistics, unit_statistics
 from linked_jax.linking import Link
-from linked_jax.revive import link_opt_state, link_sequential, redo
+from linked_jax.revive import link_sequential_opt_state, link_sequential, redo
 
 HIDDEN_LAYERS = 3
 RULE = optax.scale_by_adam()
@@ -75,7 +75,7 @@ def link_half_way(model: nnx.Sequential, opt_state: Any, moment: Moment) -> tupl
     """Replace ReLU by its link, without a change of outputs, before the task in the middle of the stream."""
     if (moment.task, moment.round) != (moment.tasks // 2, 0):
         return model, opt_state
-    return link_sequential(model, lk_relu), link_opt_state(opt_state, model, lk_relu)
+    return link_sequential(model, lk_relu), link_sequential_opt_state(opt_state, model, lk_relu)
 
 
 METHODS = {

@@ -35,7 +35,7 @@ from experiments.plasticity.net import METHODS, RULE, TAU, Moment, build, hidden
 from experiments.revive import plots as revive_plots
 from linked_jax import lk_relu
 from linked_jax.diagnostics import dead_units
-from linked_jax.revive import link_opt_state, link_sequential
+from linked_jax.revive import link_sequential_opt_state, link_sequential
 
 UNITS = 64
 OFFSET = 5.0
@@ -129,7 +129,7 @@ def _fresh(name: str, seed: int, features: int) -> Net:
 
 
 def _linked(net: Net) -> Net:
-    return link_sequential(net[0], lk_relu), link_opt_state(net[1], net[0], lk_relu)
+    return link_sequential(net[0], lk_relu), link_sequential_opt_state(net[1], net[0], lk_relu)
 
 
 def _redone(net: Net, task: tasks.Task, key: Any) -> Net:

@@ -11,7 +11,6 @@ changes units in between, such as a skip connection.
 
 import dataclasses
 import difflib
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from jaxtyping import Array
 
 from linked_jax.activations import relu
 from linked_jax.linking import Link
-from linked_jax.members import evaluate
+from linked_jax.members import is_homogeneous
 
 _OF_NORMS = ("scale", "mean", "var")
 _BUFFERS = {"trace": -1, "mu": -1, "nu": -2}  # an optimiser's buffer -> the power of the factor in which it changes
@@ -43,7 +42,7 @@ class Layer:
       stacked: whether the parameters have a leading axis of equal layers, applied one after the other.
 
     Raises:
-      ValueError: if a member of the link is not positively homogeneous, by a test on [-12, 12].
+      ValueError: if a member of the link is not positively homogeneous, see `linked_jax.members.is_homogeneous`.
 
     Example:
       >>> from linked_jax import lk_relu
@@ -56,7 +55,7 @@ class Layer:
     stacked: bool = False
 
     def __post_init__(self):
-        if not _is_homogeneous(self.link):
+        if not all(map(is_homogeneous, self.link.members)):
             raise ValueError(
                 f"balancing needs g(a z) = a g(z) for a > 0, got {self.link} before {self.path!r}; "
                 f"use members such as relu or leaky_relu"
@@ -258,16 +257,6 @@ def _check(chain: Sequence[Layer], c: float) -> None:
             raise ValueError(f"a layer that is used twice cannot be balanced, got {a!r} twice; name each layer once")
     if not 0 < c < math.inf:
         raise ValueError(f"c is positive and finite, got {c!r}; pass 1.0 for equal norms")
-
-
-@functools.lru_cache(maxsize=128)
-def _is_homogeneous(link: Link) -> bool:
-    z = np.linspace(-12, 12, 97)
-    return all(
-        np.allclose(evaluate(g, a * z), a * evaluate(g, z), rtol=1e-6, atol=1e-6)
-        for g in link.members
-        for a in (0.3, 2)
-    )
 
 
 def _name(path: Any) -> str:

@@ -76,6 +76,12 @@ class _VariancePropagation(ComputedKernel):
         """The kernel and the bias for inputs of these moments, see `normalized_kernel`."""
         return normalized_kernel(self.masked, self.scale[...], self.bias[...], moments, groups=self._groups)
 
+    def fold(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, moments: Moments
+    ) -> Any:
+        """The plain layer with the same output for inputs of these moments, (in_features,), also at padded borders."""
+        return super().fold(moments)
+
     def moments(self: Any) -> Moments:
         """Those of the outputs, (beta, s^2), whatever comes in; at least float32."""
         wide = jnp.promote_types(self.param_dtype, jnp.float32)

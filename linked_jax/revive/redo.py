@@ -9,10 +9,10 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from linked_jax.diagnostics import by_member
+from linked_jax.diagnostics import by_member, relative_sizes
 from linked_jax.linking import join
-from linked_jax.revive.expand import Names, edit, edit_moments, leaves_by_name
-from linked_jax.revive.joints import Joint, activations, joint_at, last_layer, linked_layers
+from linked_jax.revive.expand import Names, edit, edit_opt_state, leaves_by_name
+from linked_jax.revive.joints import Foldable, Joint, activations, joint_at, last_layer, linked_layers
 
 _START = {"mean": 0.0, "var": 1.0, "scale": 1.0, "bias": 0.0}
 
@@ -72,6 +72,12 @@ def redo(
             f"layers[{i}], a {type(model.layers[i]).__name__}, is already linked, and its link would be left out; "
             "write it as two layers, the link and then its nnx.Linear or nnx.Conv"
         )
+    for i in (i for joint in joints for i in (joint.before, joint.after)):
+        if isinstance(model.layers[i], Foldable):
+            raise ValueError(
+                f"layers[{i}], a {type(model.layers[i]).__name__}, computes its kernel, so it does not apply weights "
+                "that are drawn anew; fold it first, see fold_sequential"
+            )
     if not joints:
         raise ValueError("no activation between two layers (nnx.Linear or nnx.Conv) is in the model, so no units")
     outputs = _outputs(model, x)
@@ -107,7 +113,7 @@ def redo(
     fresh = nnx.clone(model)
     nnx.update(fresh, edit(state, {name: functools.partial(renewed, name=name) for name in names}, leaves))
     forget = {name: functools.partial(forgotten, name=name) for name in names}
-    return fresh, edit_moments(opt_state, forget, leaves), count
+    return fresh, edit_opt_state(opt_state, forget, leaves), count
 
 
 def _outputs(model: nnx.Sequential, x: Array) -> list[Array]:
@@ -118,10 +124,10 @@ def _outputs(model: nnx.Sequential, x: Array) -> list[Array]:
 
 
 def _dormant(h: Array, joint: Joint, tau: float) -> Bool[Array, " c"]:
-    """s_i <= tau, without the division: all units of a silent layer are dormant."""
+    """s_i <= tau; all units of a silent layer are dormant."""
     size = jnp.abs(by_member(h, joint.link.arity, joint.link.layout)).astype(jnp.promote_types(h.dtype, jnp.float32))
     size = size.mean(axis=(0, 1)).reshape(-1, joint.units).mean(axis=0)
-    return size <= tau * size.mean()
+    return relative_sizes(size, finite=jnp.isfinite(size)) <= tau
 
 
 def _restarted(norm: Any, i: int, mask: Array) -> dict[Names, tuple[Any, Any]]:
