@@ -15,7 +15,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array, Float, Key
 
-from linked_jax.remedies.kernels import check_sizes
+from linked_jax.remedies.arguments import check_sizes, wide
 from linked_jax.remedies.moment_calculus import Moments
 
 _TRUSTED_BELOW = 100.0  # the mean of v_pred / v_B; the authors' limit
@@ -29,7 +29,7 @@ def channel_moments(x: Float[Array, "... c"]) -> Moments:
     >>> [each.tolist() for each in channel_moments(jnp.array([[1.0, 4.0], [3.0, 4.0]]))]
     [[2.0, 4.0], [1.0, 0.0]]
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = wide(x)
     axes = tuple(range(x.ndim - 1))
     mean = x.mean(axes)
     return Moments(mean, jnp.square(x - mean).mean(axes))
@@ -87,7 +87,7 @@ def predict(
     Args:
       posterior: m and v of what the layer sees, (C,).
       key: of s.
-      layer: activation and kernel together, (n, *shape) -> (n, ..., C'): the same function that is applied to the data.
+      layer: activation and kernel together, (n, *shape) -> (n, ..., C'), as applied to the data.
       shape: of one example, (*space, C).
       samples: how many examples to draw. The paper draws one image; a dense layer needs many, or has no variance.
 

@@ -4,7 +4,7 @@
     d_i = sqrt(||W_k[i, ..]|| / (c ||W_{k-1}[.., i]||))
 
 The net computes the same function; at c = 1 its kernels have the least sum of squares of all nets rescaled like that.
-It holds where g(a z) = a g(z) for a > 0: for ReLU, leaky ReLU, PReLU, max(z, 0), |z| and links of them. Pooling,
+Both hold where g(a z) = a g(z) for a > 0: for ReLU, leaky ReLU, PReLU, max(z, 0), |z| and links of them. Pooling,
 dropout and flattening between layers do no harm. A norm between layers does, and so does anything else that sees or
 changes units in between, such as a skip connection.
 """
@@ -25,6 +25,7 @@ from jaxtyping import Array
 from linked_jax.activations import relu
 from linked_jax.linking import Link
 from linked_jax.members import is_homogeneous
+from linked_jax.remedies.arguments import wide
 
 _OF_NORMS = ("scale", "mean", "var")
 _BUFFERS = {"trace": -1, "mu": -1, "nu": -2}  # an optimiser's buffer -> the power of the factor in which it changes
@@ -82,7 +83,7 @@ def balance(params: Any, chain: Sequence[Layer], *, c: float = 1.0) -> Any:
       params: any tree of parameters: an `nnx.State` from `nnx.split(model, nnx.Param, ...)`, a Linen dictionary.
       chain: the layers in the order of the forward pass, two or more. The outputs of the last are not rescaled, nor
         are the inputs of the first. All other parameters stay.
-      c: how much larger a unit's input kernels in the next layer shall be than its own kernel.
+      c: the norm of a unit's input kernels in the next layer over that of its own kernel, once balanced.
 
     Returns:
       A tree like params; the computation is in float32 at least.
@@ -152,7 +153,7 @@ def enorm(
         if params is None:
             raise ValueError("enorm rescales parameters, got None; pass optimizer.update(gradients, state, params)")
         updates, state = inner.update(updates, state, params)
-        stepped = jax.tree.map(lambda p, u: p.astype(_wide(p)) + u, params, updates)
+        stepped = jax.tree.map(lambda p, u: wide(p) + u, params, updates)
         factors = _factors(stepped, chain, c)
 
         def difference(path: Any, u: Any, new: Any, p: Any) -> Any:
@@ -177,7 +178,7 @@ def enorm(
 def _factors(params: Any, chain: Sequence[Layer], c: float) -> dict[str, Array]:
     """What each kernel and bias of the chain is multiplied by, by name."""
     parts = _parts(params, chain)
-    kernels = [part.kernel.astype(_wide(part.kernel)) for part in parts]
+    kernels = [wide(part.kernel) for part in parts]
     of_inputs = [jnp.ones(kernel.shape[-2], kernel.dtype) for kernel in kernels]
     of_outputs = [jnp.ones(kernel.shape[-1], kernel.dtype) for kernel in kernels]
     for k in range(1, len(parts)):
@@ -263,9 +264,5 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
-def _wide(x: Any) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def _times(x: Any, factor: Array | None) -> Array:
-    return x if factor is None else (x.astype(_wide(x)) * factor).astype(x.dtype)
+    return x if factor is None else (wide(x) * factor).astype(x.dtype)

@@ -7,12 +7,13 @@ dilation, masks and precision, are those of `flax.nnx.Linear` and `flax.nnx.Conv
 """
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+from linked_jax.remedies.arguments import check_sizes
 
 
 class ComputedKernel(nnx.Module):
@@ -110,14 +111,3 @@ def _plain(layer: Any) -> Any:
 
 def _as_tuple(option: Any) -> Any:
     return tuple(map(_as_tuple, option)) if isinstance(option, list) else option
-
-
-def check_sizes(**sizes: int | Sequence[int]) -> None:
-    """Refuse numbers of features and kernel sizes below 1, by name.
-
-    Raises:
-      ValueError: with the name and what was received.
-    """
-    for name, size in sizes.items():
-        if min((size,) if isinstance(size, int) else size, default=1) < 1:
-            raise ValueError(f"{name} is at least 1, got {size}")

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from linked_jax.initializers import Initializer
 from linked_jax.linking import Link
 from linked_jax.moments import expectation
+from linked_jax.remedies.arguments import wide
 from linked_jax.remedies.kernels import ComputedKernel
 
 _LECUN_NORMAL = nnx.initializers.lecun_normal()  # Flax' own
@@ -49,7 +50,7 @@ def zero_sum_kernel(v: Float[Array, "m_less_1 c_out"]) -> Float[Array, "m c_out"
     """
     _check_fan_in(len(v) + 1, f"v of shape {v.shape}")
     j = jnp.arange(1, len(v) + 1)[:, None]
-    u = v.astype(jnp.promote_types(v.dtype, jnp.float32))
+    u = wide(v)
     u = u / jnp.sqrt(j * (j + 1.0)).astype(u.dtype)
     zero = jnp.zeros_like(u[:1])
     return jnp.concatenate([jax.lax.cumsum(u, reverse=True), zero]) - jnp.concatenate([zero, j.astype(u.dtype) * u])

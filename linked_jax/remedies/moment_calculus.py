@@ -16,6 +16,7 @@ from jaxtyping import Array, ArrayLike, Float
 from linked_jax.linking import Link, join
 from linked_jax.members import slopes
 from linked_jax.moments import panels
+from linked_jax.remedies.arguments import wide
 from linked_jax.remedies.normprop import max_moments
 
 EPSILON = 1e-10
@@ -63,7 +64,7 @@ def through_kernel(moments: Moments, kernel: Float[Array, "... c_in c_out"], *, 
             f"groups, got moments of shape {moments.mean.shape}; for a link or flattened features pass them through it "
             "first"
         )
-    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    kernel = wide(kernel)
 
     def summed(values: Array, weights: Array) -> Array:  # over positions and the inputs of each group
         weights = weights.sum(tuple(range(kernel.ndim - 2))).reshape(kernel.shape[-2], groups, -1)

@@ -19,11 +19,12 @@ from jaxtyping import Array, Float
 
 from linked_jax.linking import Link
 from linked_jax.moments import expectation
-from linked_jax.remedies.kernels import ComputedKernel, check_sizes
+from linked_jax.remedies.arguments import check_sizes, wide
+from linked_jax.remedies.kernels import ComputedKernel
 
 
 class Normalized:
-    """The member z -> (g(z) - c1) / c2; equal to another one over an equal g. Made by `normalized`."""
+    """The member z -> (g(z) - c1) / c2; equal to every other of an equal g. Made by `normalized`."""
 
     def __init__(self, g: Callable[[Any], Any]):
         self.g = g
@@ -96,7 +97,7 @@ def unit_filters(kernel: Float[Array, "... c_in c_out"]) -> Float[Array, "... c_
       >>> unit_filters(jnp.array([[3.0], [4.0]])).ravel()
       Array([0.6, 0.8], dtype=float32)
     """
-    w = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    w = wide(kernel)
     return w / optax.safe_norm(w.reshape(-1, w.shape[-1]), 1e-12, axis=0)
 
 

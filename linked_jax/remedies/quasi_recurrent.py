@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 
 from linked_jax.layers import Activation
 from linked_jax.linking import Link
+from linked_jax.remedies.arguments import check_sizes, wide
 from linked_jax.remedies.drelu import drelu
-from linked_jax.remedies.kernels import check_sizes
 
 
 def fo_pool(f: Float[Array, "n t h"], o: Float[Array, "n t h"], z: Float[Array, "n t h"]) -> Float[Array, "n t h"]:
@@ -43,7 +43,7 @@ def fo_pool(f: Float[Array, "n t h"], o: Float[Array, "n t h"], z: Float[Array, 
       >>> fo_pool(half, jnp.ones((1, 3, 1)), jnp.ones((1, 3, 1))).ravel()
       Array([0.5  , 0.75 , 0.875], dtype=float32)
     """
-    keep, new = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (f, z))
+    keep, new = wide(f), wide(z)
 
     def then(first, second):  # c -> a c + b, one after the other
         (a, b), (a_2, b_2) = first, second

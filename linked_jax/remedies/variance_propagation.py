@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from linked_jax.remedies.arguments import wide
 from linked_jax.remedies.kernels import ComputedKernel
 from linked_jax.remedies.moment_calculus import Moments, through_kernel
 
@@ -84,8 +85,7 @@ class _VariancePropagation(ComputedKernel):
 
     def moments(self: Any) -> Moments:
         """Those of the outputs, (beta, s^2), whatever comes in; at least float32."""
-        wide = jnp.promote_types(self.param_dtype, jnp.float32)
-        return Moments(self.bias[...].astype(wide), jnp.square(self.scale[...].astype(wide)))
+        return Moments(wide(self.bias[...]), jnp.square(wide(self.scale[...])))
 
     def preserve(self: Any, moments: Moments, bias: Float[Array, " c_out"] | None = None) -> Moments:
         """Set s = sigma and beta = b + mu, so that the layer computes W x + b for now.

@@ -7,11 +7,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from linked_jax.remedies.arguments import wide
 from linked_jax.remedies.kernels import ComputedKernel
 
 
@@ -43,7 +43,7 @@ def standardize(kernel: Float[Array, "... c_in c_out"], *, epsilon: float = 1e-5
       Array([-1.,  0.,  1.], dtype=float32)
     """
     fan_in = _fan_in(kernel.shape)
-    w = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)).reshape(fan_in, -1)
+    w = wide(kernel).reshape(fan_in, -1)
     w = w - w.mean(0)
     std = optax.safe_norm(w, 0.0, axis=0) / math.sqrt(fan_in - 1)
     return (w / (std + epsilon)).reshape(kernel.shape).astype(kernel.dtype)

@@ -27,7 +27,7 @@ def fold_batch_norm(layer: Layer, norm: nnx.BatchNorm) -> Layer:
         dtype, which may not be the norm's: a bfloat16 layer and a float32 norm give bfloat16 once folded.
 
     Raises:
-      ValueError: if the two are something else or do not fit.
+      ValueError: if the two have other types, or other numbers of channels.
 
     Reference: Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only
     inference, 2018.
@@ -78,7 +78,7 @@ def fold_sequential(model: nnx.Sequential) -> nnx.Sequential:
 
     Raises:
       ValueError: if a batch norm does not follow an nnx.Linear or nnx.Conv directly, a module has inside what would
-        be folded, or a layer needs to be told something to fold; with its index.
+        be folded, or a layer's `fold` has arguments; with its index.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -40,7 +40,7 @@ def plain(layer: Any, i: int) -> Any:
     """What layers[i] folds to, or the layer itself.
 
     Raises:
-      ValueError: if it needs to be told something to fold.
+      ValueError: if its `fold` has arguments.
     """
     if not isinstance(layer, Foldable):
         return layer

@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 from linked_jax import LinkedPReLU, lk_relu, lk_tanh, min_max
 from linked_jax.remedies.drelu import drelu
 from linked_jax.remedies.quasi_recurrent import QuasiRecurrent, fo_pool
+from tests.cases import first_fast
 
 
 def white(*shape, seed=0, dtype=np.float64):
@@ -27,7 +28,7 @@ CANDIDATES = {
     "lk_tanh": (lk_tanh, 1, lambda a: np.concatenate([np.tanh(a), np.tanh(-a)], -1)),
     "function": (jnp.sin, 1, np.sin),
 }
-over_candidates = pytest.mark.parametrize("name", CANDIDATES)
+over_candidates = pytest.mark.parametrize("name", first_fast(CANDIDATES))
 
 
 def fresh(name="drelu", features=3, hidden=4, **options):
@@ -226,14 +227,16 @@ def test_vmap_over_seeds_equals_one_by_one():
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
-    [
-        ({"candidate": "relu"}, ValueError, "candidate is 'tanh', 'drelu' or a link, got 'relu'"),
-        ({"candidate": LinkedPReLU}, TypeError, "a function or a built link"),
-        ({"candidate": 3}, TypeError, "a function or a built link, got 3"),
-        ({"candidate": lk_relu.__class__(lk_relu.members, axis=1)}, ValueError, "axis=1"),
-        ({"hidden_features": 0}, ValueError, "hidden_features is at least 1, got 0"),
-        ({"kernel_size": 0}, ValueError, "kernel_size is at least 1, got 0"),
-    ],
+    first_fast(
+        [
+            ({"candidate": "relu"}, ValueError, "candidate is 'tanh', 'drelu' or a link, got 'relu'"),
+            ({"candidate": LinkedPReLU}, TypeError, "a function or a built link"),
+            ({"candidate": 3}, TypeError, "a function or a built link, got 3"),
+            ({"candidate": lk_relu.__class__(lk_relu.members, axis=1)}, ValueError, "axis=1"),
+            ({"hidden_features": 0}, ValueError, "hidden_features is at least 1, got 0"),
+            ({"kernel_size": 0}, ValueError, "kernel_size is at least 1, got 0"),
+        ]
+    ),
 )
 def test_wrong_arguments_are_named(options, error, message, unchecked):
     arguments = {"in_features": 3, "hidden_features": 4, **options}

@@ -14,12 +14,17 @@ from linked_jax.remedies.moment_calculus import Moments
 from linked_jax.remedies.normprop import NormPropConv, NormPropLinear
 from linked_jax.remedies.variance_propagation import VPConv, VPLinear
 from linked_jax.remedies.weight_standardization import WSConv
+from tests.cases import first_fast
 
 MOMENTS = Moments(jnp.array([0.5, -1.0, 2.0, 0.1]), jnp.array([1.0, 0.2, 3.0, 2.0]))
 CONVS = {WSConv: (), LCWConv: (), NormPropConv: (), VPConv: (MOMENTS,)}
 DENSE = {LCWLinear: (), NormPropLinear: (), VPLinear: (MOMENTS,)}
-over_convs = pytest.mark.parametrize(("make", "given"), CONVS.items(), ids=[make.__name__ for make in CONVS])
-over_dense = pytest.mark.parametrize(("make", "given"), DENSE.items(), ids=[make.__name__ for make in DENSE])
+over_convs = pytest.mark.parametrize(
+    ("make", "given"), first_fast(CONVS.items()), ids=[make.__name__ for make in CONVS]
+)
+over_dense = pytest.mark.parametrize(
+    ("make", "given"), first_fast(DENSE.items()), ids=[make.__name__ for make in DENSE]
+)
 
 MASK = jnp.asarray(np.random.default_rng(1).integers(0, 2, (3, 2, 4, 6)), jnp.float32)
 GEOMETRIES = {  # kernel_size, Flax' arguments, the shape of x
@@ -38,7 +43,9 @@ GEOMETRIES = {  # kernel_size, Flax' arguments, the shape of x
     "precision": ((3, 2), {"precision": "highest", "preferred_element_type": jnp.float32}, (2, 6, 7, 4)),
     "bias": ((3, 2), {"use_bias": True, "bias_init": nnx.initializers.normal(1.0)}, (2, 6, 7, 4)),
 }
-over_geometries = pytest.mark.parametrize(("kernel_size", "options", "shape"), GEOMETRIES.values(), ids=GEOMETRIES)
+over_geometries = pytest.mark.parametrize(
+    ("kernel_size", "options", "shape"), first_fast(GEOMETRIES.values()), ids=GEOMETRIES
+)
 
 
 def white(*shape, dtype=jnp.float32):

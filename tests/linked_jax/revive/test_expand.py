@@ -10,8 +10,9 @@ from linked_jax.activations import lk_relu, relu
 from linked_jax.layers import LinkedPReLU
 from linked_jax.linking import Link
 from linked_jax.revive import Pair, link_params, link_params_opt_state
+from tests.cases import first_fast
 
-layouts = pytest.mark.parametrize("layout", ["blocked", "interleaved"])
+layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
 
 
 def white(*shape):
@@ -162,7 +163,15 @@ def test_bad_input(unchecked):
 
 @pytest.mark.parametrize(
     "pair",
-    [*({"after": a} for a in ("", "a//b", None, 3, "params")), {"norm": ()}, {"norm": 1.5}, {"before": None}, {"before": 0}],
+    first_fast(
+        [
+            *({"after": a} for a in ("", "a//b", None, 3, "params")),
+            {"norm": ()},
+            {"norm": 1.5},
+            {"before": None},
+            {"before": 0},
+        ]
+    ),
     ids=str,
 )
 def test_bad_paths(unchecked, pair):
@@ -170,7 +179,7 @@ def test_bad_paths(unchecked, pair):
         Pair(**{"after": "a", "before": "b"} | pair)
 
 
-@pytest.mark.parametrize("positions", [0, 2.0, "4"])
+@pytest.mark.parametrize("positions", first_fast([0, 2.0, "4"]))
 def test_bad_positions(unchecked, positions):
     with pytest.raises(ValueError, match="positions is an integer of at least 1"):
         Pair("a", "b", positions=positions)

@@ -11,6 +11,7 @@ from linked_jax.layers import LinkedLinear
 from linked_jax.remedies import LCWConv, LCWLinear, NormPropConv, NormPropLinear, VPLinear, WSConv
 from linked_jax.remedies.normprop import normalized
 from linked_jax.revive import fold_batch_norm, fold_sequential
+from tests.cases import first_fast
 
 LAYERS = {
     "linear": (functools.partial(nnx.Linear, 3, 5), (4, 3)),
@@ -34,9 +35,11 @@ def trained(module):
     return module
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.float64, 1e-12)])
-@pytest.mark.parametrize("options", [{}, {"use_scale": False}, {"use_bias": False, "epsilon": 0.1}], ids=str)
-@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize(("dtype", "tolerance"), first_fast([(jnp.float32, 1e-5), (jnp.float64, 1e-12)]))
+@pytest.mark.parametrize(
+    "options", first_fast([{}, {"use_scale": False}, {"use_bias": False, "epsilon": 0.1}]), ids=str
+)
+@pytest.mark.parametrize(("make", "shape"), first_fast(LAYERS.values()), ids=LAYERS)
 def test_one_layer_gives_what_layer_and_norm_give(make, shape, options, dtype, tolerance):
     with jax.enable_x64(dtype == jnp.float64):
         layer = trained(make(param_dtype=dtype, rngs=nnx.Rngs(0)))

@@ -9,8 +9,9 @@ from linked_jax.activations import fourier, lk_leaky_relu, lk_relu, relu
 from linked_jax.layers import LinkedLinear
 from linked_jax.linking import Link
 from linked_jax.revive import link_sequential, link_sequential_opt_state, redo
+from tests.cases import first_fast
 
-layouts = pytest.mark.parametrize("layout", ["blocked", "interleaved"])
+layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
 
 
 def flatten(x):

@@ -17,7 +17,7 @@ from linked_jax.revive import link_sequential, link_sequential_opt_state, redo, 
 from tests.cases import first_fast
 
 LINKS = {name: a for name, a in ACTIVATIONS.items() if isinstance(a, Link) and a.arity > 1 and name != "crelu"}
-layouts = pytest.mark.parametrize("layout", ["blocked", "interleaved"])
+layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
 
 
 def flatten(x):
@@ -50,7 +50,7 @@ ARCHITECTURES = {  # (layers, input shape); the activation stands as "g"
     "dropout": ([("linear", 5, 7), "g", ("dropout",), ("linear", 7, 3)], (4, 5)),
     "scaled": ([lambda x: x / 255, ("linear", 5, 7), "g", lambda x: 2 * x, ("linear", 7, 3), jnp.tanh], (4, 5)),
 }  # fmt: skip
-over_architectures = pytest.mark.parametrize(("layers", "shape"), ARCHITECTURES.values(), ids=ARCHITECTURES)
+over_architectures = pytest.mark.parametrize(("layers", "shape"), first_fast(ARCHITECTURES.values()), ids=ARCHITECTURES)
 
 
 def build(layers, g, *, seed=0, evaluate=True):
@@ -94,7 +94,7 @@ def test_the_linked_model_computes_the_same(layers, shape, layout, bits):
 
 
 @layouts
-@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("name", first_fast(LINKS))
 def test_every_named_link_revives_its_first_member(name, layout):
     link = Link(LINKS[name].members, layout=layout)
     layers, shape = ARCHITECTURES["max pool"]
@@ -366,7 +366,7 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("layers", "message"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("layers", "message"), first_fast(BAD.values()), ids=BAD)
 def test_what_cannot_be_linked_is_refused_by_name(layers, message):
     model = nnx.Sequential(*layers)
     with pytest.raises(ValueError, match=message):
