@@ -10,7 +10,6 @@ changes units in between, such as a skip connection.
 """
 
 import dataclasses
-import difflib
 import itertools
 import math
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from jaxtyping import Array
 from linked_jax.activations import relu
 from linked_jax.linking import Link
 from linked_jax.members import is_homogeneous
-from linked_jax.remedies.arguments import wide
+from linked_jax.remedies.arguments import dotted, nearest, wide
 
 _OF_NORMS = ("scale", "mean", "var")
 _BUFFERS = {"trace": -1, "mu": -1, "nu": -2}  # an optimiser's buffer -> the power of the factor in which it changes
@@ -107,7 +106,7 @@ def balance(params: Any, chain: Sequence[Layer], *, c: float = 1.0) -> Any:
     """
     _check(chain, c)
     factors = _factors(params, chain, c)
-    return jax.tree_util.tree_map_with_path(lambda path, p: _times(p, factors.get(_name(path))), params)
+    return jax.tree_util.tree_map_with_path(lambda path, p: _times(p, factors.get(dotted(path))), params)
 
 
 def enorm(
@@ -157,12 +156,12 @@ def enorm(
         factors = _factors(stepped, chain, c)
 
         def difference(path: Any, u: Any, new: Any, p: Any) -> Any:
-            factor = factors.get(_name(path))
+            factor = factors.get(dotted(path))
             return u if factor is None else _times(new, factor) - p
 
         def carried(path: Any, leaf: Any) -> Any:
             for buffer, power in _BUFFERS.items():
-                _, _, name = f".{_name(path)}".partition(f".{buffer}.")
+                _, _, name = f".{dotted(path)}".partition(f".{buffer}.")
                 if name in factors:
                     return _times(leaf, factors[name] ** power)
             return leaf
@@ -203,13 +202,14 @@ def _factors(params: Any, chain: Sequence[Layer], c: float) -> dict[str, Array]:
 
 def _parts(params: Any, chain: Sequence[Layer]) -> list[_Part]:
     """The layers that a chain names, checked."""
-    leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    leaves = {dotted(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     layers = [name.removesuffix(".kernel") for name in leaves if name.endswith(".kernel")]
     paths = [layer.path for layer in chain]
     for path in paths:
         if path not in layers:
-            near = difflib.get_close_matches(path, layers, 3, 0) or ["none"]
-            raise ValueError(f"there is no layer {path!r} with a kernel in params; the nearest: {', '.join(near)}")
+            raise ValueError(
+                f"there is no layer {path!r} with a kernel in params; the nearest: {nearest(path, layers)}"
+            )
     levels = zip(*(path.split(".")[:-1] for path in paths), strict=False)
     root = [keys[0] for keys in itertools.takewhile(lambda keys: len(set(keys)) == 1, levels)]
     for name in leaves:
@@ -258,10 +258,6 @@ def _check(chain: Sequence[Layer], c: float) -> None:
             raise ValueError(f"a layer that is used twice cannot be balanced, got {a!r} twice; name each layer once")
     if not 0 < c < math.inf:
         raise ValueError(f"c is positive and finite, got {c!r}; pass 1.0 for equal norms")
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def _times(x: Any, factor: Array | None) -> Array:

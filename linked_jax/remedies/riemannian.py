@@ -6,7 +6,6 @@ Batch norm makes the length of y irrelevant, and yet the length sets the size of
 geodesics, the great circles. Apply it to kernels that only a batch norm follows; no weight decay on them.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from linked_jax.remedies.arguments import check_shares, wide, wide_dtype
+from linked_jax.remedies.arguments import check_shares, dotted, nearest, wide, wide_dtype
 
 Kernel = Float[Array, "... rows c_out"]
 
@@ -164,22 +163,21 @@ def scale_invariant(params: Any, names: Sequence[str]) -> Any:
       >>> scale_invariant({"conv": {"kernel": jnp.ones((3, 3, 1, 4)), "bias": jnp.ones(4)}}, ["conv"])
       {'conv': {'bias': False, 'kernel': True}}
     """
-    shapes = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    shapes = {dotted(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     shapes = {name: shape for name, shape in shapes.items() if name.endswith(".kernel")}
     named: set[str] = set()
     for each in names:
         found = {kernel for kernel in shapes if kernel.startswith(f"{each}.")}
         if not found:
             layers = [kernel.removesuffix(".kernel") for kernel in shapes]
-            near = difflib.get_close_matches(each, layers, 3, 0) or ["none"]
-            raise ValueError(f"{each!r} has no kernel in params; the nearest layers: {', '.join(near)}")
+            raise ValueError(f"{each!r} has no kernel in params; the nearest layers: {nearest(each, layers)}")
         named |= found
     tall = {kernel for kernel in named if math.prod(shapes[kernel][:-1]) > shapes[kernel][-1]}
     if not tall:
         raise ValueError(
             f"a kernel for the sphere has more rows than columns, got none among {list(names)}; name larger kernels"
         )
-    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in tall, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: dotted(path) in tall, params)
 
 
 def riemannian(
@@ -278,10 +276,6 @@ def _unit(p: Any) -> Array:
     p = wide(p)
     norm = _norm(p)
     return p / jnp.where(norm > 0, norm, 1)
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def _check(learning_rate: optax.ScalarOrSchedule, clip: float, **averages: float) -> None:
