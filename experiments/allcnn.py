@@ -21,7 +21,11 @@ from experiments.engine.rows import INITS, Row, stem_init
 from experiments.engine.run import run
 from experiments.engine.settings import Cell
 from experiments.models.allcnn_net import AllCNN
-from linked_jax import all_cnn_schedule, inverse_time_decay
+from linked_jax import inverse_time_decay
+
+EPOCHS = 3000
+FACTORS = {0: 1.0, 500: 0.75, 2000: 0.5, 2350: 0.1, 2750: 0.05}
+"""Of the learning rate, by the epoch of 3000 from which they hold (the paper's section on All-CNN)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +72,27 @@ def schedule(settings: Settings, cell: Cell, steps_per_epoch: int) -> optax.Sche
     if cell["schedule"] == "fixed":
         return decay
     assert settings.epochs is not None
-    try:
-        steps = all_cnn_schedule(1.0, epochs=settings.epochs, steps_per_epoch=steps_per_epoch)
-    except ValueError as error:
-        raise UsageError(f"--schedule step: {error}") from error
+    steps = step_factors(settings.epochs * steps_per_epoch)
     return lambda count: steps(count) * decay(count)
+
+
+def step_factors(updates: int) -> optax.Schedule:
+    """The paper's five steps, stretched over a run of that many optimiser updates.
+
+    Update `count` takes the factor that the paper has at the same fraction of training, so a step begins with the
+    update ceil(epoch * updates / 3000). With a number of epochs that is no multiple of 60 a step may begin within an
+    epoch, which keeps all five steps in short runs.
+
+    >>> [float(step_factors(60)(count)) for count in (0, 9, 10, 39, 40)]
+    [1.0, 1.0, 0.75, 0.75, 0.5]
+    """
+    boundaries = [-(-epoch * updates // EPOCHS) for epoch in FACTORS]  # ceil, in integers
+    if boundaries[-1] >= updates:
+        raise UsageError(
+            f"--schedule step: the five steps need at least 12 updates, got {updates}; train for longer, or pass "
+            "--schedule fixed"
+        )
+    return optax.join_schedules([optax.constant_schedule(factor) for factor in FACTORS.values()], boundaries[1:])
 
 
 TABLE = Experiment(

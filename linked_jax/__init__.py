@@ -3,8 +3,13 @@
     f(z) = (g_1(z), ..., g_d(z)),   for every z some g_i'(z) != 0.
 
 `linked(g)` makes one from almost any activation; `certify` proves it for every float; `LinkedConv` and `LinkedLinear`
-are the layers, and start so that signals keep their size at any depth.
+are the layers, and start so that signals keep their size at any depth. `linked_jax.linen` has the layers for Flax
+Linen, `linked_jax.probe` looks into a model, `linked_jax.revive` links a trained one, `linked_jax.remedies` holds the
+other methods of the literature; these four are imported when they are first used.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from linked_jax.activations import (
     crelu,
@@ -28,7 +33,6 @@ from linked_jax.activations import (
     swish,
     tanh,
 )
-from linked_jax.certificates import Certificate, certify
 from linked_jax.diagnostics import live_units
 from linked_jax.initializers import (
     default_kernel_init,
@@ -42,15 +46,20 @@ from linked_jax.layers import (
     ACTIVATION_NAMES,
     ChannelPReLU,
     LinkedConv,
+    LinkedConvTranspose,
     LinkedLinear,
     LinkedPReLU,
     activation_arity,
     get_activation,
 )
 from linked_jax.linking import Link, fourier, linked, min_max
-from linked_jax.schedules import all_cnn_schedule, inverse_time_decay, step_schedule
+from linked_jax.schedules import inverse_time_decay
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from linked_jax import linen, probe, remedies, revive
+    from linked_jax.certificates import Certificate, certify
+
+__version__ = "0.2.0"
 
 __all__ = [
     "ACTIVATION_NAMES",
@@ -58,10 +67,10 @@ __all__ = [
     "ChannelPReLU",
     "Link",
     "LinkedConv",
+    "LinkedConvTranspose",
     "LinkedLinear",
     "LinkedPReLU",
     "activation_arity",
-    "all_cnn_schedule",
     "certify",
     "crelu",
     "default_kernel_init",
@@ -73,6 +82,7 @@ __all__ = [
     "get_activation",
     "inverse_time_decay",
     "leaky_relu",
+    "linen",
     "linked",
     "live_units",
     "lk_elu",
@@ -87,13 +97,31 @@ __all__ = [
     "looks_linear",
     "min_max",
     "prelu",
+    "probe",
     "read_out",
     "relu",
+    "remedies",
+    "revive",
     "selu",
     "sigmoid",
     "softplus",
-    "step_schedule",
     "swish",
     "tanh",
     "variance_preserving",
 ]
+
+# Imported when first used: the packages are slow to import, and `python -m linked_jax.certificates` would warn that
+# the module it is about to run is there already.
+_LAZY = {name: f"linked_jax.{name}" for name in ("certificates", "linen", "probe", "remedies", "revive")}
+_LAZY |= dict.fromkeys(("Certificate", "certify"), "linked_jax.certificates")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'linked_jax' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    return module if module.__name__ == f"linked_jax.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from linked_jax.linking import Link, fourier, linked, min_max
+from linked_jax.linking import Layout, Link, fourier, from_the_right, join, linked, min_max
 
 
 def prelu(z: Float[Array, "..."], negative_slope: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
@@ -45,6 +45,36 @@ def prelu(z: Float[Array, "..."], negative_slope: Float[ArrayLike, "..."]) -> Fl
       Array([-0.5,  3. ], dtype=float32)
     """
     return jnp.where(z > 0, z, jnp.asarray(negative_slope, z.dtype) * z)
+
+
+def linked_prelu(
+    z: Float[Array, "..."],
+    positive_slope: Float[ArrayLike, "..."],
+    mirrored_slope: Float[ArrayLike, "..."],
+    *,
+    layout: Layout = "blocked",
+) -> Float[Array, "..."]:
+    """PReLU linked with its mirror image, each with slopes of its own.
+
+        f(z) = (prelu(z, a), prelu(-z, b))
+
+    Args:
+      z: pre-activations, (..., C).
+      positive_slope: a, broadcast against z.
+      mirrored_slope: b, broadcast against z.
+      layout: "blocked" or "interleaved", see `Link`.
+
+    Returns:
+      (..., 2*C). The Jacobian at z = 0 is the limit z -> 0+, (1, -b).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax.activations import linked_prelu
+      >>> linked_prelu(jnp.array([-4.0]), 0.5, 0.25)
+      Array([-2.,  4.], dtype=float32)
+    """
+    members = (lambda z: prelu(z, positive_slope)), (lambda z: prelu(-z, mirrored_slope))
+    return join([from_the_right(g)(z) for g in members], -1, layout)
 
 
 def _gelu(z: Array) -> Array:

@@ -3,19 +3,25 @@
 A linked layer computes z' = f(z) K with f(z) in R^(d*C) and K of shape (*window, d*C_in, C_out). Worth more than the
 link alone: 50 mirror-ReLU layers with Glorot kernels shrink the signal by 1e-13, with `looks_linear` by nothing.
 
-What each init does to the mean square of white signals, forward and of gradients backward, for one layer with C_in
-and C_out pre-activations and stride s in each of n spatial axes:
+What each init does to the mean square of white signals, forward, and of gradients, backward, for one layer with C_in
+and C_out pre-activations, over all channels and pixels. s is the stride in each of n spatial axes.
 
-    init                   forward    backward               in words
-    looks_linear           1          C_out / (C_in s^n)     exactly linear; isometric where C_in = C_out and s = 1
-    variance_preserving    1          about C_out / C_in     on average over kernels; correlations grow with depth
+    layer                                init                   forward    backward
+    dense, conv, grouped, dilated        looks_linear           1          C_out / (C_in s^n)
+    dense, conv, grouped, dilated        variance_preserving    1          about C_out / (C_in s^n)
+    transposed conv                      looks_linear           1          C_out s^n / C_in
+    transposed conv                      variance_preserving    1          about C_out s^n / C_in
+
+looks_linear starts exactly linear, and isometric where C_in = C_out and s = 1. variance_preserving keeps signals on
+average over kernels; correlations grow with depth. Depthwise is grouped with C_in groups.
 
 So square layers at stride 1 keep both. Widening (C_out > C_in) keeps the forward signal and enlarges gradients;
 narrowing and read-outs keep the forward signal (for white inputs) and shrink gradients. At a stride the linear kernel
 covers s x s pixels in blocks that tile the image, so no pixel is dropped; one pixel of each block, the usual delta
-kernel, would throw away three quarters at s = 2. With VALID padding, border pixels take no part in the gradient. A
-stem has no link before it: give it the link of one member `Link((lambda z: z,))`, for which variance_preserving is
-orthogonal initialisation.
+kernel, would throw away three quarters at s = 2. A transposed conv writes its s x s output pixels in the same blocks.
+With a dilated kernel the blocks tile only where dilation and stride share no factor; a window smaller than the stride
+leaves the other pixels out. With VALID padding, border pixels take no part in the gradient. A stem has no link before
+it: give it the link of one member `Link((lambda z: z,))`, for which variance_preserving is orthogonal initialisation.
 
 Every function here returns an init(key, shape, dtype) for the whole kernel of the layer, as Flax wants it.
 """
@@ -23,13 +29,14 @@ Every function here returns an init(key, shape, dtype) for the whole kernel of t
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from linked_jax.linking import Link, join
+from linked_jax.linking import Activation, Link, join
 from linked_jax.members import evaluate
 from linked_jax.moments import mean_square
 
@@ -65,19 +72,28 @@ def gain(link: Link) -> float:
     return size**-0.5
 
 
-def variance_preserving(link: Link) -> Initializer:
+def variance_preserving(
+    link: Link, *, strides: int | Sequence[int] = 1, feature_group_count: int = 1, transpose: bool = False
+) -> Initializer:
     """An orthogonal kernel scaled by the link's gain: the forward mean square stays 1 on average.
 
         K = gain(link) * Q,   Q of shape (fan_in, C_out), columns orthonormal, or of norm 1 on average
 
+    Each of G groups has its own Q, (fan_in, C_out / G). A transposed conv has sqrt(s^n) K, since a pixel of its output
+    meets one entry of s^n.
+
     Args:
       link: any link of `linked_jax`.
+      strides: those of the convolution, an integer or one per spatial axis; only a transposed one depends on them.
+      feature_group_count: the number of groups G that the convolution splits the channels into.
+      transpose: whether the kernel is that of a transposed convolution.
 
     Returns:
-      init(key, shape, dtype) for a kernel of shape (*window, d*C_in, C_out).
+      init(key, shape, dtype) for a kernel of shape (*window, d*C_in / G, C_out).
 
     Raises:
-      ValueError: by the init, if d does not divide the input channels.
+      ValueError: if groups would split the members of a unit; by the init, if d does not divide the input channels
+        or G the output channels.
 
     Example:
       >>> import jax
@@ -86,10 +102,15 @@ def variance_preserving(link: Link) -> Initializer:
       (3, 3, 8, 4)
     """
     scale = gain(link)
+    check_groups(link, feature_group_count)
 
-    def init(key: PRNGKeyArray, shape: Sequence[int], dtype=jnp.float32) -> Float[Array, "*window c_linked c_out"]:
-        _check_shape(shape, link)
-        return scale * _unit_columns(key, math.prod(shape[:-1]), shape[-1], dtype).reshape(shape)
+    def init(
+        key: PRNGKeyArray, shape: Sequence[int], dtype: Any = jnp.float32
+    ) -> Float[Array, "*window c_linked c_out"]:
+        _check_shape(shape, link, feature_group_count)
+        spread = math.prod(_block(strides, shape)) ** 0.5 if transpose else 1
+        flat = _unit_columns(key, math.prod(shape[:-1]), shape[-1], dtype, feature_group_count)
+        return scale * spread * flat.reshape(shape)
 
     return init
 
@@ -132,24 +153,29 @@ def read_out(link: Link) -> tuple[float, ...]:
     return tuple(float(round(a, 12)) for a in coefficients)
 
 
-def looks_linear(link: Link, *, strides: int | Sequence[int] = 1) -> Initializer:
+def looks_linear(
+    link: Link, *, strides: int | Sequence[int] = 1, feature_group_count: int = 1, transpose: bool = False
+) -> Initializer:
     """A kernel that undoes its link: the layer starts linear and, at C_in = C_out and stride 1, isometric.
 
         K = (a_1 O, ..., a_d O),   sum_i a_i g_i(z) = z   =>   f(z) K = z O
 
-    O is orthogonal between pre-activations and a delta in space (at a stride s: orthogonal on the s x s pixels of a
-    block). O is drawn first and mirrored after. See the table at the top of this file for other shapes.
+    O is orthogonal between pre-activations, in each group on its own, and a delta in space. At a stride s it is
+    orthogonal on the s x s pixels of a block, which a transposed convolution writes and any other reads. O is drawn
+    first and mirrored after. See the table at the top of this file for other shapes.
 
     Args:
       link: a link that has a `read_out`; both layouts.
       strides: those of the convolution, an integer or one per spatial axis.
+      feature_group_count: the number of groups G that the convolution splits the channels into.
+      transpose: whether the kernel is that of a transposed convolution.
 
     Returns:
-      init(key, shape, dtype) for a kernel of shape (*window, d*C_in, C_out).
+      init(key, shape, dtype) for a kernel of shape (*window, d*C_in / G, C_out).
 
     Raises:
-      ValueError: if the link has no read-out (elu, selu, tanh, relu unlinked); by the init, if the shape does
-        not fit.
+      ValueError: if the link has no read-out (elu, selu, tanh, relu unlinked), or groups would split the members of a
+        unit; by the init, if the shape does not fit.
 
     Reference: Balduzzi et al., The shattered gradients problem, 2017; Xiao et al., Dynamical isometry and a mean field
     theory of CNNs, 2018 (the delta in space). The treatment of strides is ours.
@@ -162,19 +188,23 @@ def looks_linear(link: Link, *, strides: int | Sequence[int] = 1) -> Initializer
       True
     """
     coefficients = read_out(link)
+    check_groups(link, feature_group_count)
 
-    def init(key: PRNGKeyArray, shape: Sequence[int], dtype=jnp.float32) -> Float[Array, "*window c_linked c_out"]:
-        half = _check_shape(shape, link)
-        window = tuple(shape[:-2])
-        steps = (strides,) * len(window) if isinstance(strides, int) else tuple(strides)
-        if len(steps) != len(window):
-            raise ValueError(
-                f"strides {strides} do not fit a kernel of shape {tuple(shape)}; pass one per spatial axis"
-            )
-        block = tuple(min(step, size) for step, size in zip(steps, window, strict=True))
-        core = _unit_columns(key, math.prod(block) * half, shape[-1], dtype).reshape(*block, half, shape[-1])
-        # SAME padding puts (size - stride) // 2 rows before the first one: there the blocks tile the image.
-        before = [(size - width) // 2 for size, width in zip(window, block, strict=True)]
+    def init(
+        key: PRNGKeyArray, shape: Sequence[int], dtype: Any = jnp.float32
+    ) -> Float[Array, "*window c_linked c_out"]:
+        half, (*window, _, c_out) = _check_shape(shape, link, feature_group_count), shape
+        block = _block(strides, shape)
+        pixels = math.prod(block)
+        if transpose:  # (half, pixels * c_out): a block of outputs is a rotation of its one input pixel
+            core = _unit_columns(key, half, pixels * c_out, dtype, feature_group_count)
+            core = core.reshape(half, feature_group_count, *block, c_out // feature_group_count)
+            core = jnp.moveaxis(core, (0, 1), (-3, -2)).reshape(*block, half, c_out)
+        else:
+            core = _unit_columns(key, pixels * half, c_out, dtype, feature_group_count).reshape(*block, half, c_out)
+        # SAME padding puts (size - stride) / 2 rows before the first one, rounded down, or up in a transposed conv:
+        # there the blocks tile the image.
+        before = [(size - width + transpose) // 2 for size, width in zip(window, block, strict=True)]
         after = [size - width - low for size, width, low in zip(window, block, before, strict=True)]
         orthogonal = jnp.pad(core, [*zip(before, after, strict=True), (0, 0), (0, 0)])
         return join([jnp.asarray(a, dtype) * orthogonal for a in coefficients], -2, link.layout)
@@ -182,15 +212,22 @@ def looks_linear(link: Link, *, strides: int | Sequence[int] = 1) -> Initializer
     return init
 
 
-def default_kernel_init(link: Link, *, strides: int | Sequence[int] = 1) -> Initializer:
+def default_kernel_init(
+    link: Link, *, strides: int | Sequence[int] = 1, feature_group_count: int = 1, transpose: bool = False
+) -> Initializer:
     """`looks_linear` where the link has a read-out, else `variance_preserving`.
 
     Args:
       link: any `Link`.
       strides: those of the convolution, see `looks_linear`.
+      feature_group_count: the number of groups G that the convolution splits the channels into.
+      transpose: whether the kernel is that of a transposed convolution.
 
     Returns:
-      init(key, shape, dtype) for a kernel of shape (*window, d*C_in, C_out).
+      init(key, shape, dtype) for a kernel of shape (*window, d*C_in / G, C_out).
+
+    Raises:
+      ValueError: if groups would split the members of a unit.
 
     Example:
       >>> import jax
@@ -199,9 +236,9 @@ def default_kernel_init(link: Link, *, strides: int | Sequence[int] = 1) -> Init
       (3, 3, 4, 4)
     """
     try:
-        return looks_linear(link, strides=strides)
+        return looks_linear(link, strides=strides, feature_group_count=feature_group_count, transpose=transpose)
     except ValueError:
-        return variance_preserving(link)
+        return variance_preserving(link, strides=strides, feature_group_count=feature_group_count, transpose=transpose)
 
 
 def embed_plain_kernel(
@@ -236,17 +273,44 @@ def embed_plain_kernel(
     return join(parts, -2, link.layout)
 
 
-def _unit_columns(key: PRNGKeyArray, rows: int, columns: int, dtype) -> Float[Array, "rows columns"]:
+def check_groups(link: Activation, feature_group_count: int) -> None:
+    """Raise ValueError if a grouped convolution would put the members of a unit into different groups."""
+    if feature_group_count < 1:
+        raise ValueError(f"feature_group_count is at least 1, got {feature_group_count}")
+    if feature_group_count > 1 < link.arity and getattr(link, "layout", "blocked") != "interleaved":
+        raise ValueError(
+            f"{feature_group_count} groups split a unit's members in the blocked layout of {link!r}; build the link "
+            f"with layout='interleaved'"
+        )
+
+
+def _unit_columns(
+    key: PRNGKeyArray, rows: int, columns: int, dtype: Any, groups: int = 1
+) -> Float[Array, "rows columns"]:
     """Orthonormal columns; if there are more columns than rows, orthogonal rows, and columns of norm 1 on average."""
-    scale = max(1.0, columns / rows) ** 0.5
+    scale = max(1.0, columns / groups / rows) ** 0.5
     drawn_in = jnp.promote_types(dtype, jnp.float32)  # JAX has no QR in half precision
-    return jax.nn.initializers.orthogonal(scale)(key, (rows, columns), drawn_in).astype(dtype)
+    orthogonal = jax.nn.initializers.orthogonal(scale)
+    keys = key[None] if groups == 1 else jax.random.split(key, groups)
+    blocks = jax.vmap(lambda key: orthogonal(key, (rows, columns // groups), drawn_in))(keys)
+    return jnp.moveaxis(blocks, 0, 1).reshape(rows, columns).astype(dtype)
 
 
-def _check_shape(shape: Sequence[int], link: Link) -> int:
-    """The number of pre-activations C_in of a linked kernel's shape."""
+def _block(strides: int | Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """The pixels of a window that belong to one step, along each spatial axis of a kernel's shape."""
+    window = tuple(shape[:-2])
+    steps = (strides,) * len(window) if isinstance(strides, int) else tuple(strides)
+    if len(steps) != len(window):
+        raise ValueError(f"strides {strides} do not fit a kernel of shape {tuple(shape)}; pass one per spatial axis")
+    return tuple(min(step, size) for step, size in zip(steps, window, strict=True))
+
+
+def _check_shape(shape: Sequence[int], link: Link, groups: int) -> int:
+    """The number of pre-activations of a group in a linked kernel's shape."""
     if len(shape) < 2 or shape[-2] % link.arity:
         raise ValueError(
             f"a kernel after a link of {link.arity} has shape (*window, {link.arity} * c_in, c_out), got {tuple(shape)}"
         )
+    if shape[-1] % groups:
+        raise ValueError(f"{groups} groups divide the outputs of a kernel, got {tuple(shape)}; change c_out")
     return shape[-2] // link.arity

@@ -4,36 +4,61 @@
 
 They take the pre-activation z, so `in_features` counts pre-activations and nobody doubles widths by hand. For the
 backward pass only z is kept: the link is computed again there, so a linked net needs less memory than a plain one
-that keeps its activations.
+that keeps its activations. All options of Flax' own layers go through to them.
 """
 
 import difflib
 import functools
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from linked_jax.activations import ACTIVATIONS, SYNONYMS, lk_relu, prelu
-from linked_jax.initializers import Initializer, default_kernel_init
-from linked_jax.linking import Layout, Link, from_the_right, join, linked, marked
+from linked_jax.activations import ACTIVATIONS, SYNONYMS, linked_prelu, lk_relu, prelu
+from linked_jax.initializers import Initializer, check_groups, default_kernel_init
+from linked_jax.linking import Activation, Layout, Link, linked, marked
+
+Share = Literal["layer", "channel", "element"]
 
 
-@runtime_checkable
-class Activation(Protocol):
-    """What a layer needs of a link: a `Link`, or a module with parameters such as `LinkedPReLU`."""
+class WeightOptions(TypedDict, total=False):
+    """What every Flax layer takes beside its sizes, kernel_init and rngs."""
 
-    @property
-    def arity(self) -> int:
-        """The number of members d."""
-        ...
+    use_bias: bool
+    bias_init: Initializer
+    dtype: Any
+    param_dtype: Any
+    precision: Any
+    promote_dtype: Callable[..., Any]
+    preferred_element_type: Any
+    kernel_metadata: Mapping[str, Any]
+    bias_metadata: Mapping[str, Any]
 
-    def __call__(self, z: Any) -> Any:
-        """z (..., C) -> (..., d*C)."""
-        ...
+
+class LinearOptions(WeightOptions, total=False):
+    """The further options of `flax.nnx.Linear`."""
+
+    dot_general: Callable[..., Any]
+
+
+class ConvTransposeOptions(WeightOptions, total=False):
+    """The further options of `flax.nnx.ConvTranspose`."""
+
+    padding: Any
+    kernel_dilation: int | Sequence[int] | None
+    mask: Array | None
+
+
+class ConvOptions(ConvTransposeOptions, total=False):
+    """The further options of `flax.nnx.Conv`."""
+
+    input_dilation: int | Sequence[int] | None
+    feature_group_count: int
+    conv_general_dilated: Callable[..., Any]
 
 
 class LinkedLinear(nnx.Module):
@@ -43,11 +68,9 @@ class LinkedLinear(nnx.Module):
       in_features: the number of pre-activations C; the kernel has shape (d*C, out_features).
       out_features: the number of outputs.
       link: a `Link`, or a module such as `LinkedPReLU`.
-      use_bias: whether to add b, zeros at the start.
       kernel_init: init(key, shape, dtype) for the whole kernel; `default_kernel_init(link)` if None.
-      dtype: of the computation; that of z and the parameters if None.
-      param_dtype: of the parameters.
       rngs: Flax random streams; `params` is used.
+      **options: all else that `flax.nnx.Linear` takes: use_bias, bias_init, dtype, param_dtype, precision, ...
 
     Raises:
       ValueError: if a number of features is below 1.
@@ -69,23 +92,14 @@ class LinkedLinear(nnx.Module):
         out_features: int,
         *,
         link: Activation = lk_relu,
-        use_bias: bool = True,
         kernel_init: Initializer | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
+        **options: Unpack[LinearOptions],
     ):
         _check_features(in_features, out_features)
-        self.link = _check_link(link)
-        self.linear = nnx.Linear(
-            link.arity * in_features,
-            out_features,
-            use_bias=use_bias,
-            kernel_init=kernel_init or default_kernel_init(_link_at_start(link)),
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        self.link = check_link(link)
+        kernel_init = kernel_init or default_kernel_init(link_at_start(link))
+        self.linear = nnx.Linear(link.arity * in_features, out_features, kernel_init=kernel_init, rngs=rngs, **options)
 
     def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
         """z (..., in_features) -> (..., out_features)."""
@@ -95,30 +109,34 @@ class LinkedLinear(nnx.Module):
 class LinkedConv(nnx.Module):
     """A convolution on linked pre-activations: z (N, *space, in_features) -> f(z) * K + b (N, *space', out_features).
 
+    With G groups (`feature_group_count`) the members of a unit stay in its group: the link's layout is "interleaved".
+
     Args:
-      in_features: the number of pre-activation channels C; the kernel has shape (*kernel_size, d*C, out_features).
+      in_features: the number of pre-activation channels C; the kernel has shape (*kernel_size, d*C / G, out_features).
       out_features: the number of output channels.
       kernel_size: an integer (one spatial axis) or a sequence, one size per spatial axis.
       link: a `Link` with axis -1, or a module such as `LinkedPReLU`.
       strides: an integer or one per spatial axis.
-      padding: "SAME", "VALID", "CIRCULAR" or explicit pairs, as in `flax.nnx.Conv`.
-      use_bias: whether to add b, zeros at the start.
-      kernel_init: init(key, shape, dtype) for the whole kernel; `default_kernel_init(link, strides=strides)` if None.
-      dtype: of the computation; that of z and the parameters if None.
-      param_dtype: of the parameters.
+      kernel_init: init(key, shape, dtype) for the whole kernel; `default_kernel_init` of the link and the geometry if
+        None.
       rngs: Flax random streams; `params` is used.
+      **options: all else that `flax.nnx.Conv` takes: padding, kernel_dilation, feature_group_count, mask, use_bias,
+        bias_init, dtype, param_dtype, precision, ...
 
     Raises:
-      ValueError: if a number of features is below 1.
+      ValueError: if a number of features is below 1; if the groups do not divide them, or would split a unit's members.
       TypeError: if link is not a link.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
-      >>> from linked_jax import LinkedConv
+      >>> from linked_jax import LinkedConv, linked
       >>> conv = LinkedConv(4, 8, (3, 3), strides=2, rngs=nnx.Rngs(0))
       >>> conv(jnp.ones((2, 8, 8, 4))).shape
       (2, 4, 4, 8)
+      >>> link = linked(jax.nn.relu, layout="interleaved")
+      >>> LinkedConv(4, 4, (3, 3), link=link, feature_group_count=4, rngs=nnx.Rngs(0)).conv.kernel.shape  # depthwise
+      (3, 3, 2, 4)
     """
 
     def __init__(
@@ -129,26 +147,86 @@ class LinkedConv(nnx.Module):
         *,
         link: Activation = lk_relu,
         strides: int | Sequence[int] = 1,
-        padding: Any = "SAME",
-        use_bias: bool = True,
         kernel_init: Initializer | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
+        **options: Unpack[ConvOptions],
     ):
+        groups = options.get("feature_group_count", 1)
         _check_features(in_features, out_features)
-        self.link = _check_link(link)
+        self.link = check_link(link)
+        check_groups(link, groups)
+        if in_features % groups or out_features % groups:
+            raise ValueError(
+                f"the groups divide in_features and out_features, got {groups} groups of {in_features} and "
+                f"{out_features}; change feature_group_count"
+            )
         self.conv = nnx.Conv(
             link.arity * in_features,
             out_features,
             kernel_size,
             strides=strides,
-            padding=padding,
-            use_bias=use_bias,
-            kernel_init=kernel_init or default_kernel_init(_link_at_start(link), strides=strides),
-            dtype=dtype,
-            param_dtype=param_dtype,
+            kernel_init=kernel_init or conv_start(link, strides, options.get("input_dilation"), groups),
             rngs=rngs,
+            **options,
+        )
+
+    def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
+        """z (N, *space, in_features) -> (N, *space', out_features)."""
+        return jax.checkpoint(lambda z: self.conv(self.link(z)))(z)
+
+
+class LinkedConvTranspose(nnx.Module):
+    """A transposed convolution on linked pre-activations: z (N, *space, in_features) -> (N, *space', out_features).
+
+    At strides s it makes images s times as large. At the start each pixel becomes a block of s x s pixels.
+
+    Args:
+      in_features: the number of pre-activation channels C; the kernel has shape (*kernel_size, d*C, out_features).
+      out_features: the number of output channels.
+      kernel_size: an integer (one spatial axis) or a sequence, one size per spatial axis.
+      link: a `Link` with axis -1, or a module such as `LinkedPReLU`.
+      strides: an integer or one per spatial axis.
+      kernel_init: init(key, shape, dtype) for the whole kernel; `default_kernel_init` of the link and the strides if
+        None.
+      rngs: Flax random streams; `params` is used.
+      **options: all else that `flax.nnx.ConvTranspose` takes but transpose_kernel.
+
+    Raises:
+      ValueError: if a number of features is below 1.
+      TypeError: if link is not a link.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from linked_jax import LinkedConvTranspose
+      >>> LinkedConvTranspose(4, 2, (4, 4), strides=2, rngs=nnx.Rngs(0))(jnp.ones((1, 8, 8, 4))).shape
+      (1, 16, 16, 2)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        *,
+        link: Activation = lk_relu,
+        strides: int | Sequence[int] = 1,
+        kernel_init: Initializer | None = None,
+        rngs: nnx.Rngs,
+        **options: Unpack[ConvTransposeOptions],
+    ):
+        _check_features(in_features, out_features)
+        self.link = check_link(link)
+        if "transpose_kernel" in options:
+            raise ValueError("a linked kernel has shape (*kernel_size, d*C, out_features); leave out transpose_kernel")
+        self.conv = nnx.ConvTranspose(
+            link.arity * in_features,
+            out_features,
+            kernel_size,
+            strides=strides,
+            kernel_init=kernel_init or default_kernel_init(link_at_start(link), strides=strides, transpose=True),
+            rngs=rngs,
+            **options,
         )
 
     def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
@@ -186,15 +264,13 @@ class ChannelPReLU(nnx.Module):
         features: int | Sequence[int],
         *,
         negative_slope: float = 0.25,
-        share: Literal["layer", "channel", "element"] = "channel",
+        share: Share = "channel",
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ):
         del rngs
         shape = (features,) if isinstance(features, int) else tuple(features)
-        if share not in ("layer", "channel", "element"):
-            raise ValueError(f"share is 'layer', 'channel' or 'element', got {share!r}")
-        if share == "channel" and len(shape) != 1:
+        if check_share(share) == "channel" and len(shape) != 1:
             raise ValueError(
                 f"share='channel' takes the number of channels, got features={features}; pass its last number"
             )
@@ -210,12 +286,7 @@ class ChannelPReLU(nnx.Module):
 
     def __call__(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """z (..., C) -> (..., C)."""
-        slope = self.negative_slope[...]
-        if z.shape[z.ndim - slope.ndim :] != slope.shape:
-            raise ValueError(
-                f"slopes of shape {slope.shape} do not fit z of shape {z.shape}; build it with z's features"
-            )
-        return marked(lambda z: prelu(z, slope), z, "1:blocked:-1:ChannelPReLU(z)")
+        return apply_slopes(z, self.negative_slope[...])
 
 
 class LinkedPReLU(nnx.Module):
@@ -250,7 +321,7 @@ class LinkedPReLU(nnx.Module):
         features: int | Sequence[int],
         *,
         negative_slope: float = 0.25,
-        share: Literal["layer", "channel", "element"] = "channel",
+        share: Share = "channel",
         layout: Layout = "blocked",
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
@@ -268,9 +339,8 @@ class LinkedPReLU(nnx.Module):
 
     def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_linked"]:
         """z (..., C) -> (..., 2*C)."""
-        members = (self.positive, lambda z: self.mirrored(-z))
-        label = f"2:{self.layout}:-1:LinkedPReLU(z)"
-        return marked(lambda z: join([from_the_right(g)(z) for g in members], -1, self.layout), z, label)
+        slopes = self.positive.negative_slope[...], self.mirrored.negative_slope[...]
+        return apply_slopes(z, *slopes, layout=self.layout)
 
 
 _WITH_SLOPES: dict[str, type[ChannelPReLU] | type[LinkedPReLU]] = {"prelu": ChannelPReLU, "lk_prelu": LinkedPReLU}
@@ -335,7 +405,56 @@ def _known(name: str) -> str:
     return known
 
 
-def _link_at_start(link: Activation) -> Link:
+def apply_slopes(
+    z: Float[Array, "..."], *slopes: Float[Array, "..."], layout: Layout = "blocked"
+) -> Float[Array, "..."]:
+    """PReLU with one array of slopes, linked PReLU with two; `linked_jax.probe` sees one activation.
+
+    Args:
+      z: pre-activations, (..., C).
+      *slopes: each of the shape of z's last axes, or a scalar.
+      layout: of two, see `Link`.
+
+    Returns:
+      (..., C) with one array of slopes, (..., 2*C) with two.
+
+    Raises:
+      ValueError: if slopes are not of the shape of z's last axes.
+    """
+    for slope in slopes:
+        if z.shape[z.ndim - slope.ndim :] != slope.shape:
+            raise ValueError(
+                f"slopes of shape {slope.shape} do not fit z of shape {z.shape}; build it with z's features"
+            )
+    if len(slopes) == 1:
+        return marked(lambda z: prelu(z, *slopes), z, f"1:{layout}:-1:ChannelPReLU(z)")
+    return marked(lambda z: linked_prelu(z, *slopes, layout=layout), z, f"2:{layout}:-1:LinkedPReLU(z)")
+
+
+def check_share(share: Share) -> Share:
+    """Raise ValueError if slopes cannot be shared like that."""
+    if share not in ("layer", "channel", "element"):
+        raise ValueError(f"share is 'layer', 'channel' or 'element', got {share!r}")
+    return share
+
+
+def conv_start(
+    link: Activation, strides: int | Sequence[int], input_dilation: int | Sequence[int] | None, groups: int
+) -> Initializer:
+    """The default kernel_init of a convolution; one that dilates its input is a transposed one."""
+    steps = 1 if input_dilation is None else input_dilation
+    transpose = bool(np.max(steps) > 1)
+    return default_kernel_init(
+        link_at_start(link), strides=steps if transpose else strides, feature_group_count=groups, transpose=transpose
+    )
+
+
+def link_at_start(link: Activation) -> Link:
+    """The link that an activation is before training.
+
+    Raises:
+      TypeError: if it does not say.
+    """
     start = getattr(link, "link", None)
     if not isinstance(start, Link):
         raise TypeError(
@@ -344,7 +463,13 @@ def _link_at_start(link: Activation) -> Link:
     return start
 
 
-def _check_link(link: Activation) -> Activation:
+def check_link(link: Activation) -> Activation:
+    """The activation, if a Flax layer can come after it.
+
+    Raises:
+      TypeError: if it is no activation.
+      ValueError: if its axis is not the last.
+    """
     if isinstance(link, type) or not isinstance(link, Activation):
         raise TypeError(f"link is a Link or a built module with an arity, got {link!r}; pass e.g. linked(jax.nn.relu)")
     if (axis := getattr(link, "axis", -1)) != -1:

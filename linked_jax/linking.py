@@ -8,7 +8,7 @@ A plain activation is a link with one member, so no other file asks "linked or p
 
 import dataclasses
 from collections.abc import Hashable, Sequence
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,20 @@ from jaxtyping import Array, ArrayLike, Float
 from linked_jax.members import Member, Mirrored, formula, jumps_at_zero, member_key
 
 Layout = Literal["blocked", "interleaved"]
+
+
+@runtime_checkable
+class Activation(Protocol):
+    """What a layer needs of a link: a `Link`, or a module with parameters such as `LinkedPReLU`."""
+
+    @property
+    def arity(self) -> int:
+        """The number of members d."""
+        ...
+
+    def __call__(self, z: Any) -> Any:
+        """z (..., C) -> (..., d*C)."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

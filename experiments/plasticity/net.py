@@ -17,7 +17,7 @@ from experiments.engine.loop import Loop
 from experiments.engine.parallel import Placement
 from experiments.engine.tasks import CrossEntropy
 from linked_jax import Link, fourier, leaky_relu, lk_relu, lk_swish, relu
-from linked_jax.revive import link_opt_state, link_sequential, redo
+from linked_jax.revive import link_sequential, link_sequential_opt_state, redo
 
 HIDDEN_LAYERS = 3
 RULE = optax.adam(1.0)
@@ -81,7 +81,7 @@ def link_half_way(net: Net, now: Round) -> Net:
 def linked(net: Net) -> Net:
     """The net with lk_relu instead of ReLU and the same outputs. Adam's moments stay, those of new weights are 0."""
     model, opt_state = net
-    return link_sequential(model, lk_relu), link_opt_state(opt_state, model, lk_relu)
+    return link_sequential(model, lk_relu), link_sequential_opt_state(opt_state, model, lk_relu)
 
 
 METHODS = {

@@ -1,13 +1,15 @@
 """Where the activations of an `nnx.Sequential` are, and the layers around them.
 
-An activation is a `Link`, or a function that is elementwise and not affine; functions are tried on a few numbers, each
-compiled for itself, so that a `jax.jit` or `jax.vmap` around does not count. What stands between it and the next
-nnx.Linear or nnx.Conv must treat channels alike: pools, flatten, dropout, batch norm.
+A layer is an nnx.Linear or nnx.Conv, or folds to one. An activation is a `Link`, or a function that is elementwise and
+not affine: functions are tried on a few numbers, each compiled by itself, so that a `jax.jit` or `jax.vmap` around the
+call does not matter. What stands between an activation and the next layer must treat channels alike: pools, flatten,
+dropout, batch norm.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +19,50 @@ from jaxtyping import Array
 
 from linked_jax.layers import LinkedConv, LinkedLinear, LinkedPReLU
 from linked_jax.linking import Link, join
-from linked_jax.remedies.lcw import LCWConv, LCWLinear
-from linked_jax.remedies.normprop import NormPropConv, NormPropLinear
 
 Function = Any
 _LAYERS = (nnx.Linear, nnx.Conv)
 _NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
-_REMEDIES = (LCWLinear, LCWConv, NormPropLinear, NormPropConv)
 _LINKED = (LinkedLinear, LinkedConv, LinkedPReLU)
-_KNOWN = (*_LAYERS, *_NORMS, *_REMEDIES, *_LINKED, nnx.Dropout, nnx.Embed, nnx.ConvTranspose)
+_KNOWN = (*_LAYERS, *_NORMS, *_LINKED, nnx.Dropout, nnx.Embed, nnx.ConvTranspose)
+
+
+@runtime_checkable
+class Foldable(Protocol):
+    """A layer that knows the plain layer with the same outputs, such as `linked_jax.remedies.WSConv`."""
+
+    def fold(self) -> Any:
+        """An nnx.Linear or nnx.Conv with parameters of its own."""
+        ...
+
+
+def plain(layer: Any, i: int) -> Any:
+    """What layers[i] folds to, or the layer itself.
+
+    Raises:
+      ValueError: if its `fold` has arguments.
+    """
+    if not isinstance(layer, Foldable):
+        return layer
+    try:
+        inspect.signature(layer.fold).bind()
+    except TypeError:
+        raise ValueError(
+            f"layers[{i}], a {type(layer).__name__}, does not fold by itself; put layer.fold(...) in its place first"
+        ) from None
+    return layer.fold()
+
+
+def is_layer(layer: Any) -> bool:
+    """Whether it is an nnx.Linear or nnx.Conv, or folds to one."""
+    return isinstance(layer, (*_LAYERS, Foldable))
+
+
+def link_and_layer(layer: Any) -> list[Any]:
+    """The layer; a `LinkedLinear` or `LinkedConv` as two, its link and its plain layer."""
+    if isinstance(layer, (LinkedLinear, LinkedConv)):
+        return [layer.link, layer.linear if isinstance(layer, LinkedLinear) else layer.conv]
+    return [layer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +105,7 @@ def activations(model: nnx.Sequential) -> list[int]:
     modules = [id(layer) for layer in layers if _has_variables(layer)]
     if len(set(modules)) < len(modules):
         raise ValueError("a layer stands in the model twice, and shared weights are not handled; give each its own")
-    first = next((i for i, layer in enumerate(layers) if isinstance(layer, _LAYERS)), len(layers))
+    first = next((i for i, layer in enumerate(layers) if is_layer(layer)), len(layers))
     return [i for i in range(first, len(layers)) if is_activation(layers[i], i)]
 
 
@@ -84,7 +121,7 @@ def check_sequential(model: Any) -> None:
 
 def last_layer(model: nnx.Sequential) -> int:
     """The index of the last nnx.Linear or nnx.Conv; -1 if there is none."""
-    return max((i for i, layer in enumerate(model.layers) if isinstance(layer, _LAYERS)), default=-1)
+    return max((i for i, layer in enumerate(model.layers) if is_layer(layer)), default=-1)
 
 
 def joint_at(model: nnx.Sequential, index: int) -> Joint:
@@ -94,8 +131,8 @@ def joint_at(model: nnx.Sequential, index: int) -> Joint:
       ValueError: if something there is not handled; with the index of the layer.
     """
     layers: list[Any] = list(model.layers)
-    before = max(i for i in range(index) if isinstance(layers[i], _LAYERS))
-    after = next((i for i in range(index + 1, len(layers)) if isinstance(layers[i], _LAYERS)), None)
+    before = max(i for i in range(index) if is_layer(layers[i]))
+    after = next((i for i in range(index + 1, len(layers)) if is_layer(layers[i])), None)
     if after is None:
         raise nothing_after(model, index)
     inner, outer = range(before + 1, index), range(index + 1, after)
@@ -106,12 +143,13 @@ def joint_at(model: nnx.Sequential, index: int) -> Joint:
     norms = [i for i in outer if isinstance(layers[i], _NORMS)]
     for i in norms:
         _check_outer_norm(layers[i], i, first=i == norms[0])
-    _check_next(layers[after], after)
+    first, following = plain(layers[before], before), plain(layers[after], after)
+    _check_next(following, after)
 
     activation = layers[index]
     link = activation if isinstance(activation, Link) else Link((activation,))
-    units, rows = layers[before].out_features, layers[after].in_features
-    space = len(layers[before].kernel_size) if isinstance(layers[before], nnx.Conv) else None
+    units, rows = first.out_features, following.in_features
+    space = len(first.kernel_size) if isinstance(first, nnx.Conv) else None
     inner_functions, outer_functions = (
         [layers[i] for i in span if not isinstance(layers[i], (*_NORMS, nnx.Dropout))] for span in (inner, outer)
     )
@@ -177,7 +215,7 @@ def is_activation(layer: Any, i: int) -> bool:
 
 
 def apart(layer: Function) -> Function:
-    """The function compiled for itself; jax.nn.relu alone would join a `jax.vmap` around it."""
+    """The function, compiled by itself: jax.nn.relu alone would join a `jax.vmap` around it."""
     changeable = isinstance(layer, nnx.Module) or layer.__hash__ is None
     return jax.jit((lambda x: layer(x)) if changeable else layer)
 
@@ -253,7 +291,7 @@ def _check_open(layer: Any, i: int) -> None:
             f"layers[{i}] is an nnx.Sequential in the model, whose activations would be left out; flatten the "
             "Sequential: nnx.Sequential(*inner.layers, ...)"
         )
-    own = isinstance(layer, nnx.Module) and not isinstance(layer, _KNOWN)
+    own = isinstance(layer, nnx.Module) and not isinstance(layer, (*_KNOWN, Foldable))
     if own and (_has_variables(layer) or len(list(nnx.iter_modules(layer))) > 1):
         raise ValueError(
             f"layers[{i}], a {type(layer).__name__}, has variables or modules of its own and may hide an activation; "

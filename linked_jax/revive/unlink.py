@@ -6,9 +6,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from linked_jax.layers import LinkedConv, LinkedLinear
 from linked_jax.linking import Link
-from linked_jax.revive.joints import Joint, activations, check_sequential, joint_at
+from linked_jax.revive.joints import Joint, activations, check_sequential, joint_at, link_and_layer, plain
 from linked_jax.revive.sequential import fit
 
 
@@ -41,13 +40,13 @@ def unlink(model: nnx.Sequential) -> nnx.Sequential:
       (Link(relu(z)), (16, 3))
     """
     check_sequential(model)
-    parts = [(i, part) for i, layer in enumerate(nnx.clone(model).layers) for part in opened(layer)]
+    parts = [(i, part) for i, layer in enumerate(nnx.clone(model).layers) for part in link_and_layer(layer)]
     new: Any = nnx.Sequential(*(part for _, part in parts))
     links = [i for i in activations(new) if getattr(new.layers[i], "arity", 1) > 1]
     if not links:
         raise ValueError("no link of two or more members follows an nnx.Linear or nnx.Conv in the model; nothing to do")
     for joint in [joint_at(new, i) for i in links]:
-        layer = new.layers[joint.after]
+        layer = new.layers[joint.after] = plain(new.layers[joint.after], parts[joint.after][0])
         used = _used_member(layer.kernel[...], joint, parts[joint.after][0])
         new.layers[joint.activation] = Link((joint.link.members[used],))
         layer.kernel.set_value(_member_rows(layer.kernel[...], -2, used, joint))
@@ -59,13 +58,6 @@ def unlink(model: nnx.Sequential) -> nnx.Sequential:
                     variable.set_value(_member_rows(variable[...], 0, used, joint))
             fit(norm)
     return new
-
-
-def opened(layer: Any) -> list[Any]:
-    """The layer; a linked one as two, its link and its plain layer."""
-    if isinstance(layer, (LinkedLinear, LinkedConv)):
-        return [layer.link, layer.linear if isinstance(layer, LinkedLinear) else layer.conv]
-    return [layer]
 
 
 def _member_rows(a: Array, axis: int, member: int, joint: Joint) -> Array:

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from experiments.engine.optimizers import OPTIMIZERS, adam, rmsprop, sgd
-from linked_jax.schedules import inverse_time_decay, step_schedule
+from linked_jax.schedules import inverse_time_decay
 from tests.cases import first_fast
 
 STEPS = 200
@@ -27,7 +27,7 @@ def keras_rates(kind):
 LEARNING_RATES = {
     "constant": 0.01,
     "decay": inverse_time_decay(0.01, 1e-3),
-    "drop": step_schedule((0, 100), (1.0, 0.1), init_value=0.01),
+    "drop": optax.join_schedules([optax.constant_schedule(0.01), optax.constant_schedule(0.001)], [100]),
 }
 
 

@@ -4,13 +4,16 @@
 
 A float32 has 2^32 bit patterns, so all of them can be tried. Sampling cannot prove this, and has missed real faults.
 
-    python -m linked_jax.certificates lk_swish --dtype bfloat16
+    python -m linked_jax certify lk_swish --dtype bfloat16
+    python -m linked_jax.certificates lk_swish --dtype bfloat16        (the same)
 """
 
+import argparse
 import dataclasses
 import functools
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from linked_jax.layers import get_activation
 from linked_jax.linking import Link
 
 _CHUNK = 2**20  # values tried at once: their temporaries fit a CPU's cache, three times as fast as 2**22
@@ -227,3 +231,32 @@ def _runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:
     """
     edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
     return ((int(low), int(high) - 1) for low, high in edges.reshape(-1, 2))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Certify a named activation and print what was found; exit code 1 if it is not linked."""
+    parser = argparse.ArgumentParser(
+        prog="python -m linked_jax certify",
+        description="Try every finite value of a dtype: is some member's derivative non-zero, and all finite, at each?",
+    )
+    parser.add_argument("activation", help="a name such as lk_swish; a wrong name lists them all")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    options = parser.parse_args(arguments)
+    try:
+        link = get_activation(options.activation, 1)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    certificate = certify(link, options.dtype, progress=_print_progress if sys.stderr.isatty() else None)
+    print(f"activation       {options.activation}\n{certificate}")
+    return 0 if certificate.linked else 1
+
+
+def _print_progress(share: float) -> None:
+    filled = int(32 * share)
+    end = "\r" + " " * 48 + "\r" if share >= 1 else ""
+    print(f"\r[{'#' * filled}{'.' * (32 - filled)}] {share:4.0%} ", end=end, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
