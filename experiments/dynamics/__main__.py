@@ -88,28 +88,27 @@ def main() -> None:
     """Train the nets that the record lacks; leave a record, a table and two pictures."""
     settings, console = check(tyro.cli(Settings, prog="python -m experiments.dynamics")), Console()
     folder = Path(settings.out) if settings.out else records.new_folder(None, "dynamics")
-    protocol = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Toy)}
-    data = moons()
-    with open_record("dynamics", folder, protocol=protocol, data=data) as record:
+    data, toy = moons(), Toy(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Toy)})
+    with open_record("dynamics", folder, protocol=dataclasses.asdict(toy), data=data) as record:
         console.say(f"data     {data} (fingerprint {data.identity['fingerprint']})")
         console.say(f"device   {jax.devices()[0].device_kind}, jax {jax.__version__}")
-        console.say(f"network  {settings}, {settings.steps:,} steps on the whole set")
+        console.say(f"network  {toy}, {toy.steps:,} steps on the whole set")
         seeds = range(settings.seed, settings.seed + settings.seeds)
         runs = [{"act": act, "seed": seed} for act in settings.act for seed in seeds]
         missing = [run for run in runs if record.find(run) is None]
         with console.progress("training", settings.steps * len(missing)) as advance:
-            make = functools.partial(train, settings, data, say=console.say, on_steps=advance)
+            make = functools.partial(train, toy, data, say=console.say, on_steps=advance)
             lines = [line for run in runs for line in record.once_all(run, functools.partial(make, **run))]
     over = f"seed {settings.seed}" if settings.seeds == 1 else f"mean ± standard deviation of {settings.seeds} seeds"
     console.table(
         f"From step 0 to step {settings.steps:,}, and accuracy at the end; {over}. Dead units: zero on all the data. "
         "One-sided units: z has one sign there, so that lk_relu is linear. Gradient: at step 0, mean norm of a unit's.",
-        plots.table(settings, lines),
+        plots.table(toy, lines),
     )
     shown = [line for line in lines if line["seed"] == settings.seed]
-    title = f"{data}; {settings}, seed {settings.seed}"
+    title = f"{data}; {toy}, seed {settings.seed}"
     with console.progress("surfaces", len(settings.act) * len(snapshots(settings.steps))) as advance:
-        sheet = plots.picture(shown, data, settings, folder / "dynamics.png", title=title, on_surface=advance)
+        sheet = plots.picture(shown, data, toy, folder / "dynamics.png", title=title, on_surface=advance)
     with console.progress("certificates", len(links.named_links())) as advance:
         figure_1 = links.picture(folder / "links.png", on_link=advance)
     console.say(f"record   {folder}\npicture  {sheet}\npicture  {figure_1}")

@@ -50,15 +50,8 @@ def picture(
 ) -> Path:  # fmt: skip
     """A row for each activation: surfaces with each unit's zero line, then the gradient norm of each unit.
 
-    The surfaces reach a little beyond the first bias, so that zero lines are seen from the start.
-
-    Args:
-      lines: of one seed.
-      data: the points.
-      toy: of the runs.
-      path: of the PNG to write.
-      title: stands above.
-      on_surface: called with 1 for each surface done.
+    The lines are of one seed; on_surface is called with 1 for each surface done. The surfaces reach a little beyond the
+    first bias, so that zero lines are seen from the start.
     """
     acts = list(dict.fromkeys(line["act"] for line in lines))
     steps = [line["step"] for line in lines if line["act"] == acts[0] and "parameters" in line]

@@ -18,7 +18,7 @@ from linked_jax.diagnostics import dead_units
 from linked_jax.probe import observe
 
 _RULES = {name: OPTIMIZERS[name](1.0) for name in ("sgd", "adam")}  # the loop multiplies their updates by the rate
-_BLOCKS = (1000, 100, 10, 1)
+_BLOCKS = (1000, 100, 10, 1)  # steps
 
 
 def snapshots(steps: int) -> list[int]:
@@ -96,7 +96,7 @@ def measure(net: Net, data: Moons) -> dict[str, Array]:
     """Loss, accuracy, dead and one-sided units, and the norm of the loss's gradient by each unit's w and b."""
     graph, parameters, state = nnx.split(net, nnx.Param, ...)
     loss_of = jax.value_and_grad(CrossEntropy(graph), has_aux=True)
-    (loss, _), by = loss_of(parameters, state, data, slice(None), None)
+    (loss, _), by = loss_of(parameters, state, data, slice(None), None)  # on the whole set, and no randomness
     logits, (tap,) = observe(lambda net, x: net(x), net, data.points)
     return {
         "loss": loss,

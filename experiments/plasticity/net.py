@@ -68,11 +68,6 @@ def redo_dormant(net: Net, images: Array, key: Array) -> Net:
 _redo = jax.jit(functools.partial(redo, tau=TAU))
 
 
-def redo_each_round(net: Net, now: Round) -> Net:
-    """ReDo, on the images of the task."""
-    return redo_dormant(net, now.images, now.key)
-
-
 def link_half_way(net: Net, now: Round) -> Net:
     """Replace ReLU by its link, without a change of outputs, before the task in the middle of the stream."""
     return linked(net) if (now.task, now.number) == (now.tasks // 2, 0) else net
@@ -91,7 +86,11 @@ METHODS = {
     "lk_swish": Method("(swish(z), swish(-z))", lk_swish),
     "fourier": Method("(sin z, cos z)", fourier),
     "layer_norm": Method("layer norm, then ReLU", relu, norm=True),
-    "redo": Method(f"ReLU; dormant units (tau {TAU}) are made anew once a round", relu, change=redo_each_round),
+    "redo": Method(
+        f"ReLU; dormant units (tau {TAU}) are made anew once a round",
+        relu,
+        change=lambda net, now: redo_dormant(net, now.images, now.key),
+    ),
     "revived": Method("ReLU, linked before the task in the middle", relu, change=link_half_way, at_end=lk_relu),
 }
 

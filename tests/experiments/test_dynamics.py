@@ -20,7 +20,15 @@ from experiments.dynamics import __main__ as dynamics
 from experiments.dynamics import links, toy, training
 from experiments.dynamics import plots as dynamics_plots
 from experiments.engine.errors import run_command
-from linked_jax import Certificate, lk_relu, lk_tanh
+from linked_jax import (
+    ACTIVATION_NAMES,
+    Certificate,
+    activation_arity,
+    get_activation,
+    live_units,
+    lk_relu,
+    lk_tanh,
+)
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--act", "relu", "lk_prelu", "--steps", "9", "--units", "3"]
@@ -359,6 +367,18 @@ def test_dead_and_one_sided_units_are_those_that_numpy_counts(act, bias):
     assert 0 < negative < 8
     assert lines[0]["one_sided_units"] == negative
     assert lines[0]["dead_units"] == (negative if act == "relu" else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ACTIVATION_NAMES)
+def test_the_units_are_those_of_any_activation(act):
+    made, data = toy.Toy(bias=-5.0), toy.moons()
+    net = made.net(act, 0)
+    z = net.hidden(data.points)
+    found = training.measure(net, data)
+    live = live_units(get_activation(act, 8)(z), arity=activation_arity(act))
+    assert int(found["dead_units"]) == int((~live).sum())
+    assert int(found["one_sided_units"]) == int(((z > 0).all(axis=0) | (z < 0).all(axis=0)).sum())
 
 
 def test_a_dead_relu_net_cannot_move_its_units():
