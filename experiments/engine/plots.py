@@ -188,16 +188,16 @@ def _facets(lines: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[Fac
         inside.remove(max(inside, key=lambda axis: len(distinct([axis]))))
         rows = [axis for axis in shown if axis not in ("act", *inside)]
 
-    def look(net: Mapping[str, Any]) -> tuple[Any, Any]:
+    def kinds(net: Mapping[str, Any]) -> tuple[Any, Any]:
         """What the colour tells, and what the dashes tell."""
         base = net["act"].removeprefix("lk_").removesuffix("_bn").removesuffix("_sqrt2")
         others = tuple(net[axis] for axis in inside)
         return (base, net["act"].replace(base, "")) if by_base else (net["act"], others)
 
-    colours, dashes = (list(dict.fromkeys(kinds)) for kinds in zip(*(look(net) for net, _ in nets), strict=True))
+    colours, dashes = (list(dict.fromkeys(found)) for found in zip(*(kinds(net) for net, _ in nets), strict=True))
     facets: dict[str, list[_Curve]] = {}
     for net, runs in nets:
-        colour, dash = look(net)
+        colour, dash = kinds(net)
         style = {
             "color": COLOURS[colours.index(colour) % len(COLOURS)],
             "linestyle": _DASHES[dashes.index(dash) % len(_DASHES)],
@@ -226,9 +226,9 @@ def _draw(panel: Any, curves: Sequence[_Curve], what: _Panel, title: str) -> Non
         if curve.band:
             colour = curve.style["color"]
             panel.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.13, lw=0)
-        panel.set(**what.axes)
-        if what.least_top is not None:
-            panel.set_ylim(-0.1, max(what.least_top, panel.get_ylim()[1]))
+    panel.set(**what.axes)
+    if what.least_top is not None:
+        panel.set_ylim(-0.1, max(what.least_top, panel.get_ylim()[1]))
     panel.set_title(title, fontsize=9)
     panel.xaxis.label.set_size(8.5)
     panel.yaxis.label.set_size(8.5)

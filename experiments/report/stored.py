@@ -156,9 +156,7 @@ def _explained(what: str) -> Iterator[None]:
 
 def _check(value: Any, kind: Any, name: str = "it") -> None:
     """Refuse a value that is not of a kind: a type; a dict of kinds by key; or [the kind of a list's items]."""
-    basic = type(kind) if isinstance(kind, dict | list) else int | float if kind is float else kind
-    is_one = isinstance(value, basic) and not isinstance(value, bool) and value != []
-    if not is_one or (isinstance(value, float) and not math.isfinite(value)):
+    if not _is(value, type(kind) if isinstance(kind, dict | list) else kind):
         raise ValueError(f"{name} is {value!r:.60}")
     if isinstance(kind, dict):
         for key, inner in kind.items():
@@ -166,6 +164,13 @@ def _check(value: Any, kind: Any, name: str = "it") -> None:
     elif isinstance(kind, list):
         for item in value:
             _check(item, kind[0], name)
+
+
+def _is(value: Any, kind: type) -> bool:
+    """An int is a float too; but NaN and infinity are none, True is no int, and a list has items."""
+    if isinstance(value, bool) or value == [] or (isinstance(value, float) and not math.isfinite(value)):
+        return False
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def _add(line: Line, runs: dict[Run, list[Line]], axes: Iterable[str], epochs: int) -> None:

@@ -570,3 +570,11 @@ def test_many_nets_are_drawn_in_rows_that_tell_them_apart(acts, axes, rows):
         if len({act.removeprefix("lk_").removesuffix("_bn") for act in acts}) <= 8:
             looks = {(curve.style["color"], curve.style["linestyle"]) for curve in curves}
             assert len(looks) == len(curves)
+
+
+def test_dead_units_of_a_later_net_are_not_cut_off():
+    lines = [{**line, "dead_by_layer": [0, 0, 3 * number]} for number, line in enumerate(many(["relu", "selu"])[0])]
+    ((_, curves),) = plots._facets(lines, ["act"])
+    panel = plots.figure(4, 3).subplots()
+    plots._draw(panel, curves, plots._PANELS["Dead units by layer, after training"], "")
+    assert panel.get_ylim()[1] >= 3
