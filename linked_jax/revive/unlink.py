@@ -9,7 +9,8 @@ from jaxtyping import Array
 
 from linked_jax.diagnostics import by_member
 from linked_jax.linking import Link
-from linked_jax.revive.joints import Joint, activations, check_sequential, joint_at, link_and_layer, plain
+from linked_jax.revive.foldable import link_and_layer, plain
+from linked_jax.revive.joints import Joint, activations, check_sequential, joint_at
 from linked_jax.revive.sequential import fit
 
 
