@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from linked_jax.revive.joints import Foldable, check_sequential, is_activation, link_and_layer, plain
+from linked_jax.revive.foldable import Foldable, link_and_layer, plain
+from linked_jax.revive.joints import check_sequential, is_activation
 
 Layer = TypeVar("Layer", nnx.Linear, nnx.Conv)
 

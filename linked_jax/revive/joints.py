@@ -7,9 +7,8 @@ dropout, batch norm.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,50 +18,12 @@ from jaxtyping import Array
 
 from linked_jax.layers import LinkedConv, LinkedLinear, LinkedPReLU
 from linked_jax.linking import Link, join
+from linked_jax.revive.foldable import LAYERS, Foldable, is_layer, plain
 
 Function = Any
-_LAYERS = (nnx.Linear, nnx.Conv)
 _NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
 _LINKED = (LinkedLinear, LinkedConv, LinkedPReLU)
-_KNOWN = (*_LAYERS, *_NORMS, *_LINKED, nnx.Dropout, nnx.Embed, nnx.ConvTranspose)
-
-
-@runtime_checkable
-class Foldable(Protocol):
-    """A layer that knows the plain layer with the same outputs, such as `linked_jax.remedies.WSConv`."""
-
-    def fold(self) -> Any:
-        """An nnx.Linear or nnx.Conv with parameters of its own."""
-        ...
-
-
-def plain(layer: Any, i: int) -> Any:
-    """What layers[i] folds to, or the layer itself.
-
-    Raises:
-      ValueError: if its `fold` has arguments.
-    """
-    if not isinstance(layer, Foldable):
-        return layer
-    try:
-        inspect.signature(layer.fold).bind()
-    except TypeError:
-        raise ValueError(
-            f"layers[{i}], a {type(layer).__name__}, does not fold by itself; put layer.fold(...) in its place first"
-        ) from None
-    return layer.fold()
-
-
-def is_layer(layer: Any) -> bool:
-    """Whether it is an nnx.Linear or nnx.Conv, or folds to one."""
-    return isinstance(layer, (*_LAYERS, Foldable))
-
-
-def link_and_layer(layer: Any) -> list[Any]:
-    """The layer; a `LinkedLinear` or `LinkedConv` as two, its link and its plain layer."""
-    if isinstance(layer, (LinkedLinear, LinkedConv)):
-        return [layer.link, layer.linear if isinstance(layer, LinkedLinear) else layer.conv]
-    return [layer]
+_KNOWN = (*LAYERS, *_NORMS, *_LINKED, nnx.Dropout, nnx.Embed, nnx.ConvTranspose)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,7 +279,7 @@ def _check_outer_norm(norm: Any, i: int, *, first: bool) -> None:
 
 
 def _check_next(layer: Any, i: int) -> None:
-    if type(layer) not in _LAYERS:
+    if type(layer) not in LAYERS:
         raise ValueError(
             f"layers[{i}] is a {type(layer).__name__}, whose output may not be linear in its kernel; use nnx.Linear or "
             "nnx.Conv itself"

@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from linked_jax.diagnostics import by_member, relative_sizes
 from linked_jax.linking import join
 from linked_jax.revive.expand import Names, edit, edit_opt_state, leaves_by_name
-from linked_jax.revive.joints import Foldable, Joint, activations, joint_at, last_layer, linked_layers
+from linked_jax.revive.foldable import Foldable
+from linked_jax.revive.joints import Joint, activations, joint_at, last_layer, linked_layers
 
 _START = {"mean": 0.0, "var": 1.0, "scale": 1.0, "bias": 0.0}
 

@@ -9,17 +9,8 @@ from flax import nnx
 
 from linked_jax.linking import Link
 from linked_jax.revive.expand import Pair, check_link, link_params, link_params_opt_state
-from linked_jax.revive.joints import (
-    Foldable,
-    Joint,
-    activations,
-    apart,
-    joint_at,
-    last_layer,
-    linked_layers,
-    nothing_after,
-    plain,
-)
+from linked_jax.revive.foldable import Foldable, plain
+from linked_jax.revive.joints import Joint, activations, apart, joint_at, last_layer, linked_layers, nothing_after
 
 
 def link_sequential(model: nnx.Sequential, link: Link) -> nnx.Sequential:

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from linked_jax.diagnostics import by_member
 from linked_jax.linking import Link
-from linked_jax.revive.joints import Joint, activations, check_sequential, joint_at, link_and_layer, plain
+from linked_jax.revive.foldable import link_and_layer, plain
+from linked_jax.revive.joints import Joint, activations, check_sequential, joint_at
 from linked_jax.revive.sequential import fit
 
 
@@ -62,12 +65,9 @@ def unlink(model: nnx.Sequential) -> nnx.Sequential:
 
 def _member_rows(a: Array, axis: int, member: int, joint: Joint) -> Array:
     """An axis of positions * d * C entries -> those of one member, positions * C."""
-    axis %= a.ndim
-    blocked = joint.link.layout == "blocked"
-    parts = (-1, joint.link.arity, joint.width) if blocked else (-1, joint.width, joint.link.arity)
-    split = a.reshape(*a.shape[:axis], *parts, *a.shape[axis + 1 :])
-    one = split.take(member, axis + (1 if blocked else 2))
-    return one.reshape(*a.shape[:axis], -1, *a.shape[axis + 1 :])
+    rows, d = jnp.moveaxis(a, axis, -1), joint.link.arity
+    one = by_member(rows.reshape(-1, d * joint.width), d, joint.link.layout)[:, member]
+    return jnp.moveaxis(one.reshape(*rows.shape[:-1], -1), -1, axis)
 
 
 def _used_member(kernel: Array, joint: Joint, i: int) -> int:

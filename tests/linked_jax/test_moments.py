@@ -12,7 +12,7 @@ from scipy import integrate, special, stats
 from linked_jax.activations import ACTIVATIONS
 from linked_jax.linking import Link
 from linked_jax.members import evaluate
-from linked_jax.moments import expectation, mean_square
+from linked_jax.moments import expectation, mean_square, panels
 from tests.cases import first_fast
 
 MEMBERS = {name: link.members[0] for name, link in ACTIVATIONS.items() if isinstance(link, Link) and link.arity == 1}
@@ -135,6 +135,20 @@ def test_function_of_both_infinities_is_refused_without_a_warning():
 def test_evaluate_refuses_what_is_not_a_function():
     with pytest.raises(TypeError):
         evaluate(3.0, np.zeros(2))
+
+
+# --- the quadrature ------------------------------------------------------------------------------------------------
+
+
+def test_panels_integrate_polynomials_of_degree_31_exactly_on_each_panel():
+    rng = np.random.default_rng(0)
+    edges = np.sort(rng.uniform(-1, 1, 5))
+    pieces = [np.polynomial.Polynomial(rng.normal(size=32)) for _ in range(4)]
+    z, w = panels(edges)
+    assert z.shape == w.shape == (4 * 16,)
+    found = sum((w * f(z))[16 * k : 16 * (k + 1)].sum() for k, f in enumerate(pieces))
+    wanted = sum(f.integ()(edges[k + 1]) - f.integ()(edges[k]) for k, f in enumerate(pieces))
+    np.testing.assert_allclose(found, wanted, rtol=1e-13)
 
 
 # --- under tracing ------------------------------------------------------------------------------------------------
