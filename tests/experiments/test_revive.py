@@ -86,6 +86,17 @@ def test_dead_units_of_a_revived_net_learn_again():
     assert (np.abs(after.layers[0].kernel[...] - before)[:, :20].max(axis=0) > 0).all()
 
 
+@pytest.mark.slow
+def test_a_net_goes_on_from_the_same_moment_as_often_as_asked():
+    net, key = harmed(), jax.random.key(0)
+    before = jax.tree.map(np.array, (net[0], net[1]))
+    (one, _), found = ways.fit(net, FEW, key, 1, 1e-3)
+    (other, _), again = ways.fit(net, FEW, key, 1, 1e-3)
+    assert found == again
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(one), jax.tree.leaves(other))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(before), jax.tree.leaves((net[0], net[1])))
+
+
 def test_the_table_is_what_numpy_finds_in_the_lines():
     before = [line("harmed", seed, [0.1, 0.5 + seed], [[0, 0], [10, 4 + seed]]) for seed in (0, 1)]
     ways = [
