@@ -9,7 +9,7 @@ import pytest
 
 from experiments.engine import records, tables
 from experiments.headlines import __main__ as headlines
-from experiments.load_forecast import __main__ as load_forecast
+from experiments.load_forecast import table as forecast_table
 from experiments.plasticity import plots as plasticity_plots
 from experiments.remedies import table as remedies_table
 from experiments.report import __main__ as report
@@ -118,5 +118,5 @@ def test_numbers_of_a_page_are_in_its_tables(name):
 
 def test_the_committed_forecast_is_what_its_record_gives():
     folder = RESULTS / "load_forecast"
-    table = load_forecast.table(records.read_lines(folder), records.read_config(folder)["nets"])
+    table = forecast_table.table(records.read_lines(folder), records.read_config(folder)["nets"])
     assert tables.markdown(table) in (folder / "README.md").read_text(encoding="utf-8")

@@ -91,7 +91,11 @@ class Record:
         Raises:
           UsageError: as `create` and `reopen`; and if an entry differs.
         """
-        if not folder.exists():
+        try:
+            exists = folder.exists()
+        except OSError as error:  # a name that is too long
+            raise _cannot_write(folder, error) from error
+        if not exists:
             return cls.create(folder, config)
         if not (folder / CONFIG).is_file():
             raise UsageError(f"{folder} is there and is no record; pass --out with a new folder, or that of a record")
