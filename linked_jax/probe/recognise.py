@@ -57,6 +57,8 @@ INLINED: tuple[tuple[str, Callable[..., Any]], ...] = (
 """Activations that leave no call in a jaxpr, of z and of scalars that may have any value; the longer first."""
 
 COMMUTATIVE = {"add", "mul", "max", "min"}
+AFFINE = {"add", "broadcast_in_dim", "convert_element_type", "copy", "div", "mul", "name", "neg", "reshape", "sub"}
+"""Operations that are affine in each operand; of a product and a quotient, in the first one alone or the other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,7 @@ def activation_at(equations: Sequence[JaxprEqn], i: int) -> Site | None:
 
 def has_activation(jaxpr: Any) -> bool:
     """Whether there is an activation in a jaxpr or in one inside it."""
-    equations = opened(jaxpr)[0].eqns
+    equations = open_jaxpr(jaxpr)[0].eqns
     return any(activation_at(equations, i) for i in range(len(equations))) or any(
         has_activation(inner) for equation in equations for inner in inner_jaxprs(equation)
     )
@@ -99,7 +101,7 @@ def inner_jaxprs(equation: JaxprEqn) -> list[Any]:
     return [x for value in values for x in value if hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")]
 
 
-def opened(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
+def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
     """A jaxpr, closed or not, and its constants."""
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
 
@@ -121,9 +123,30 @@ def _link_at(equations: Sequence[JaxprEqn], i: int) -> Site | None:
             arity, layout, axis, name = label.split(":", 3)
             name = name[5:-1] if name.startswith("Link(") else name
             name = name.removesuffix("(z)") if arity == "1" else name
+            if arity == "1" and _is_affine(equations[i:stop], equations[i].invars[:1], last.outvars[0]):
+                return None
             z, h = cast(Var, equations[i].invars[0]), last.outvars[0]
             return Site(stop, z, h, name, int(arity), cast(Layout, layout), int(axis))
     return None
+
+
+def _is_affine(equations: Sequence[JaxprEqn], variables: Sequence[Any], result: Any) -> bool:
+    """Whether the result is an affine function of these variables, as far as its equations tell."""
+    affine = set(variables)
+    for equation in equations:
+        operands = [not isinstance(atom, Literal) and atom in affine for atom in equation.invars]
+        if not any(operands):
+            continue
+        inner, name = inner_jaxprs(equation), equation.primitive.name
+        if name in ("jit", "pjit"):
+            body = open_jaxpr(inner[0])[0]
+            changing = [var for var, operand in zip(body.invars, operands, strict=True) if operand]
+            if not all(_is_affine(body.eqns, changing, out) for out in body.outvars):
+                return False
+        elif name not in AFFINE or (name == "mul" and all(operands)) or (name == "div" and operands[1]):
+            return False
+        affine |= set(equation.outvars)
+    return result in affine or isinstance(result, Literal)
 
 
 def _mark(equation: JaxprEqn) -> str:
@@ -142,7 +165,7 @@ def _call_name(call: JaxprEqn) -> str:
     """The called function's name; a custom rule bears none, but what it wraps does."""
     if call.primitive.name in ("jit", "pjit"):
         return call.params["name"]
-    bodies = [opened(jaxpr)[0].eqns for jaxpr in inner_jaxprs(call)] if "custom" in call.primitive.name else []
+    bodies = [open_jaxpr(jaxpr)[0].eqns for jaxpr in inner_jaxprs(call)] if "custom" in call.primitive.name else []
     return _call_name(bodies[0][0]) if len(bodies) == 1 and len(bodies[0]) == 1 else ""
 
 

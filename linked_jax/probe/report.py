@@ -1,18 +1,22 @@
 """What a probe saw: a table, a JSON file, a plot."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from linked_jax import signal_statistics
+from linked_jax import diagnostics, signal_statistics
 from linked_jax.diagnostics import UnitStatistics
+from linked_jax.probe.taps import Tap, unstack
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +96,7 @@ class Report:
       >>> from linked_jax import linked
       >>> from linked_jax.probe import probe
       >>> batches = [jax.random.normal(jax.random.key(0), (64, 2))]
-      >>> report = probe(lambda w, x: linked(jax.nn.relu)(x @ w), jnp.eye(2), batches)
+      >>> report = probe(lambda x: linked(jax.nn.relu)(x @ jnp.eye(2)), batches)
       >>> layer, = report.layers
       >>> layer.activation, layer.units, layer.dead.tolist()
       ('relu(z), relu(-z)', 2, [False, False])
@@ -213,3 +217,54 @@ def _moments(layer: LayerReport) -> UnitStatistics:
     false, zero = jnp.zeros(layer.units, bool), jnp.zeros(layer.units)
     mean, variance = jnp.asarray(layer.mean), jnp.square(jnp.asarray(layer.std))
     return UnitStatistics(jnp.float32(1), false, zero, false, zero, mean, variance, zero)
+
+
+def make_report(taps: list[Tap], not_seen: list[str], tau: float) -> Report:
+    """The report of the taps of a whole data set, in order; layers of one name are numbered."""
+    layers = unstack(taps)
+    times, seen = Counter(tap.name for tap in layers), Counter()
+    reports = []
+    for tap in layers:
+        seen[tap.name] += 1
+        reports.append(
+            LayerReport(
+                name=f"{tap.name}#{seen[tap.name]}" if times[tap.name] > 1 else tap.name,
+                source=tap.source,
+                activation=tap.activation,
+                arity=tap.arity,
+                units=tap.stats.mean.size,
+                samples=int(tap.stats.count),
+                **jax.tree.map(_in_numpy, jax.device_get(_numbers(tap.stats, tap.gram, tap.gradient_square_sum, tau))),
+            )
+        )
+    return Report(tuple(reports), tau, tuple(dict.fromkeys(not_seen)))
+
+
+@functools.partial(jax.jit, static_argnames="tau")
+def _numbers(stats: UnitStatistics, gram: Any, gradient_square_sum: Any, tau: float) -> dict[str, Any]:
+    shift, distance = signal_statistics.activation_shift(stats), signal_statistics.elimination(stats)
+    n = stats.count * stats.mean.size
+    return {
+        "dead": diagnostics.dead_units(stats),
+        "dead_link": diagnostics.dead_links(stats),
+        "not_finite": diagnostics.not_finite_units(stats),
+        "dormancy": diagnostics.dormancy(stats),
+        "dormant": diagnostics.dormant_units(stats, tau),
+        "linearised": diagnostics.linearised_units(stats),
+        "saturated": diagnostics.saturated_units(stats),
+        "mean": stats.mean,
+        "std": jnp.sqrt(signal_statistics.variance(stats)),
+        "active": distance.active,
+        "activation_shift": shift.mean,
+        "spread_of_mean": distance.spread_of_mean,
+        "spread_of_std": distance.spread_of_std,
+        "least_active": distance.least_active,
+        "mean_square": signal_statistics.mean_square(stats),
+        "gradient_mean_square": None if gradient_square_sum is None else gradient_square_sum / n,
+        "effective_rank": None if gram is None else signal_statistics.effective_rank(gram),
+    }
+
+
+def _in_numpy(x: np.ndarray) -> Any:
+    """A scalar as a float; an array of booleans, or of float32 whatever the computation was in."""
+    return float(x) if x.ndim == 0 else x.astype(bool if x.dtype == bool else np.float32)

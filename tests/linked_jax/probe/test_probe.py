@@ -104,7 +104,7 @@ def test_every_activation_is_seen_once_with_its_pre_activation(g, batched):
     def forward(w, x):
         return jax.vmap(lambda x: g(x @ w))(x) if batched else g(x @ w)
 
-    (layer,) = probe(forward, w, [x]).layers
+    (layer,) = probe(w, [x], call=forward).layers
     member = g.members[0] if isinstance(g, Link) else g
     agrees(layer, x @ w, [lambda z: member(z[None])[0]], rank=not batched)
 
@@ -113,20 +113,20 @@ def test_every_activation_is_seen_once_with_its_pre_activation(g, batched):
 @pytest.mark.parametrize("g", [lambda z: jnp.maximum(z, jnp.zeros_like(z)), lambda z: jnp.where(z > 0, z, z * 0.0)])
 def test_zeros_of_the_shape_of_z(g):
     x = white(32, 4)
-    (layer,) = probe(lambda _, x: g(x + 1), {}, [x]).layers
+    (layer,) = probe(lambda x: g(x + 1), [x]).layers
     agrees(layer, x + 1)
 
 
 @pytest.mark.slow
 def test_a_gate_is_its_own_activation():
-    (layer,) = probe(lambda _, x: x * jax.nn.sigmoid(1.7 * x[:, ::-1]), {}, [white(8, 4)]).layers
+    (layer,) = probe(lambda x: x * jax.nn.sigmoid(1.7 * x[:, ::-1]), [white(8, 4)]).layers
     assert layer.activation == "sigmoid"
 
 
 def test_a_residual_sum_is_the_pre_activation():
     conv = nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0))
     x = white(5, 6, 6, 4)
-    (layer,) = probe(lambda conv, h: jax.nn.relu(conv(h) + h), conv, [x]).layers
+    (layer,) = probe(conv, [x], call=lambda conv, h: jax.nn.relu(conv(h) + h)).layers
     agrees(layer, conv(x) + x)
 
 
@@ -179,7 +179,7 @@ def test_a_linen_net_has_its_scopes_for_names():
 
     net, x = Net(), white(16, 5, 5, 2)
     variables = net.init(jax.random.key(0), x)
-    report = probe(net, variables, [x])
+    report = probe(variables, [x], call=net.apply)
     assert [(layer.name, layer.activation) for layer in report.layers] == [("Net", "relu"), ("Net/head", "tanh")]
     agrees(report.layers[0], flax.linen.Conv(4, (3, 3)).apply({"params": variables["params"]["first"]}, x))
     _, state = net.apply(variables, x, capture_intermediates=True)
@@ -202,7 +202,7 @@ def test_linked_convolutions(layout):
 def test_the_channels_of_a_link_may_be_elsewhere_and_vmapped():
     link = linked(jax.nn.relu, axis=0)
     x = white(8, 3, 5)
-    (layer,) = probe(lambda _, x: jax.vmap(link)(x), {}, [x]).layers
+    (layer,) = probe(lambda x: jax.vmap(link)(x), [x]).layers
     agrees(layer, x.swapaxes(1, 2), [jax.nn.relu, lambda z: jax.nn.relu(-z)])
 
 
@@ -225,41 +225,41 @@ ONE_LAYER = {
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:2], [white(6, 6)]], ids=["short", "equal", "square"])
 @pytest.mark.parametrize(("forward", "members"), ONE_LAYER.values(), ids=ONE_LAYER)
 def test_samples_are_never_units(forward, members, rows):
-    (layer,) = probe(forward, MATRIX, rows).layers
+    (layer,) = probe(MATRIX, rows, call=forward).layers
     agrees(layer, jnp.concatenate(rows) @ MATRIX.T, members)
     assert layer.name.startswith("test_probe.py:")  # and not vmap()
 
 
 ONE_UNIT = {
-    "squeezed": lambda _, x: jax.nn.sigmoid(x.sum(-1)),
-    "vmapped": lambda _, x: jax.vmap(lambda x: jax.nn.sigmoid(x.sum()))(x),
-    "vmapped link": lambda _, x: jax.vmap(lambda x: Link((jax.nn.sigmoid,))(x.sum()))(x),
+    "squeezed": lambda x: jax.nn.sigmoid(x.sum(-1)),
+    "vmapped": lambda x: jax.vmap(lambda x: jax.nn.sigmoid(x.sum()))(x),
+    "vmapped link": lambda x: jax.vmap(lambda x: Link((jax.nn.sigmoid,))(x.sum()))(x),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_UNIT)
 def test_a_number_for_each_sample_is_one_unit(name):
-    (layer,) = probe(ONE_UNIT[name], {}, ROWS).layers
+    (layer,) = probe(ONE_UNIT[name], ROWS).layers
     agrees(layer, jnp.concatenate(ROWS).sum(-1)[:, None], [jax.nn.sigmoid])
 
 
 @pytest.mark.slow
 def test_a_link_of_a_number_for_each_sample():
     mirrored = [jax.nn.relu, lambda z: jax.nn.relu(-z)]
-    (layer,) = probe(lambda _, x: jax.vmap(lambda x: lk_relu(x.sum()))(x), {}, ROWS).layers
+    (layer,) = probe(lambda x: jax.vmap(lambda x: lk_relu(x.sum()))(x), ROWS).layers
     agrees(layer, jnp.concatenate(ROWS).sum(-1)[:, None], mirrored)
 
 
 @pytest.mark.slow
 def test_all_pairs_of_samples_are_one_unit():
-    (layer,) = probe(lambda _, x: jax.nn.sigmoid(x @ x.T), {}, ROWS).layers
+    (layer,) = probe(lambda x: jax.nn.sigmoid(x @ x.T), ROWS).layers
     assert (layer.units, layer.samples) == (1, 32**2 + 32**2 + 5**2)
 
 
 @pytest.mark.slow
 def test_a_model_of_one_batch_size_is_looked_at_still():
-    (layer,) = probe(lambda w, x: jax.nn.relu(x.reshape(32, 6) @ w.T), MATRIX, ROWS[:2]).layers
+    (layer,) = probe(MATRIX, ROWS[:2], call=lambda w, x: jax.nn.relu(x.reshape(32, 6) @ w.T)).layers
     agrees(layer, jnp.concatenate(ROWS[:2]) @ MATRIX.T)
 
 
@@ -280,7 +280,7 @@ def test_a_straight_through_tap_has_a_slope():
 
     sign.defvjp(lambda z: (sign(z), None), lambda _, g: (g,))
     for link in (Link((sign,)), Link((sign, lambda z: 0.005 * sign(-z)), layout="interleaved")):
-        (layer,) = probe(lambda _, x, link=link: link(x), {}, [white(9, 3)]).layers
+        (layer,) = probe(lambda x, link=link: link(x), [white(9, 3)]).layers
         assert not layer.saturated.any()
 
 
@@ -333,13 +333,13 @@ def test_transformed_models_are_seen_as_the_plain_one(name):
     batches = [(white(8, 4), None)]
     model, with_gradient = TRANSFORMED[name], not name.startswith("custom")
     plain_weights = WEIGHTS[::-1] if "reverse" in name else WEIGHTS
-    plain = probe(mlp, plain_weights, batches, loss_fn=mean_of_squares)
-    found = probe(model, WEIGHTS, batches, loss_fn=mean_of_squares)
+    plain = probe(plain_weights, batches, call=mlp, loss_fn=mean_of_squares)
+    found = probe(WEIGHTS, batches, call=model, loss_fn=mean_of_squares)
     if "reverse" in name:
         found = dataclasses.replace(found, layers=found.layers[::-1])
     if not with_gradient:
         assert [layer.gradient_mean_square for layer in found.layers] == [None] * 3
-        plain, found = probe(mlp, WEIGHTS, [batches[0][0]]), probe(model, WEIGHTS, [batches[0][0]])
+        plain, found = probe(WEIGHTS, [batches[0][0]], call=mlp), probe(WEIGHTS, [batches[0][0]], call=model)
     same(plain, found)
 
 
@@ -354,7 +354,7 @@ def test_a_scan_over_layers_numbers_them_and_one_over_the_data_is_one_layer():
 
         return jax.lax.scan(step, jnp.zeros_like(x[:, 0]), x.swapaxes(0, 1))[1]
 
-    (layer,) = probe(recurrent, w, [(x, None)], loss_fn=mean_of_squares).layers
+    (layer,) = probe(w, [(x, None)], call=recurrent, loss_fn=mean_of_squares).layers
     h, zs = jnp.zeros((6, 4)), []
     for t in range(5):
         zs.append(h @ w + x[:, t])
@@ -370,7 +370,7 @@ def test_a_scan_over_layers_numbers_them_and_one_over_the_data_is_one_layer():
 
     gradient = 6 * np.asarray(jax.grad(unrolled)(jnp.zeros((5, 6, 4))))
     np.testing.assert_allclose(layer.gradient_mean_square, (gradient**2).mean(), rtol=1e-4)
-    scanned = probe(TRANSFORMED["scan"], WEIGHTS, [white(8, 4)])
+    scanned = probe(WEIGHTS, [white(8, 4)], call=TRANSFORMED["scan"])
     assert [layer.name[-3:] for layer in scanned.layers] == ["[0]", "[1]", "[2]"]
 
 
@@ -388,7 +388,7 @@ def test_the_gradient_is_that_of_one_sample():
 
     gradients = jax.vmap(jax.grad(one_sample), (None, 0, 0))(jnp.zeros((3, 4)), x, y)
     for batches in ([(x, y)], [(x[:5], y[:5]), (x[5:], y[5:])]):
-        report = probe(mlp, WEIGHTS, batches, loss_fn=loss_fn)
+        report = probe(WEIGHTS, batches, call=mlp, loss_fn=loss_fn)
         found = [layer.gradient_mean_square for layer in report.layers]
         np.testing.assert_allclose(found, np.square(gradients).mean((0, 2)), rtol=1e-4)
 
@@ -401,7 +401,7 @@ def test_what_is_not_seen_is_named():
         with jax.named_scope("loop"):
             return jax.lax.while_loop(lambda h: h.sum() > 1e9, jax.nn.relu, jax.lax.cond(True, jnp.sin, jnp.cos, h))
 
-    report = probe(forward, WEIGHTS[0], [white(8, 4)])
+    report = probe(WEIGHTS[0], [white(8, 4)], call=forward)
     assert [layer.activation for layer in report.layers] == ["relu"]
     assert len(report.not_seen) == 2
     assert report.not_seen[0].startswith("cond in test_probe.py:")
@@ -420,14 +420,14 @@ def test_what_is_no_activation_is_not_taken_for_one():
         noise = jax.random.uniform(net.layers[4].rngs(), x.shape)
         return net(jnp.clip(jnp.sin(x), -1, 1) * scale + noise).max(axis=-1)
 
-    report = probe(forward, net, [white(8, 5, 4)])
+    report = probe(net, [white(8, 5, 4)], call=forward)
     assert [layer.name for layer in report.layers] == ["layers.5"]
 
 
 @pytest.mark.slow
 def test_bfloat16_is_measured_in_float32():
     x, w = white(64, 4).astype(jnp.bfloat16), white(4, 3, seed=1).astype(jnp.bfloat16)
-    (layer,) = probe(lambda w, x: lk_relu(x @ w + 3), w, [x[:32], x[32:]]).layers
+    (layer,) = probe(w, [x[:32], x[32:]], call=lambda w, x: lk_relu(x @ w + 3)).layers
     assert layer.mean.dtype == np.float32
     # XLA may keep float32 between two operations of bfloat16 in one jit
     agrees(layer, (x @ w + 3).astype(jnp.float32), [jax.nn.relu, lambda z: jax.nn.relu(-z)], tolerance=2e-3)
@@ -452,9 +452,9 @@ def test_killed_units_are_named_exactly():
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_unit_that_is_not_finite_is_shown(bad, monkeypatch):
     x = white(32, 4)
-    report = probe(lambda _, x: jax.nn.relu(x), {}, [x.at[3, 1].set(bad)])
+    report = probe(lambda x: jax.nn.relu(x), [x.at[3, 1].set(bad)])
     (layer,) = report.layers
-    (clean,) = probe(lambda _, x: jax.nn.relu(x), {}, [x[:, jnp.array([0, 2, 3])]]).layers
+    (clean,) = probe(lambda x: jax.nn.relu(x), [x[:, jnp.array([0, 2, 3])]]).layers
     assert layer.not_finite.tolist() == [False, True, False, False]
     np.testing.assert_allclose(layer.dormancy[[0, 2, 3]], clean.dormancy, rtol=1e-5)
     head, row = str(report).splitlines()
@@ -469,7 +469,7 @@ def test_a_unit_that_is_not_finite_is_shown(bad, monkeypatch):
 @pytest.mark.slow
 def test_tau_is_the_threshold_of_dormancy():
     x = jnp.array([[1.0, 0.1, 0.0]])
-    dormant = [probe(lambda _, x: relu(x), {}, [x], tau=tau).layers[0].dormant.tolist() for tau in (0.0, 0.5)]
+    dormant = [probe(lambda x: relu(x), [x], tau=tau).layers[0].dormant.tolist() for tau in (0.0, 0.5)]
     assert dormant == [[False, False, True], [False, True, True]]
 
 
@@ -514,7 +514,7 @@ def report():
         )
 
     x = white(32, 4)
-    return probe(forward, weights, [(x, None)], loss_fn=lambda out, _: out.sum())
+    return probe(weights, [(x, None)], call=forward, loss_fn=lambda out, _: out.sum())
 
 
 @pytest.mark.slow
@@ -568,12 +568,12 @@ def test_a_missing_extra_says_what_to_install(report, package, method, monkeypat
 @pytest.mark.slow
 def test_drift_is_that_of_the_diagnostics():
     x = white(16, 4)
-    reports = [probe(mlp, [w * scale + scale for w in WEIGHTS[:1]], [x]) for scale in (1.0, 2.0)]
+    reports = [probe([w * scale + scale for w in WEIGHTS[:1]], [x], call=mlp) for scale in (1.0, 2.0)]
     zs = [x @ (WEIGHTS[0] * scale + scale) for scale in (1.0, 2.0)]
     wanted = covariate_drift(*(unit_statistics(z, z, z) for z in zs))
     np.testing.assert_allclose(reports[0].drift(reports[1])[0], wanted, rtol=1e-4)
     with pytest.raises(ValueError, match="compares a model with itself"):
-        reports[0].drift(probe(mlp, WEIGHTS, [x]))
+        reports[0].drift(probe(WEIGHTS, [x], call=mlp))
 
 
 # --- compiles, and the monitor ------------------------------------------------------------------------------------
@@ -588,7 +588,7 @@ def test_one_trace_for_each_shape_and_none_for_a_later_look():
         return jax.nn.relu(x @ w)
 
     batches = [white(8, 4), white(8, 4, seed=1), white(3, 4), white(3, 4, seed=2)]
-    monitor = Monitor(forward, batches, every=2)
+    monitor = Monitor(batches, every=2, call=forward)
     for step in range(5):
         assert (monitor(step, WEIGHTS[step % 3]) is None) == bool(step % 2)
     assert traces == [(8, 4), (16, 4), (3, 4), (6, 4)]  # and one of twice the batch, to find its axis
@@ -597,14 +597,14 @@ def test_one_trace_for_each_shape_and_none_for_a_later_look():
 @pytest.mark.slow
 def test_the_monitor_keeps_a_history():
     net = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), relu)
-    monitor = Monitor(None, [(white(8, 4), 0)], every=10, loss_fn=mean_of_squares)
+    monitor = Monitor([(white(8, 4), 0)], every=10, loss_fn=mean_of_squares)
     traced = []
     for step in range(21):
         if monitor(step, net) is not None:
             traced.append(step)
         net.layers[0].bias[...] -= jnp.array([0.0, 0.0, 0.5, 2.0])
-    assert traced == [look["step"] for look in monitor.history] == [0, 10, 20]
-    layers = [look["layers"][0] for look in monitor.history]
+    assert traced == [entry["step"] for entry in monitor.history] == [0, 10, 20]
+    layers = [entry["layers"][0] for entry in monitor.history]
     assert [layer["dead"] for layer in layers] == [0.0, 0.5, 0.5]
     assert layers[0]["drift"] is None
     np.testing.assert_allclose([layer["drift"] for layer in layers[1:]], 10 * (0.5 + 2.0) / 4, rtol=1e-5)
@@ -613,7 +613,7 @@ def test_the_monitor_keeps_a_history():
 
 @pytest.mark.slow
 def test_a_monitor_of_infinite_values_stays_ready_for_json():
-    monitor = Monitor(lambda w, x: jax.nn.relu(x / w), [white(8, 4)])
+    monitor = Monitor([white(8, 4)], every=1, call=lambda w, x: jax.nn.relu(x / w))
     monitor(0, 0.0)
     assert monitor.history[0]["layers"][0]["mean_square"] is None
 
@@ -622,37 +622,40 @@ def test_a_monitor_of_infinite_values_stays_ready_for_json():
 
 X = white(8, 4)
 BAD = {
-    "no activation": (lambda: probe(lambda w, x: jnp.sin(x @ w), WEIGHTS[0], [X]), "no activation was found"),
+    "no activation": (lambda: probe(WEIGHTS[0], [X], call=lambda w, x: jnp.sin(x @ w)), "no activation was found"),
     "hidden activation": (
-        lambda: probe(lambda _, x: jax.lax.cond(True, jnp.tanh, jnp.sin, x), {}, [X]), "not looked into.*cond",
+        lambda: probe(lambda x: jax.lax.cond(True, jnp.tanh, jnp.sin, x), [X]), "not looked into.*cond",
     ),
-    "no batch": (lambda: probe(mlp, WEIGHTS, []), "no batch"),
-    "no sample": (lambda: probe(mlp, WEIGHTS, [X[:0]]), "N at least 1"),
-    "one array": (lambda: probe(mlp, WEIGHTS, X), "pass a list"),
-    "no iterable": (lambda: probe(mlp, WEIGHTS, 3), "pass a list"),
-    "words": (lambda: probe(mlp, WEIGHTS, ["x"]), "arrays"),
-    "pair without loss": (lambda: probe(mlp, WEIGHTS, [(X, 0)]), "without loss_fn"),
-    "loss without pair": (lambda: probe(mlp, WEIGHTS, [X], loss_fn=mean_of_squares), "pair"),
+    "no batch": (lambda: probe(WEIGHTS, [], call=mlp), "no batch"),
+    "no sample": (lambda: probe(WEIGHTS, [X[:0]], call=mlp), "N at least 1"),
+    "one array": (lambda: probe(WEIGHTS, X, call=mlp), "pass a list"),
+    "no iterable": (lambda: probe(WEIGHTS, 3, call=mlp), "pass a list"),
+    "words": (lambda: probe(WEIGHTS, ["x"], call=mlp), "arrays"),
+    "pair without loss": (lambda: probe(WEIGHTS, [(X, 0)], call=mlp), "without loss_fn"),
+    "loss without pair": (lambda: probe(WEIGHTS, [X], call=mlp, loss_fn=mean_of_squares), "pair"),
     "no scalar": (lambda: probe(mlp, WEIGHTS, [(X, 0)], loss_fn=lambda out, _: out), "scalar"),
-    "no batches": (lambda: probe(mlp, WEIGHTS), "pass batches last"),
-    "tau": (lambda: probe(mlp, WEIGHTS, [X], tau=-1.0), "tau is at least 0"),
-    "tau of words": (lambda: probe(mlp, WEIGHTS, [X], tau="small"), "tau is a number"),
-    "sizes": (lambda: probe(mlp, WEIGHTS, [{"a": X, "b": X[:3]}]), r"one leading axis.*\[3, 8\]"),
-    "labels": (lambda: probe(mlp, WEIGHTS, [(X, X[:3])], loss_fn=mean_of_squares), r"one leading axis.*\[3, 8\]"),
+    "no batches": (lambda: probe(mlp, WEIGHTS), r"the model is called as model\(inputs\), got \(weights, x\)"),
+    "tau": (lambda: probe(WEIGHTS, [X], call=mlp, tau=-1.0), "tau is at least 0"),
+    "tau of words": (lambda: probe(WEIGHTS, [X], call=mlp, tau="small"), "tau is a number"),
+    "sizes": (lambda: probe(WEIGHTS, [{"a": X, "b": X[:3]}], call=mlp), r"one leading axis.*\[3, 8\]"),
+    "labels": (lambda: probe(WEIGHTS, [(X, X[:3])], call=mlp, loss_fn=mean_of_squares), r"one leading axis.*\[3, 8\]"),
     "pair of losses": (
         lambda: probe(mlp, WEIGHTS, [(X, 0)], loss_fn=lambda out, _: (out.sum(), 1)), "scalar.*a tuple of 2",
     ),
-    "Linen alone": (lambda: probe(flax.linen.Dense(3), [X]), r"pass probe\(model, variables, batches\)"),
-    "NNX twice": (lambda: probe(*[nnx.Linear(4, 4, rngs=nnx.Rngs(0))] * 2, [X]), r"pass probe\(model, batches\)"),
-    "no function": (lambda: probe("a", "b", [X]), "model_fn is a function"),
-    "link along the samples": (lambda: probe(lambda _, x: lk_relu(x[:, 0]), {}, [X]), "along the axis of the samples"),
+    "Linen alone": (lambda: probe(flax.linen.Dense(3), [X]), r"pass functools.partial\(module.apply, variables\)"),
+    "NNX for batches": (lambda: probe(*[nnx.Linear(4, 4, rngs=nnx.Rngs(0))] * 2), "batches is an iterable"),
+    "no function": (lambda: probe("a", [X]), "without call the model is called as"),
+    "call is no function": (lambda: probe(WEIGHTS, [X], call="a"), "call is a function"),
+    "call of one argument": (lambda: probe(WEIGHTS, [X], call=jnp.tanh), r"call is called as call\(model, inputs\)"),
+    "class": (lambda: probe(nnx.Linear, [X]), "the model is called as"),
+    "link along the samples": (lambda: probe(lambda x: lk_relu(x[:, 0]), [X]), "along the axis of the samples"),
     "other units": (
-        lambda: probe(lambda _, x: jax.nn.relu(x.T + (1 / 0 if len(x) > 8 else 0)), {}, [X, X[:4]]),
+        lambda: probe(lambda x: jax.nn.relu(x.T + (1 / 0 if len(x) > 8 else 0)), [X, X[:4]]),
         "other numbers of units",
     ),
-    "every of a half": (lambda: Monitor(mlp, [X], every=0.5), "every is an integer"),
-    "every": (lambda: Monitor(mlp, [X], every=0), "every is at least 1"),
-    "iterator": (lambda: Monitor(mlp, iter([X])), "pass a list"),
+    "every of a half": (lambda: Monitor([X], every=0.5), "every is an integer"),
+    "every": (lambda: Monitor([X], every=0), "every is at least 1"),
+    "iterator": (lambda: Monitor(iter([X]), every=1), "pass a list"),
 }  # fmt: skip
 
 

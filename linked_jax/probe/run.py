@@ -1,0 +1,257 @@
+"""Observe any model on a data set: once, or again and again during its training."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from linked_jax.probe.interpret import NotSeen, Taps, Trace
+from linked_jax.probe.models import check_model, kind_of, merge, split
+from linked_jax.probe.report import LayerReport, Report, make_report
+from linked_jax.probe.taps import is_tap, together
+from linked_jax.signal_statistics import Drift
+
+
+def probe(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    call: Callable[[Any, Any], Any] | None = None,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    tau: float = 0.025,
+) -> Report:
+    """What every activation of a model does on a data set: dead, dormant, linear and saturated units, and the signal.
+
+        probe(model, batches)                                           an NNX module, or a bound Linen module
+        probe(model, batches, call=lambda model, x: model(x, ...))      called in your way
+        probe(variables, batches, call=linen_module.apply)              any pytree of parameters
+        probe(functools.partial(f, params), batches)                    any function
+
+    The model is traced to a jaxpr, and its activations are found there: links of this library; calls to jax.nn and
+    flax activations; and written out tanh, sigmoid, relu by maximum, where or clip, clip(z, 0, a), leaky relu,
+    Flax's PReLU, z * sigmoid(a * z), mish, and the usual ways to write gelu.
+    So in relu(conv(h) + h) the pre-activation is the sum. Remat, scan and calls are looked into. Softmax and the like,
+    and links of one affine member, are not treated as activations. Other formulas are not known: one that has a tanh
+    or sigmoid inside is seen as that, with the verdicts of that. Mark it as `Link((my_function,))`, a link with one
+    member, which bears the function's name. An activation that is applied twice to one z is one layer.
+
+    A unit is one channel of the operation that made z: along the link's axis, or the last axis that does not grow with
+    the batch. A flatten, a transposition or a cast between the two changes nothing: (N, H, W, C) -> (N, H*W*C) has C
+    units. All else are samples and positions, and z of shape (N,) is one unit. To know the axes that grow, the model is
+    traced a second time, for twice the batch; if it fails there, the samples are along the first axis. Members of an
+    ensemble or experts, made by vmap over parameters, would be pooled as if they were samples: probe them one at a
+    time. A scan over layers gives a layer for each iteration; a scan over the data (time) gives one layer.
+    `Report.not_seen` names the cond, while and others with activations inside.
+
+    The model is run as it is and is not changed: its batch statistics and random streams are copies. Call `.eval()`
+    first, unless you want to see it train. One pass, in constant memory; one compile for each shape of a batch.
+
+    Args:
+      model: an NNX module, a bound Linen module, a function of the inputs, or with `call` any pytree. The arrays in it
+        and in a `functools.partial` are parameters; those that a function closes over are constants of the compile.
+      batches: an iterable of inputs: arrays (N, ...), or dicts of them. With loss_fn, of pairs (inputs, labels).
+      call: call(model, inputs) -> outputs; model(inputs) if None.
+      loss_fn: loss_fn(outputs, labels) -> the scalar mean over the batch. Then the report has the mean square of the
+        gradient for each z, of a sample's own loss (that of the mean, times N).
+      tau: a unit is dormant if its score is at most this, see `linked_jax.diagnostics.dormant_units`.
+
+    Returns:
+      A `Report`.
+
+    Raises:
+      ValueError: if no activation is found, there is no batch, a batch is no array or pair or its arrays differ in N,
+        the loss is no scalar, the model cannot be called, a link is laid along the samples, or tau is negative.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from linked_jax.probe import probe
+      >>> model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jax.nn.relu)
+      >>> model.layers[0].bias[...] = jnp.array([0.0, 0.0, -1e3])
+      >>> report = probe(model, [jax.random.normal(jax.random.key(i), (16, 4)) for i in range(2)])
+      >>> layer = report.layers[0]
+      >>> layer.name, layer.activation, layer.samples, layer.dead.tolist()
+      ('layers.1', 'relu', 32, [False, False, True])
+    """
+    return _Probe(call, loss_fn, tau)(model, batches)
+
+
+class Monitor:
+    """Probe a model in any training loop, every so many steps; nothing is traced again the second time.
+
+    Args:
+      batches: the data to probe on, a list: the same each time.
+      every: probe at steps 0, every, 2 * every, ...
+      call: as for `probe`.
+      loss_fn: as for `probe`.
+      tau: as for `probe`.
+
+    Attributes:
+      history: for each report {"step", "layers": [{"name", "dead", "dormant", "not_finite", "linearised", "saturated",
+        "mean_square", "gradient_mean_square", "effective_rank", "drift"}]}, ready for JSON. The first are shares of
+        the units; drift is the 2-Wasserstein distance to the report before, None at the first. Not a number is None.
+      report: the last `Report`; None before the first.
+
+    Raises:
+      ValueError: if every is no integer or below 1, or batches is an iterator, which could be read only once.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp
+      >>> from linked_jax.probe import Monitor
+      >>> def net(w, x):
+      ...     return jax.nn.relu(x @ w)
+      >>> monitor = Monitor([jnp.ones((8, 2))], every=10)
+      >>> for step in range(11):
+      ...     _ = monitor(step, functools.partial(net, jnp.full((2, 3), 5.0 - step)))
+      >>> [(entry["step"], entry["layers"][0]["dead"]) for entry in monitor.history]
+      [(0, 0.0), (10, 1.0)]
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        *,
+        every: int,
+        call: Callable[[Any, Any], Any] | None = None,
+        loss_fn: Callable[[Any, Any], Any] | None = None,
+        tau: float = 0.025,
+    ):
+        if isinstance(every, bool) or not hasattr(every, "__index__"):
+            raise ValueError(f"every is an integer, got {every!r}; it is the number of steps from report to report")
+        if every < 1:
+            raise ValueError(f"every is at least 1, got {every}; it is the number of steps from report to report")
+        if isinstance(batches, Iterator):
+            raise ValueError(f"a monitor reads its batches many times, got {type(batches).__name__}; pass a list")
+        self.batches, self.every = batches, every
+        self.history: list[dict[str, Any]] = []
+        self.report: Report | None = None
+        self._probe = _Probe(call, loss_fn, tau)
+
+    def __call__(self, step: int, model: Any) -> Report | None:
+        """Probe if it is time: the report, or None."""
+        if step % self.every:
+            return None
+        report = self._probe(model, self.batches)
+        drifts = self.report.drift(report) if self.report else [None] * len(report.layers)
+        layers = [_compact(layer, drift) for layer, drift in zip(report.layers, drifts, strict=True)]
+        self.history.append({"step": int(step), "layers": layers})
+        self.report = report
+        return report
+
+
+def _compact(layer: LayerReport, drift: Drift | None) -> dict[str, Any]:
+    shares = {
+        name: getattr(layer, name).mean() for name in ("dead", "dormant", "not_finite", "linearised", "saturated")
+    }
+    scalars = {name: getattr(layer, name) for name in ("mean_square", "gradient_mean_square", "effective_rank")}
+    values = shares | scalars | {"drift": drift and drift.wasserstein}
+    finite = {name: float(x) if x is not None and math.isfinite(x) else None for name, x in values.items()}
+    return {"name": layer.name} | finite
+
+
+class _Probe:
+    """(model, batches) -> `Report`, compiled once for each structure of the model and shape of a batch."""
+
+    def __init__(self, call: Callable[[Any, Any], Any] | None, loss_fn: Callable[[Any, Any], Any] | None, tau: float):
+        try:
+            self.tau = float(tau)
+        except (TypeError, ValueError):
+            raise ValueError(f"tau is a number, got {kind_of(tau)}; 0.025 is usual") from None
+        if not self.tau >= 0:
+            raise ValueError(f"tau is at least 0, got {tau}; 0 finds the units that are always zero")
+        self.call, self.has_loss = call, loss_fn is not None
+        apply = (lambda model, x: model(x)) if call is None else call
+        self.taps = jax.jit(functools.partial(_taps_of_batch, apply, loss_fn), static_argnums=0)
+
+    def __call__(self, model: Any, batches: Iterable[Any]) -> Report:
+        check_model(model, self.call)
+        static, arrays = split(model)
+        total = None
+        for batch in _checked(batches, self.has_loss):
+            taps = self.taps(static, arrays, batch)
+            if total is not None and _shapes(total) != _shapes(taps):
+                raise ValueError(
+                    "the layers of two batches have other numbers of units, or the model has other layers for them; "
+                    "pass batches of one shape, and models that work for any number of samples"
+                )
+            total = taps if total is None else _add(total, taps)
+        if total is None:
+            raise ValueError("batches has no batch: it is empty, or an iterator that was read before; pass a list")
+        not_seen = [entry.what for entry in total.values() if isinstance(entry, NotSeen)]
+        taps = [entry for entry in total.values() if is_tap(entry)]
+        if not taps:
+            raise ValueError(
+                "no activation was found in the model's jaxpr, neither a link nor one of jax.nn or flax"
+                f"{f', and these were not looked into: {not_seen}' if not_seen else ''}; "
+                "write an activation of your own as linked_jax.Link((my_function,))"
+            )
+        return make_report(taps, not_seen, self.tau)
+
+
+def _taps_of_batch(call: Any, loss_fn: Any, static: Any, arrays: Any, batch: Any) -> Taps:
+    """The taps of one batch; with a loss, and the square sums of its gradients for each z, of a sample's own loss."""
+    inputs, labels = batch if loss_fn else (batch, None)
+    trace = Trace.of(call, merge(static, arrays), inputs)
+    if loss_fn is None:
+        return _with_gradients(trace.evaluate()[1], {})
+
+    def loss(probes: Any) -> tuple[Any, Any]:
+        outputs, taps = trace.evaluate(probes)
+        value = loss_fn(outputs, labels)
+        if not jax.tree.all(jax.tree.map(lambda x: not jnp.shape(x), value)) or isinstance(value, (tuple, list, dict)):
+            raise ValueError(f"loss_fn returns a scalar, the mean over the batch, got {kind_of(value)}")
+        return value, taps
+
+    silent = jax.eval_shape(lambda: trace.evaluate()[1])
+    sums = {key[0]: tap.gradient_square_sum for key, tap in silent.items() if is_tap(tap)}
+    zeros = {origin: jnp.zeros(sum_.shape) for origin, sum_ in sums.items() if sum_ is not None}
+    gradients, taps = jax.grad(loss, has_aux=True)(zeros)
+    n = jax.tree.leaves(inputs)[0].shape[0]
+    return _with_gradients(taps, {origin: n**2 * square_sum for origin, square_sum in gradients.items()})
+
+
+def _with_gradients(taps: Taps, square_sums: dict[Any, Any]) -> Taps:
+    with_gradient = {
+        key: dataclasses.replace(tap, gradient_square_sum=square_sums.get(key[0]))
+        for key, tap in taps.items()
+        if is_tap(tap)
+    }
+    return Taps((key, with_gradient.get(key, entry)) for key, entry in taps.items())
+
+
+@jax.jit
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(together, a, b, is_leaf=is_tap)
+
+
+def _shapes(taps: Any) -> Any:
+    return jax.tree.structure(taps), [x.shape for x in jax.tree.leaves(taps)]
+
+
+def _checked(batches: Any, has_loss: bool) -> Iterator[Any]:
+    """Each batch, refused if it is none."""
+    if hasattr(batches, "shape") or isinstance(batches, (str, dict)) or not isinstance(batches, Iterable):
+        raise ValueError(f"batches is an iterable of batches, got {kind_of(batches)}; pass a list, [x] for one batch")
+    for batch in batches:
+        if has_loss and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            raise ValueError(f"with loss_fn a batch is a pair (inputs, labels), got {kind_of(batch)}")
+        if not has_loss and isinstance(batch, (tuple, list)):
+            raise ValueError(f"without loss_fn a batch is its inputs alone, got {kind_of(batch)}; pass x of (x, y)")
+        inputs = batch[0] if has_loss else batch
+        leaves = jax.tree.leaves(inputs)
+        if not leaves or not all(getattr(leaf, "ndim", 0) and leaf.shape[0] and _is_number(leaf) for leaf in leaves):
+            raise ValueError(
+                f"the inputs of a batch are arrays (N, ...) of numbers, N at least 1, got {kind_of(inputs)}"
+            )
+        sizes = sorted({x.shape[0] for x in jax.tree.leaves(batch) if getattr(x, "ndim", 0)})
+        if len(sizes) > 1:
+            raise ValueError(f"the arrays of a batch have one leading axis, of its N samples, got the sizes {sizes}")
+        yield tuple(batch) if has_loss else batch
+
+
+def _is_number(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool
