@@ -79,7 +79,12 @@ class Record:
                         f"the run {folder} was begun with {what} {config.get(what)}, this is {now}: resuming it would "
                         "mix two programs in one record; go back to that, or start anew"
                     )
-            return cls(folder, config, read_lines(folder, damaged_end=True), lock)
+            lines = read_lines(folder, damaged_end=True)
+            record = cls(folder, config, lines, lock)
+            content = (folder / METRICS).read_bytes()
+            if content.count(b"\n") != len(lines) or (lines and content[-1:] != b"\n"):
+                record.keep(len(lines))  # a half-written end: drop it from the file
+            return record
         except BaseException:
             _unlock(folder, lock)
             raise
@@ -157,8 +162,8 @@ class Record:
         self._rewrite(self.lines[:count])
 
     def _rewrite(self, lines: list[Line]) -> None:
-        self._metrics.close()
         _write_whole(self.folder / METRICS, "".join(map(_json, lines)))
+        self._metrics.close()
         self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
         self.lines = lines
 
@@ -167,9 +172,10 @@ class Record:
         _write_whole(self.folder / TIMES, json.dumps(times, indent=2) + "\n")
 
     def close(self) -> None:
-        """Close metrics.jsonl and let others have the folder."""
+        """Close metrics.jsonl and let others have the folder; nothing if it is closed."""
         self._metrics.close()
-        _unlock(self.folder, self._lock)
+        if self._lock.is_locked:
+            _unlock(self.folder, self._lock)
 
     def __enter__(self) -> "Record":
         return self

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from flax import nnx
@@ -80,11 +80,6 @@ class Row:
         return get_activation(name, features) if activation_arity(name) == 1 else relu
 
 
-def at_start(link: Any) -> Link:
-    """The link itself, or the one that a module with parameters starts as."""
-    return link.link
-
-
 InitName = Literal["auto", "looks_linear", "glorot", "glorot_normal", "he"]
 KernelInit = Callable[..., Initializer]
 INITS: dict[str, KernelInit] = {
@@ -109,7 +104,7 @@ def check_init(name: str, row: Row) -> None:
       UsageError: with what to take instead.
     """
     try:
-        INITS[name](at_start(row.activation(1)))
+        INITS[name](row.activation(1).link)
     except ValueError as error:
         raise UsageError(f"--init {name} does not fit --act {row.act}: {error}; take --init auto") from error
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.engine.rows import Norm, at_start, batch_norm, identity, normalised
+from experiments.engine.rows import Norm, batch_norm, identity, normalised
 from linked_jax import LinkedConv
 from linked_jax.initializers import Initializer
 from linked_jax.layers import Activation
@@ -57,7 +57,7 @@ class AllCNN(nnx.Module):
         specs = [(multiple * width, *rest) for multiple, *rest in _LAYERS] + [(classes, 1, 1, True)]
         for number, (units, window, stride, activated) in enumerate(specs):
             link = activation(features) if activated else identity
-            init = stem_init if number == 0 else kernel_init(at_start(link), strides=stride)
+            init = stem_init if number == 0 else kernel_init(link.link, strides=stride)
             norms.append(batch_norm(features, norm if activated else "none", rngs))
             layers.append(
                 LinkedConv(features, units, (window, window), link=link, strides=stride, kernel_init=init, rngs=rngs)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.engine.rows import Norm, at_start, batch_norm, normalised
+from experiments.engine.rows import Norm, batch_norm, normalised
 from linked_jax import Link, LinkedConv, LinkedLinear
 from linked_jax.initializers import Initializer
 from linked_jax.layers import Activation
@@ -59,7 +59,7 @@ class DepthNet(nnx.Module):
         self.blocks = nnx.data(nnx.vmap(block)(rngs.split(depth - 1)) if depth > 1 else None)
         link = activation(positions * width)
         self.read_out = LinkedLinear(
-            positions * width, classes, link=link, kernel_init=kernel_init(at_start(link)), rngs=rngs
+            positions * width, classes, link=link, kernel_init=kernel_init(link.link), rngs=rngs
         )
 
     def __call__(self, images: Float[Array, "n h w c"], *, train: bool = False) -> Float[Array, "n classes"]:
@@ -87,7 +87,7 @@ class _Block(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        self.conv = LinkedConv(width, width, (3, 3), link=link, kernel_init=kernel_init(at_start(link)), rngs=rngs)
+        self.conv = LinkedConv(width, width, (3, 3), link=link, kernel_init=kernel_init(link.link), rngs=rngs)
         self.norm = batch_norm(width, norm, rngs)
 
     def __call__(self, z: Array, *, train: bool) -> Array:

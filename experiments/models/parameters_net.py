@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.engine.rows import Norm, at_start, batch_norm, normalised
+from experiments.engine.rows import Norm, batch_norm, normalised
 from linked_jax import Link, LinkedConv, LinkedLinear
 from linked_jax.initializers import Initializer
 from linked_jax.layers import Activation
@@ -51,10 +51,10 @@ class ParametersNet(nnx.Module):
         arity = links[0].arity
 
         def linked_conv(features: int, link: Activation) -> LinkedConv:
-            init = kernel_init(at_start(link))
+            init = kernel_init(link.link)
             return LinkedConv(features, features, (3, 3), link=link, padding="VALID", kernel_init=init, rngs=rngs)
 
-        init = [kernel_init(at_start(link)) for link in links]
+        init = [kernel_init(link.link) for link in links]
         self.links = nnx.List(links)
         self.norms = nnx.List([batch_norm(units, norm, rngs) for units in (low, low, high, high, dense)])
         self.conv1 = nnx.Conv(channels, low, (3, 3), kernel_init=stem_init, rngs=rngs)

@@ -13,7 +13,7 @@ from typing import Literal
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.engine.rows import Norm, at_start, batch_norm, normalised
+from experiments.engine.rows import Norm, batch_norm, normalised
 from linked_jax import LinkedConv, LinkedLinear
 from linked_jax.initializers import Initializer
 from linked_jax.layers import Activation
@@ -75,7 +75,7 @@ class ResNet50(nnx.Module):
         self.blocks = nnx.List(found)
         last = outer(height * width * features)
         self.read_out = LinkedLinear(
-            height * width * features, classes, link=last, kernel_init=kernel_init(at_start(last)), rngs=rngs
+            height * width * features, classes, link=last, kernel_init=kernel_init(last.link), rngs=rngs
         )
 
     def __call__(self, images: Float[Array, "n h w c"], *, train: bool = False) -> Float[Array, "n classes"]:
@@ -106,7 +106,7 @@ class _Bottleneck(nnx.Module):
         def conv(
             c_in: int, c_out: int, window: int, link: Activation, strides: int = 1, scale: float = 1.0
         ) -> LinkedConv:
-            init = _scaled(kernel_init(at_start(link), strides=strides), scale)
+            init = _scaled(kernel_init(link.link, strides=strides), scale)
             return LinkedConv(c_in, c_out, (window, window), link=link, strides=strides, kernel_init=init, rngs=rngs)
 
         self.f_o = outer(features)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.engine.rows import Norm, at_start, batch_norm, normalised
+from experiments.engine.rows import Norm, batch_norm, normalised
 from linked_jax import Link, LinkedLinear
 from linked_jax.initializers import Initializer
 from linked_jax.layers import Activation
@@ -42,7 +42,7 @@ class WidthNet(nnx.Module):
         link = activation(features)
         self.conv = nnx.Conv(channels, width, (3, 3), kernel_init=stem_init, rngs=rngs)
         self.norm = batch_norm(width, norm, rngs)
-        self.read_out = LinkedLinear(features, classes, link=link, kernel_init=kernel_init(at_start(link)), rngs=rngs)
+        self.read_out = LinkedLinear(features, classes, link=link, kernel_init=kernel_init(link.link), rngs=rngs)
 
     def __call__(self, images: Float[Array, "n h w c"], *, train: bool = False) -> Float[Array, "n classes"]:
         """Images in [0, 1] -> logits."""

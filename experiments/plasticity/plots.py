@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.engine.plots import mean_band
+from experiments.engine.plots import figure, mean_band
+from experiments.engine.study import at_best_rate
 from experiments.engine.tables import markdown as markdown_table
 from experiments.engine.tables import provenance, spread
 
@@ -37,14 +38,9 @@ def of_net(stream: str, row: str, width: int, lines: Sequence[Line]) -> list[Lin
     return [line for line in lines if (line["stream"], line["row"], line["width"]) == (stream, row, width)]
 
 
-def best_rate(runs: Sequence[Line]) -> float:
-    """The rate of the best mean accuracy over all tasks, of seed 0."""
-    return max((run for run in runs if run["seed"] == 0), key=lambda run: statistics.fmean(run["accuracy"]))["rate"]
-
-
 def chosen(runs: Sequence[Line]) -> list[Line]:
-    """The runs at that rate, one a seed."""
-    return [run for run in runs if run["rate"] == best_rate(runs)]
+    """The runs, one a seed, at the rate of the best mean accuracy over all tasks of seed 0."""
+    return at_best_rate(runs, lambda run: -statistics.fmean(run["accuracy"]))
 
 
 def ends(values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
@@ -143,11 +139,9 @@ def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
 
 def picture(column: str, config: Mapping[str, Any], lines: Sequence[Line], path: Path) -> Path:
     """Accuracy, dormant share and effective rank by task, a row a stream; bands are one standard deviation."""
-    from matplotlib.figure import Figure
-
     streams = config["protocol"]["streams"]
-    figure = Figure(figsize=(15, 4.2 * len(streams) + 0.6), layout="constrained")
-    panels = figure.subplots(len(streams), len(_PANELS), squeeze=False)
+    sheet = figure(15, 4.2 * len(streams) + 0.6)
+    panels = sheet.subplots(len(streams), len(_PANELS), squeeze=False)
     for stream, row in zip(streams, panels, strict=True):
         for (measure, title), panel in zip(_PANELS.items(), row, strict=True):
             most = max(1, config["protocol"]["tasks"] // 2)  # so that a line is left
@@ -164,6 +158,6 @@ def picture(column: str, config: Mapping[str, Any], lines: Sequence[Line], path:
                 panel.set_ylim(bottom=0)
             panel.grid(alpha=0.25)
         row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
-    figure.suptitle(f"{config['data']['name']}, {column.replace('_', ' ')}: mean over seeds and one standard deviation")
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    sheet.suptitle(f"{config['data']['name']}, {column.replace('_', ' ')}: mean over seeds and one standard deviation")
+    sheet.savefig(path, dpi=100, metadata={"Software": None})
     return path

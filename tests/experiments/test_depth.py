@@ -192,7 +192,7 @@ BAD = {
     "train size too large": ("--train-size 1438", "1,437", "1,438"),
     "negative checkpoints": ("--checkpoint-every -1", "--checkpoint-every is 0 or more, got -1"),
     "negative time steps": ("--time-steps -1", "--time-steps is 0 or more, got -1"),
-    "nothing to resume": ("--resume nowhere", "--resume goes on with the settings of its record"),
+    "nothing to resume": ("--resume nowhere", "--resume takes the settings of its record"),
     "looks_linear for selu": ("--init looks_linear --act lk_relu selu", "selu"),
     "empty folder": ("--dataset cifar10 --data-dir .", "cifar10 is not prepared", "experiments.prepare cifar10"),
     "missing folder": ("--dataset cifar10 --data-dir nowhere", "nowhere does not exist", "--data-dir"),

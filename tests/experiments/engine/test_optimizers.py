@@ -9,6 +9,7 @@ import pytest
 
 from experiments.engine.optimizers import OPTIMIZERS, adam, rmsprop, sgd
 from linked_jax.schedules import inverse_time_decay, step_schedule
+from tests.cases import first_fast
 
 STEPS = 200
 
@@ -112,8 +113,8 @@ def relative_error(path, expected):
     return float(np.max(np.abs(path - expected) / np.max(np.abs(expected), axis=0)))
 
 
-@pytest.mark.parametrize("kind", LEARNING_RATES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", first_fast(LEARNING_RATES))
+@pytest.mark.parametrize("case", first_fast(CASES))
 def test_each_update_is_keras_update(case, kind):
     optimizer, keras = CASES[case]
     expected = keras(gradients(), keras_rates(kind))
@@ -124,7 +125,7 @@ def test_each_update_is_keras_update(case, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", first_fast(CASES))
 def test_eager_equals_jit(case):
     optimizer = CASES[case][0](LEARNING_RATES["drop"])
     grads = gradients()[90:110]
@@ -133,18 +134,18 @@ def test_eager_equals_jit(case):
     np.testing.assert_allclose(*paths, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", LEARNING_RATES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", first_fast(LEARNING_RATES))
+@pytest.mark.parametrize("case", first_fast(CASES))
 def test_float32_follows_keras_too(case, kind):
     optimizer, keras = CASES[case]
     path = run(optimizer(LEARNING_RATES[kind]), gradients(), jit=True, dtype=jnp.float32)
     assert relative_error(path, keras(gradients(), keras_rates(kind))) < 1e-5
 
 
-@pytest.mark.parametrize("x64", [False, True])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("kind", LEARNING_RATES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("x64", first_fast([False, True]))
+@pytest.mark.parametrize("dtype", first_fast([jnp.float32, jnp.bfloat16]))
+@pytest.mark.parametrize("kind", first_fast(LEARNING_RATES))
+@pytest.mark.parametrize("case", first_fast(CASES))
 def test_parameters_and_state_keep_their_dtype(case, kind, dtype, x64):
     with jax.enable_x64(x64):
         optimizer = CASES[case][0](LEARNING_RATES[kind])
@@ -157,7 +158,7 @@ def test_parameters_and_state_keep_their_dtype(case, kind, dtype, x64):
         assert all(leaf.dtype == dtype for leaf in floats)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", first_fast(CASES))
 def test_the_step_does_not_retrace(case):
     optimizer, traces = CASES[case][0](LEARNING_RATES["decay"]), []
 
@@ -172,7 +173,7 @@ def test_the_step_does_not_retrace(case):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", first_fast(OPTIMIZERS))
 def test_zero_gradients_do_not_move(name):
     optimizer = OPTIMIZERS[name](0.1)
     updates, state = optimizer.update(jnp.zeros(3), optimizer.init(jnp.ones(3)))
@@ -183,7 +184,7 @@ def test_zero_gradients_do_not_move(name):
 # The traps: what Optax offers under the same names is not what Keras computed.
 
 
-@pytest.mark.parametrize(("kind", "least"), [("decay", 5e-3), ("drop", 0.05)])
+@pytest.mark.parametrize(("kind", "least"), first_fast([("decay", 5e-3), ("drop", 0.05)]))
 def test_optax_nesterov_is_not_keras_under_a_changing_rate(kind, least):
     # With gradients that keep their sign, as at the start of training: after a drop Optax shrinks the old velocity too.
     grads = np.abs(gradients())
@@ -204,7 +205,7 @@ def test_optax_nesterov_is_keras_under_a_constant_rate():
     assert relative_error(path, expected) < 1e-12
 
 
-@pytest.mark.parametrize(("theirs", "keras"), [(optax.adam, keras_adam), (optax.rmsprop, keras_rmsprop)])
+@pytest.mark.parametrize(("theirs", "keras"), first_fast([(optax.adam, keras_adam), (optax.rmsprop, keras_rmsprop)]))
 def test_optax_puts_epsilon_elsewhere(theirs, keras):
     expected = keras(gradients(), keras_rates("constant"))
     with jax.enable_x64(True):
@@ -215,26 +216,28 @@ def test_optax_puts_epsilon_elsewhere(theirs, keras):
 
 @pytest.mark.parametrize(
     ("make", "message"),
-    [
-        (lambda: sgd(0.0), r"learning_rate is positive and finite, got 0\.0; pass"),
-        (lambda: adam(-1e-3), "learning_rate is positive"),
-        (lambda: rmsprop(math.nan), "learning_rate is positive"),
-        (lambda: sgd(0.1, momentum=1.0), r"momentum is in \[0, 1\), got 1\.0; pass"),
-        (lambda: sgd(0.1, momentum=-0.1), r"momentum is in \[0, 1\)"),
-        (lambda: sgd(0.1, nesterov=True), r"nesterov needs momentum, got momentum=0\.0; pass"),
-        (lambda: adam(0.1, b1=1.0), r"b1 is in \[0, 1\)"),
-        (lambda: adam(0.1, b2=math.nan), r"b2 is in \[0, 1\)"),
-        (lambda: adam(0.1, eps=0.0), "eps is positive"),
-        (lambda: rmsprop(0.1, decay=1.5), r"decay is in \[0, 1\)"),
-        (lambda: rmsprop(0.1, eps=-1e-8), "eps is positive"),
-    ],
+    first_fast(
+        [
+            (lambda: sgd(0.0), r"learning_rate is positive and finite, got 0\.0; pass"),
+            (lambda: adam(-1e-3), "learning_rate is positive"),
+            (lambda: rmsprop(math.nan), "learning_rate is positive"),
+            (lambda: sgd(0.1, momentum=1.0), r"momentum is in \[0, 1\), got 1\.0; pass"),
+            (lambda: sgd(0.1, momentum=-0.1), r"momentum is in \[0, 1\)"),
+            (lambda: sgd(0.1, nesterov=True), r"nesterov needs momentum, got momentum=0\.0; pass"),
+            (lambda: adam(0.1, b1=1.0), r"b1 is in \[0, 1\)"),
+            (lambda: adam(0.1, b2=math.nan), r"b2 is in \[0, 1\)"),
+            (lambda: adam(0.1, eps=0.0), "eps is positive"),
+            (lambda: rmsprop(0.1, decay=1.5), r"decay is in \[0, 1\)"),
+            (lambda: rmsprop(0.1, eps=-1e-8), "eps is positive"),
+        ]
+    ),
 )
 def test_bad_settings_are_refused_when_the_optimiser_is_built(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", first_fast(OPTIMIZERS))
 def test_a_traced_learning_rate_is_accepted(name):
     @jax.jit
     def update(rate):

@@ -16,6 +16,7 @@ from experiments import depth
 from experiments.engine import data as data_lib
 from experiments.engine import training
 from experiments.engine.errors import UsageError
+from experiments.engine.loop import step
 from experiments.engine.optimizers import adam, sgd
 from experiments.engine.parallel import check_devices, placement
 
@@ -52,8 +53,8 @@ def train(digits, act="relu_bn", *, devices=1, mode="sequential", optimizer=ADAM
     cell = {"act": act, "init": "auto", "depth": 2}
     lines = []
     for group in [SEEDS] if place.stacked else [(seed,) for seed in SEEDS]:
-        graph, moment = training.start([depth.build(settings, cell, digits, seed) for seed in group], plan)
-        for found in training.fit(graph, moment, digits, plan, group):
+        loop, snapshot = training.start([depth.build(settings, cell, digits, seed) for seed in group], plan)
+        for found in training.fit(loop, snapshot, digits, plan, group):
             lines += found
     return {seed: [line for line in lines if line["seed"] == seed] for seed in SEEDS}
 
@@ -94,13 +95,11 @@ def flops(digits, settings, batch_size):
     plan = training.Plan(ADAM, 1, batch_size, place=place)
     seeds = range(settings.seeds) if place.stacked else range(1)
     cell = {"act": "lk_relu", "init": "auto", "depth": 2}
-    graph, moment = training.start([depth.build(settings, cell, digits, seed) for seed in seeds], plan)
+    loop, snapshot = training.start([depth.build(settings, cell, digits, seed) for seed in seeds], plan)
     index = place.batch(np.stack([np.arange(batch_size)] * len(seeds)) if place.stacked else np.arange(batch_size))
     key = jax.random.split(jax.random.key(0), len(seeds)) if place.stacked else jax.random.key(0)
-    rest = (digits.train_images, digits.train_labels, *place.shared((plan.inputs, np.float32(1))))
-    lowered = training.step.lower(
-        place, graph, ADAM, False, moment.arrays, *rest, index, place.of_seeds(key), np.int32(0)
-    )
+    arrays, lr = plan.arrays(digits)
+    lowered = step.lower(loop, snapshot.arrays, arrays, index, place.of_seeds(key), np.int32(0), lr)
     return lowered.compile().cost_analysis()["flops"]
 
 
@@ -130,8 +129,8 @@ def test_a_seed_that_diverges_leaves_the_other_one_unharmed(digits):
     cell = {"act": "relu", "init": "auto", "depth": 2}
     models = [depth.build(settings, cell, digits, seed) for seed in SEEDS]
     models[0].read_out.linear.kernel[...] = models[0].read_out.linear.kernel[...] * 1e30
-    graph, moment = training.start(models, plan)
-    lines = [line for found in training.fit(graph, moment, digits, plan, SEEDS) for line in found]
+    loop, snapshot = training.start(models, plan)
+    lines = [line for found in training.fit(loop, snapshot, digits, plan, SEEDS) for line in found]
     assert [(line["seed"], line["epoch"], "diverged" in line) for line in lines] == [
         (SEEDS[0], 1, True), (SEEDS[1], 1, False), (SEEDS[1], 2, False)
     ]  # fmt: skip

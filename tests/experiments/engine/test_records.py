@@ -137,7 +137,7 @@ def test_a_record_is_held_while_it_is_open_and_can_be_taken_up_again(tmp_path):
             take()
     record.close()
     assert sorted(path.name for path in record.folder.iterdir()) == ["config.json", "metrics.jsonl"]
-    with pytest.raises(UsageError, match="exists; pass another --out, go on with --resume"):
+    with pytest.raises(UsageError, match="exists; pass another --out, resume it with --resume"):
         Record.create(record.folder, {})
     again = Record.reopen(record.folder)
     assert again.lines == [{"epoch": 1}]
@@ -151,11 +151,76 @@ def test_a_record_is_held_while_it_is_open_and_can_be_taken_up_again(tmp_path):
 def test_a_last_line_that_was_cut_is_left_out_when_a_run_goes_on(tmp_path):
     Record.create(tmp_path / "run", {}).close()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
-    again = Record.reopen(tmp_path / "run")
-    again.close()
-    assert again.lines == [{"epoch": 1}]
     with pytest.raises(UsageError, match=r"metrics.jsonl, line 2 cannot be read"):
         records.read_lines(tmp_path / "run")
+    with Record.reopen(tmp_path / "run") as again:
+        assert again.lines == [{"epoch": 1}]
+        again.add({"epoch": 2})
+    assert records.read_lines(tmp_path / "run") == [{"epoch": 1}, {"epoch": 2}]
+
+
+def test_a_run_is_made_once(tmp_path):
+    with Record.create(tmp_path / "run", {}) as record:
+        made = record.once({"row": "relu", "seed": 0}, lambda: {"accuracy": 0.5})
+        assert made == {"row": "relu", "seed": 0, "accuracy": 0.5, "seconds": made["seconds"]}
+        assert made["seconds"] >= 0
+    with Record.reopen(tmp_path / "run") as again:
+        assert again.once({"row": "relu", "seed": 0}, lambda: pytest.fail("it is there")) == made
+        assert again.once({"row": "relu", "seed": 1}, lambda: {"accuracy": 0.6})["accuracy"] == 0.6
+    assert [line["seed"] for line in records.read_lines(tmp_path / "run")] == [0, 1]
+
+
+def test_runs_that_are_missing_are_made_together(tmp_path):
+    keys = [{"seed": seed} for seed in range(4)]
+    with Record.create(tmp_path / "run", {}) as record:
+        record.add({"seed": 2, "value": 20})
+        asked = []
+
+        def make(missing):
+            asked.append(missing)
+            return [{"value": 10 * i} for i in missing]
+
+        for _ in range(2):
+            assert [line["value"] for line in record.once_each(keys, make)] == [0, 10, 20, 30]
+        assert asked == [[0, 1, 3]]
+        with pytest.raises(ValueError, match="zip"):
+            record.once_each([{"seed": 9}], lambda _: [])
+    assert [line["seed"] for line in records.read_lines(tmp_path / "run")] == [2, 0, 1, 3]
+
+
+def test_lines_that_belong_together_are_all_there_or_none(tmp_path, monkeypatch):
+    with Record.create(tmp_path / "run", {}) as record:
+        record.add({"seed": 0})
+        with monkeypatch.context() as crash:
+            crash.setattr(Path, "replace", lambda *_: pytest.fail("the disk is full"))
+            with pytest.raises(pytest.fail.Exception):
+                record.once_all({"seed": 1}, lambda: [{"epoch": 1}, {"epoch": 2}])
+        assert records.read_lines(tmp_path / "run") == [{"seed": 0}]
+    with Record.reopen(tmp_path / "run") as again:
+        wanted = [{"seed": 1, "epoch": 1}, {"seed": 1, "epoch": 2}]
+        assert again.once_all({"seed": 1}, lambda: [{"epoch": 1}, {"epoch": 2}]) == wanted
+        assert again.once_all({"seed": 1}, lambda: pytest.fail("they are there")) == wanted
+    assert records.read_lines(tmp_path / "run") == [{"seed": 0}, *wanted]
+
+
+def test_an_error_while_a_record_is_opened_lets_go_of_it(tmp_path, monkeypatch):
+    Record.create(tmp_path / "run", {}).close()
+    with monkeypatch.context() as crash:
+        crash.setattr(records, "read_lines", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Record.reopen(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "metrics.jsonl"]
+
+
+def test_a_line_is_synchronised_to_the_disk(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink()) or fsync(file)
+    )
+    with Record.create(tmp_path / "run", {}) as record:
+        synced.clear()
+        record.add({"epoch": 1})
+        assert [path.name for path in synced] == ["metrics.jsonl"]
 
 
 DAMAGE = {
@@ -242,7 +307,7 @@ def test_a_process_that_is_killed_lets_go_of_its_folder(tmp_path):
                     take()
         finally:
             holder.kill()
-    with pytest.raises(UsageError, match="exists; pass another --out, go on with --resume"):
+    with pytest.raises(UsageError, match="exists; pass another --out, resume it with --resume"):
         new_folder(str(folder), "name")
     again = Record.reopen(folder)
     assert again.lines == [{"epoch": 1}]

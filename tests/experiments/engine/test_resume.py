@@ -209,7 +209,7 @@ def test_a_signal_saves_and_prints_the_command_that_resumes(signum, code, uninte
         process.send_signal(signum)
     found, _, error = finish(process)
     assert found == code, error
-    said = re.fullmatch(rf"interrupted by {signum.name}\. The run is saved; go on with: (.*)\n", error)
+    said = re.fullmatch(rf"interrupted by {signum.name}\. The run is saved; resume it with: (.*)\n", error)
     assert said
     words = shlex.split(said[1])
     assert words[:3] == ["python", "-m", f"experiments.{TABLE}"]
@@ -276,7 +276,7 @@ def test_an_interrupted_run_goes_on_is_interrupted_again_and_ends_as_if_nothing_
         code, _, error = command("--resume", folder, *EVERY_STEP)
     assert code == 130
     again = shlex.join(["python", "-m", "experiments.depth", "--resume", str(folder)])
-    assert error == f"interrupted by SIGINT. The run is saved; go on with: {again}\n"
+    assert error == f"interrupted by SIGINT. The run is saved; resume it with: {again}\n"
     assert len(metrics(folder)) == 4  # after the last step of the second net's first epoch, before its line
     assert command(*shlex.split(again)[3:])[::2] == (0, "")
     same(folder, whole_here)
@@ -344,7 +344,9 @@ def test_a_record_is_gone_on_with_by_its_own_table_and_as_it_is(folder, command,
     for options in (["--epochs", "9"], ["--out", tmp_path / "other"], ["--preset", "quick"], ["--seeds", "2"]):
         code, _, error = command("--resume", folder, *options)
         assert code == 2
-        assert re.fullmatch(rf"error: --resume goes on .*, got {options[0]} too; leave {options[0]} out\n", error)
+        assert re.fullmatch(
+            rf"error: --resume takes the settings .*, got {options[0]} too; leave {options[0]} out\n", error
+        )
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("mine")
     for other in ("nowhere", "file", "empty"):
@@ -366,7 +368,7 @@ def test_a_run_that_is_held_is_let_alone(folder, command):
         holder.close()
     assert len(metrics(folder)) == 2
     code, _, error = command("--out", folder, "--dataset", "digits")
-    assert (code, "go on with --resume" in error) == (2, True)
+    assert (code, "resume it with --resume" in error) == (2, True)
 
 
 def test_a_schedule_that_does_not_fit_leaves_nothing(command, tmp_path):

@@ -5,14 +5,15 @@ import dataclasses
 import inspect
 import itertools
 import json
+import shlex
 
 import pytest
 
 from experiments import allcnn, covariate_shift, depth, parameters, resnet50, width
 from experiments.engine.errors import UsageError
 from experiments.engine.rows import Row
-from experiments.engine.run import public_arguments
 from experiments.engine.settings import Settings, check, named_rows, recorded, resumes
+from experiments.engine.study import command
 
 MODULES = {module.TABLE.name: module for module in (width, depth, parameters, allcnn, resnet50, covariate_shift)}
 OTHER = {
@@ -121,10 +122,12 @@ PRIVATE = [
 def test_the_recorded_command_is_the_same_one_without_folders(private, place):
     rest = ["--act", "relu", "selu", "--epochs=3", "--no-shuffle", "--augment"]
     given = [*rest[:place], *private, *rest[place:]]
-    assert public_arguments(given) == rest
+    assert command("depth", given) == shlex.join(["python", "-m", "experiments.depth", *rest])
     asked = depth.TABLE.parse(given)
     assert "/home/me" in f"{asked.out}{asked.data_dir}"
-    assert depth.TABLE.parse(public_arguments(given)) == dataclasses.replace(asked, out=None, data_dir=None)
+    assert depth.TABLE.parse(shlex.split(command("depth", given))[3:]) == dataclasses.replace(
+        asked, out=None, data_dir=None
+    )
 
 
 # --- resuming

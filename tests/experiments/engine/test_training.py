@@ -12,7 +12,8 @@ from flax import nnx
 
 from experiments.engine import data as data_lib
 from experiments.engine import training
-from experiments.engine.costs import costs
+from experiments.engine.costs import count
+from experiments.engine.loop import Carry, step
 from experiments.engine.optimizers import adam, sgd
 from experiments.engine.parallel import ONE_DEVICE, Placement
 from experiments.engine.rows import identity, stem_init
@@ -61,10 +62,10 @@ def net(act="lk_relu", *, depth=3, norm="none", unroll=False, seed=0, image_shap
     )
 
 
-def fitting(model, data, *, optimizer=ADAM, epochs=1, batch_size=100, seed=0, on_step=lambda _: None, **options):
+def fitting(model, data, *, optimizer=ADAM, epochs=1, batch_size=100, seed=0, on_step=lambda *_: None, **options):
     plan = training.Plan(optimizer, epochs, batch_size, **options)
-    graph, moment = training.start([model], plan)
-    for lines in training.fit(graph, moment, data, plan, [seed], on_step=on_step):
+    loop, snapshot = training.start([model], plan)
+    for lines in training.fit(loop, snapshot, data, plan, [seed], on_step=on_step):
         yield from lines
 
 
@@ -74,7 +75,7 @@ def fit(*arguments, **options):
 
 def evaluate(model, images, labels):
     graph, parameters, state = nnx.split(model, nnx.Param, ...)
-    (line,) = training.evaluate(graph, (parameters, state), images, labels, data_lib.UNIT, ONE_DEVICE)
+    (line,) = training.evaluate(graph, Carry(parameters, state, None), images, labels, data_lib.UNIT, ONE_DEVICE)
     return line
 
 
@@ -146,17 +147,14 @@ def test_the_papers_network_has_the_parameters_counted_by_hand(act, norm, width,
 @pytest.mark.parametrize("act", ["relu", "lk_relu"])
 def test_logits_equal_the_network_written_out(act, digits):
     model = net(act, seed=1)
-    logits, taps = model(data_lib.scale(digits.test_images[:20]), tap=lambda _, z, units: jnp.abs(z).sum())
-    expected, zs = written_out(model, digits.test_images[:20], MEMBERS[act])
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(np.concatenate(taps), [np.abs(z).sum() for z in zs], rtol=1e-4)
-    assert jax.tree.leaves(model(data_lib.scale(digits.test_images[:2]))[1]) == []
+    expected, _ = written_out(model, digits.test_images[:20], MEMBERS[act])
+    np.testing.assert_allclose(model(data_lib.scale(digits.test_images[:20])), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(7, 5, 2), (1, 1, 1)])
 def test_odd_images(shape):
     def run():
-        return net(image_shape=shape)(jnp.ones((2, *shape)))[0]
+        return net(image_shape=shape)(jnp.ones((2, *shape)))
 
     assert jax.eval_shape(run).shape == (2, 10)
 
@@ -235,7 +233,7 @@ def test_the_loss_falls_and_the_model_passed_in_stays(digits):
     model = net()
     before = leaves(model)
     steps = []
-    lines = fit(model, digits, epochs=4, on_step=lambda now: steps.append((now().epoch, now().step)))
+    lines = fit(model, digits, epochs=4, on_step=lambda now, _: steps.append((now().epoch, now().step)))
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["train_loss"] < 0.9 * lines[0]["train_loss"]
     assert lines[-1]["test_accuracy"] > 0.3
@@ -284,11 +282,10 @@ def test_scanned_and_unrolled_layers_are_the_same_network(digits):
 @pytest.mark.slow
 def test_batch_norm_trains_and_its_running_statistics_move(digits):
     model = net("relu", norm="batch")
-    graph, parameters, state = nnx.split(model, nnx.Param, ...)
-    carry = jax.tree.map(jnp.copy, (parameters, state, ADAM.init(parameters)))
-    rest = (digits.train_images, digits.train_labels, data_lib.UNIT, 1.0, jnp.arange(331), jax.random.key(0), 0)
-    carry, _ = training.step(ONE_DEVICE, graph, ADAM, False, carry, *rest)
-    moved = nnx.merge(graph, *carry[:2])
+    loop, snapshot = training.start([model], training.Plan(ADAM, 1, 331))
+    arrays = digits.train_images, digits.train_labels, data_lib.UNIT
+    carry, _ = step(loop, snapshot.arrays, arrays, jnp.arange(331), jax.random.key(0), 0, 1.0)
+    moved = nnx.merge(nnx.graphdef(model), *carry[:2])
     z = np.asarray(written_out(model, digits.train_images, MEMBERS["relu"])[1][0])
     np.testing.assert_allclose(moved.first_norm.mean[...], 0.01 * z.mean(axis=(0, 1, 2)), atol=1e-6)
     np.testing.assert_allclose(moved.first_norm.var[...], 0.99 + 0.01 * z.var(axis=(0, 1, 2)), rtol=1e-5)
@@ -312,7 +309,7 @@ def test_augmented_images_are_drawn_anew_for_each_step_and_epoch(digits):
     def losses(augment):
         found = []
         options = {"optimizer": SLOW, "epochs": 2, "batch_size": 165, "shuffle": False, "augment": augment}
-        fit(net("relu", depth=1), twice, on_step=lambda now: found.append(now().losses[-1]), **options)
+        fit(net("relu", depth=1), twice, on_step=lambda now, _: found.append(now().losses[-1]), **options)
         return np.reshape(found, (2, 2))
 
     half = digits.train_images[:165], digits.train_labels[:165]
@@ -330,28 +327,47 @@ class RandomNet(nnx.Module):
         self.dense, self.norm = nnx.Linear(64, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
         self.dropout, self.read_out = nnx.Dropout(0.5, rngs=rngs), LinkedLinear(8, 10, link=lk_relu, rngs=rngs)
 
-    def __call__(self, images, *, train=False, tap=lambda *_: None):
+    def __call__(self, images, *, train=False):
         z = self.norm(self.dense(images.reshape(len(images), -1)), use_running_average=not train)
         z = self.dropout(z, deterministic=not train)
-        return self.read_out(z), [jax.tree.map(lambda leaf: leaf[None], tap(lk_relu, z, 8))]
+        return self.read_out(z)
 
 
 @pytest.mark.parametrize("seeds", [(0,), pytest.param((0, 1), marks=pytest.mark.slow)])
-def test_a_run_goes_on_from_each_of_its_moments_to_the_same_bits(seeds, digits):
+def test_a_run_resumes_from_each_of_its_snapshots_to_the_same_bits(seeds, digits):
     place = Placement(stacked=len(seeds) > 1)
     plan = training.Plan(ADAM, 2, 100, augment=True, place=place)
-    graph, begin = training.start([RandomNet(nnx.Rngs(seed)) for seed in seeds], plan)
-    moments = []
+    loop, begin = training.start([RandomNet(nnx.Rngs(seed)) for seed in seeds], plan)
+    snapshots = []
 
-    def keep(now):
-        moment = now()
-        moments.append(dataclasses.replace(moment, arrays=jax.tree.map(jnp.copy, moment.arrays)))
+    def keep(now, _done):
+        snapshot = now()
+        snapshots.append(dataclasses.replace(snapshot, arrays=jax.tree.map(jnp.copy, snapshot.arrays)))
 
-    whole = [without_seconds(lines) for lines in training.fit(graph, begin, digits, plan, seeds, on_step=keep)]
-    assert [(moment.epoch, moment.step) for moment in moments] == [(e, s) for e in (1, 2) for s in (1, 2, 3, 4)]
-    for moment in moments:
-        rest = [without_seconds(lines) for lines in training.fit(graph, moment, digits, plan, seeds)]
-        assert rest == whole[moment.epoch - 1 :]
+    whole = [without_seconds(lines) for lines in training.fit(loop, begin, digits, plan, seeds, on_step=keep)]
+    assert [(snapshot.epoch, snapshot.step) for snapshot in snapshots] == [(e, s) for e in (1, 2) for s in (1, 2, 3, 4)]
+    for snapshot in snapshots:
+        rest = [without_seconds(lines) for lines in training.fit(loop, snapshot, digits, plan, seeds)]
+        assert rest == whole[snapshot.epoch - 1 :]
+
+
+@pytest.mark.parametrize("seeds", [(0,), pytest.param((0, 1), marks=pytest.mark.slow)])
+def test_an_epoch_in_one_program_is_the_epoch_step_by_step(seeds, digits):
+    """Also where the last batch is smaller, and where a run resumes within a block of steps."""
+    plan = training.Plan(ADAM, 2, 100, augment=True, place=Placement(stacked=len(seeds) > 1))
+    found, snapshots = [], []
+
+    def keep(now, done):
+        snapshots.append((now().epoch, now().step, done))
+
+    for scanned in (False, True):
+        loop, begin = training.start([RandomNet(nnx.Rngs(seed)) for seed in seeds], plan)
+        loop = dataclasses.replace(loop, scanned=scanned)
+        found.append([line for lines in training.fit(loop, begin, digits, plan, seeds, on_step=keep) for line in lines])
+    assert snapshots[8:] == [(1, 3, 3), (1, 4, 1), (2, 3, 3), (2, 4, 1)]
+    for one, other in zip(*found, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+        assert one["test_accuracy"] == pytest.approx(other["test_accuracy"], abs=1 / 107)
 
 
 # --- what a net costs
@@ -367,7 +383,7 @@ class Chain(nnx.Module):
         z = images.reshape(len(images), -1)
         for layer in self.layers:
             z = layer(z)
-        return z, []
+        return z
 
 
 class NaiveLinked(nnx.Module):
@@ -381,20 +397,20 @@ class NaiveLinked(nnx.Module):
 
 
 def test_the_costs_of_dense_layers_counted_by_hand():
-    dense = costs(lambda: Chain(nnx.Linear(120, 50, rngs=nnx.Rngs(0))), (5, 6, 4))
+    dense = count(lambda: Chain(nnx.Linear(120, 50, rngs=nnx.Rngs(0))), (5, 6, 4))
     assert dense["parameters"] == 120 * 50 + 50
     assert dense["flops"] == pytest.approx(2 * 120 * 50 + 50, rel=0.01)
     assert dense["activation_bytes"] == 4 * 120  # the image, for the kernel's gradient
 
     first = lambda: nnx.Linear(120, 50, rngs=nnx.Rngs(0))  # noqa: E731
-    ours = costs(lambda: Chain(first(), LinkedLinear(50, 30, link=lk_relu, rngs=nnx.Rngs(1))), (5, 6, 4))
-    naive = costs(lambda: Chain(first(), NaiveLinked(50, 30, nnx.Rngs(1))), (5, 6, 4))
+    ours = count(lambda: Chain(first(), LinkedLinear(50, 30, link=lk_relu, rngs=nnx.Rngs(1))), (5, 6, 4))
+    naive = count(lambda: Chain(first(), NaiveLinked(50, 30, nnx.Rngs(1))), (5, 6, 4))
     for counted in (ours, naive):
         assert counted["parameters"] == 120 * 50 + 50 + 2 * 50 * 30 + 30
         assert counted["flops"] == pytest.approx(2 * 120 * 50 + 2 * 100 * 30, rel=0.1)
     assert ours["activation_bytes"] == 4 * (120 + 50)  # the image, and z alone
     assert naive["activation_bytes"] >= 4 * (120 + 100)
-    few = costs(lambda: Chain(first()), (5, 6, 4), all_of_them=False)
+    few = count(lambda: Chain(first()), (5, 6, 4), all_of_them=False)
     assert few == {"parameters": dense["parameters"]}
 
 
@@ -413,7 +429,7 @@ def test_the_flops_of_table_3_counted_by_hand(act):
     first = 32 * 32 * (9 * 3) * 32
     convs = 30 * 30 * (9 * 32) * 32 + 15 * 15 * (9 * 32) * 64 + 13 * 13 * (9 * 64) * 64
     dense = 6 * 6 * 64 * 512 + 512 * 10
-    counted = costs(build, (32, 32, 3))
+    counted = count(build, (32, 32, 3))
     assert counted["flops"] == pytest.approx(2 * (first + link.arity * (convs + dense)), rel=0.1)
     features = 32 * 32 * 32 + 30 * 30 * 32 + 15 * 15 * 64 + 13 * 13 * 64 + 512
     assert counted["activation_bytes"] > 4 * features  # every pre-activation, and the image
