@@ -78,7 +78,8 @@ class Recombined:
             x = apr_s(single_key, x, augment, probability=AUGMENTED[self.row])
         batches = [x, apr_p(pair_key, x)] if self.row in PAIRED else [x]
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-        return sum(cross_entropy(model(x, train=True), labels[batch]).mean() for x in batches), state
+        losses = [cross_entropy(model(x, train=True), labels[batch]).mean() for x in batches]
+        return jnp.stack(losses).sum(), state
 
 
 def run(row: str, seed: int, data: data_lib.Dataset, epochs: int) -> Measures:
