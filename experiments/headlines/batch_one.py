@@ -16,6 +16,7 @@ from linked_jax.remedies.moment_calculus import Moments, through_link
 from linked_jax.remedies.normprop import NormPropConv, normalized
 from linked_jax.remedies.variance_propagation import VPConv
 
+WIDTHS = (8, 8, 16, 16, 32, 32)
 RATES = {1: (0.001, 0.003), 32: (0.01,)}  # of SGD, for each batch size
 OPTIMIZERS = {size: {rate: optax.sgd(rate, momentum=0.9) for rate in rates} for size, rates in RATES.items()}
 
@@ -34,7 +35,7 @@ class VarianceNet(ConvNet):
 
 def net(row: str, seed: int) -> ConvNet:
     """Six 3x3 convolutions with relu, normalised or not; the mean over space; a dense layer."""
-    common: Any = {"widths": (8, 8, 16, 16, 32, 32), "strided": (2, 4), "rngs": nnx.Rngs(seed)}
+    common: Any = {"widths": WIDTHS, "strided": (2, 4), "rngs": nnx.Rngs(seed)}
     if row == "normprop":
         return ConvNet(conv=NormPropConv, activation=normalized(relu), **common)
     if row == "variance_propagation":

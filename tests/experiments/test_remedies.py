@@ -15,14 +15,17 @@ from experiments.engine import data as data_lib
 from experiments.engine.errors import UsageError
 from experiments.engine.records import Record
 from experiments.headlines import __main__ as headlines
+from experiments.headlines import batch_one, bcn, bkn, ic, riemannian
 from experiments.headlines.claim import Claim
 from experiments.headlines.claims import CLAIMS
+from experiments.headlines.net import WIDTHS
 from experiments.remedies import __main__ as remedies
 from experiments.remedies import runs
 from experiments.remedies import table as remedies_table
 from experiments.remedies.methods import METHODS
 from experiments.remedies.net import NETS
 from linked_jax.probe import observe
+from tests.cases import first_fast
 
 ROOT = Path(__file__).parents[2]
 
@@ -160,6 +163,25 @@ def test_a_claim_says_what_it_compares(name):
     assert len(claim.rows) >= 2
     assert "20" in claim.says  # the paper's year
     assert "Adam" in claim.protocol or "SGD" in claim.protocol
+
+
+CLAIMS_NETS = {
+    **{f"bcn {row}": lambda row=row: bcn.net(row, 0) for row in bcn.CLAIM.rows},
+    **{f"ic {row}": lambda row=row: ic.net(row, 0) for row in ic.CLAIM.rows},
+    **{f"batch_one {row}": lambda row=row: batch_one.net(row, 0) for row in batch_one.CLAIM.rows},
+    "bkn": lambda: bkn.Net(0.9, False, nnx.Rngs(0)),
+    "riemannian": lambda: riemannian.net(0),
+}
+
+
+@pytest.mark.parametrize("name", first_fast(CLAIMS_NETS))
+def test_the_nets_of_claims_give_logits_and_their_units_are_channels(name):
+    net, images = CLAIMS_NETS[name](), jax.random.uniform(jax.random.key(0), (4, 8, 8, 1))
+    logits, taps = observe(lambda net, x: net(x), net, images)
+    assert logits.shape == net(images, train=True).shape == (4, 10)
+    assert jnp.isfinite(logits).all()
+    widths = batch_one.WIDTHS if "batch_one" in name else WIDTHS
+    assert [tap.stats.live.shape for tap in taps] == [(width,) for width in widths]
 
 
 @pytest.mark.slow
