@@ -24,16 +24,15 @@ certificate.
 
 import dataclasses
 import functools
-import itertools
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import tyro
 
 from experiments.dynamics import links, plots
-from experiments.dynamics.toy import Moons, Protocol, moons
+from experiments.dynamics.toy import Toy, moons
 from experiments.dynamics.training import snapshots, train
 from experiments.engine import records
 from experiments.engine.checks import in_range
@@ -47,23 +46,13 @@ _LARGEST_BIAS = 1e6  # well within float32
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Toy):
     """Units that start dead, on data that one can see: decision surfaces and gradients along training."""
 
     preset: Literal["quick"] = "quick"
     """There is no other: the paper has no protocol for this toy."""
     act: tuple[str, ...] = ("relu", "leaky_relu", "lk_relu", "selu", "lk_selu")
     """One or several activations; a wrong name lists them all."""
-    bias: float = -10.0
-    """Where the bias of every hidden unit starts; from -10 down every ReLU is dead on all the data."""
-    units: int = 8
-    """Hidden units."""
-    steps: int = 10_000
-    """Updates, each on the whole set."""
-    lr: float = 0.1
-    """Learning rate."""
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """sgd: a unit moves as far as its gradient says. adam rescales every gradient that is not exactly zero."""
     seed: int = 0
     """The first seed; it draws the kernels. The data are always the same."""
     seeds: int = 1
@@ -99,34 +88,31 @@ def main() -> None:
     """Train the nets that the record lacks; leave a record, a table and two pictures."""
     settings, console = check(tyro.cli(Settings, prog="python -m experiments.dynamics")), Console()
     folder = Path(settings.out) if settings.out else records.new_folder(None, "dynamics")
-    protocol = Protocol(settings.bias, settings.units, settings.steps, settings.lr, settings.optimizer)
-    data, runs = moons(), list(itertools.product(settings.act, range(settings.seed, settings.seed + settings.seeds)))
-    with open_record("dynamics", folder, protocol=dataclasses.asdict(protocol), data=data) as record:
+    protocol = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Toy)}
+    data = moons()
+    with open_record("dynamics", folder, protocol=protocol, data=data) as record:
         console.say(f"data     {data} (fingerprint {data.identity['fingerprint']})")
         console.say(f"device   {jax.devices()[0].device_kind}, jax {jax.__version__}")
-        console.say(f"network  {protocol}, {protocol.steps:,} steps on the whole set")
-        lines = []
-        for act, seed in runs:
-            run = functools.partial(_run, protocol, act, seed, data, console)
-            lines += record.once_all({"act": act, "seed": seed}, run)
-    seeds = f"seed {settings.seed}" if settings.seeds == 1 else f"mean ± standard deviation of {settings.seeds} seeds"
+        console.say(f"network  {settings}, {settings.steps:,} steps on the whole set")
+        seeds = range(settings.seed, settings.seed + settings.seeds)
+        runs = [{"act": act, "seed": seed} for act in settings.act for seed in seeds]
+        missing = [run for run in runs if record.find(run) is None]
+        with console.progress("training", settings.steps * len(missing)) as advance:
+            make = functools.partial(train, settings, data, say=console.say, on_steps=advance)
+            lines = [line for run in runs for line in record.once_all(run, functools.partial(make, **run))]
+    over = f"seed {settings.seed}" if settings.seeds == 1 else f"mean ± standard deviation of {settings.seeds} seeds"
     console.table(
-        f"From step 0 to step {settings.steps:,}, and accuracy at the end; {seeds}. Dead units: zero on all the data. "
+        f"From step 0 to step {settings.steps:,}, and accuracy at the end; {over}. Dead units: zero on all the data. "
         "One-sided units: z has one sign there, so that lk_relu is linear. Gradient: at step 0, mean norm of a unit's.",
-        plots.table(protocol, lines),
+        plots.table(settings, lines),
     )
     shown = [line for line in lines if line["seed"] == settings.seed]
-    title = f"{data}; {protocol}, seed {settings.seed}"
+    title = f"{data}; {settings}, seed {settings.seed}"
     with console.progress("surfaces", len(settings.act) * len(snapshots(settings.steps))) as advance:
-        sheet = plots.picture(shown, data, protocol, folder / "dynamics.png", title=title, on_surface=advance)
+        sheet = plots.picture(shown, data, settings, folder / "dynamics.png", title=title, on_surface=advance)
     with console.progress("certificates", len(links.named_links())) as advance:
         figure_1 = links.picture(folder / "links.png", on_link=advance)
     console.say(f"record   {folder}\npicture  {sheet}\npicture  {figure_1}")
-
-
-def _run(protocol: Protocol, act: str, seed: int, data: Moons, console: Console) -> list[dict[str, Any]]:
-    with console.progress(f"{act} seed {seed}", protocol.steps) as advance:
-        return train(protocol, act, seed, data, say=console.say, on_steps=advance)
 
 
 if __name__ == "__main__":

@@ -27,15 +27,7 @@ def named_links() -> dict[str, Link]:
 
 
 def picture(path: Path, on_link: Callable[[int], None] = lambda _: None) -> Path:
-    """Figure 1 of the paper for every named link: members, derivatives, and what the bfloat16 certificate says.
-
-    Args:
-      path: of the PNG to write.
-      on_link: called with 1 for each link done.
-
-    Returns:
-      The path.
-    """
+    """Write the figure as a PNG; on_link is called with 1 for each link done."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

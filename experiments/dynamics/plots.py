@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.dynamics.toy import Moons, Protocol
+from experiments.dynamics.toy import Moons, Toy
 from experiments.engine.plots import COLOURS, figure
 from experiments.engine.tables import spread
 
@@ -21,12 +21,12 @@ _GRID = 121  # points along each side of a surface
 _FLOOR = 1e-9  # a log axis has no zero: gradients below are drawn here
 
 
-def table(protocol: Protocol, lines: Sequence[Line]) -> list[dict[str, str]]:
+def table(toy: Toy, lines: Sequence[Line]) -> list[dict[str, str]]:
     """A row for each activation, from its first and last lines of each seed."""
     rows = []
     for act in dict.fromkeys(line["act"] for line in lines):
         mine = [line for line in lines if line["act"] == act]
-        first, last = ([line for line in mine if line["step"] == step] for step in (0, protocol.steps))
+        first, last = ([line for line in mine if line["step"] == step] for step in (0, toy.steps))
         loss, dead, one_sided = (
             [statistics.fmean(line[key] for line in end) for end in (first, last)]
             for key in ("loss", "dead_units", "one_sided_units")
@@ -36,7 +36,7 @@ def table(protocol: Protocol, lines: Sequence[Line]) -> list[dict[str, str]]:
                 "act": act,
                 "loss": f"{loss[0]:.3f} to {loss[1]:.3f}",
                 "accuracy": spread([line["accuracy"] for line in last]),
-                "dead": f"{dead[0]:.3g} to {dead[1]:.3g} of {protocol.units}",
+                "dead": f"{dead[0]:.3g} to {dead[1]:.3g} of {toy.units}",
                 "one-sided": f"{one_sided[0]:.3g} to {one_sided[1]:.3g}",
                 "gradient": f"{np.mean([line['gradient_norms'] for line in first]):.2g}",
             }
@@ -45,26 +45,25 @@ def table(protocol: Protocol, lines: Sequence[Line]) -> list[dict[str, str]]:
 
 
 def picture(
-    lines: Sequence[Line], data: Moons, protocol: Protocol, path: Path, *, title: str,
+    lines: Sequence[Line], data: Moons, toy: Toy, path: Path, *, title: str,
     on_surface: Callable[[int], None] = lambda _: None,
 ) -> Path:  # fmt: skip
     """A row for each activation: surfaces with each unit's zero line, then the gradient norm of each unit.
 
+    The surfaces reach a little beyond the first bias, so that zero lines are seen from the start.
+
     Args:
-      lines: of one seed, with act, seed, step, accuracy, gradient_norms, and parameters where a surface is drawn.
+      lines: of one seed.
       data: the points.
-      protocol: of the runs; the surfaces reach a little beyond its bias, so that zero lines are seen from the start.
+      toy: of the runs.
       path: of the PNG to write.
       title: stands above.
       on_surface: called with 1 for each surface done.
-
-    Returns:
-      The path.
     """
     acts = list(dict.fromkeys(line["act"] for line in lines))
     steps = [line["step"] for line in lines if line["act"] == acts[0] and "parameters" in line]
     reach = float(np.abs(data.points).max())
-    reach = min(max(1.15 * reach, 1.25 * abs(protocol.bias)), 2 * reach)
+    reach = min(max(1.15 * reach, 1.25 * abs(toy.bias)), 2 * reach)
     top = 10 * max(max(line["gradient_norms"]) for line in lines)
     sheet = figure(2.2 * len(steps) + 4.4, 2.2 * len(acts) + 1.2)
     sheet.suptitle(title, fontsize=13)
@@ -74,7 +73,7 @@ def picture(
     for act, row in zip(acts, panels, strict=True):
         mine = [line for line in lines if line["act"] == act]
         for line, axes in zip((line for line in mine if "parameters" in line), row, strict=False):
-            _surface(axes, protocol.restore(line), data, reach)
+            _surface(axes, toy.restore(line), data, reach)
             axes.text(0.03, 0.03, f"accuracy {line['accuracy']:.3f}", transform=axes.transAxes, fontsize=9,
                       bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1.5})  # fmt: skip
             on_surface(1)

@@ -58,22 +58,19 @@ class Net(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Protocol:
-    """What determines a run, beside its activation and its seed.
-
-    Attributes:
-      bias: where the bias of every hidden unit starts.
-      units: hidden units.
-      steps: updates, each on the whole set.
-      lr: the rate.
-      optimizer: a name.
-    """
+class Toy:
+    """What determines a run, beside its activation and its seed."""
 
     bias: float = -10.0
+    """Where the bias of every hidden unit starts; from -10 down every ReLU is dead on all the data."""
     units: int = 8
+    """Hidden units."""
     steps: int = 10_000
+    """Updates, each on the whole set."""
     lr: float = 0.1
+    """Learning rate."""
     optimizer: Literal["sgd", "adam"] = "sgd"
+    """sgd: a unit moves as far as its gradient says. adam rescales every gradient that is not exactly zero."""
 
     def __str__(self) -> str:
         return f"{self.units} units, first biases {self.bias:g}, {self.optimizer} at {self.lr:g}"

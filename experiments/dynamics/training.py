@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from experiments.dynamics.toy import Moons, Net, Protocol
+from experiments.dynamics.toy import Moons, Net, Toy
 from experiments.engine.errors import NonFiniteLossError
 from experiments.engine.loop import Loop, advance
 from experiments.engine.optimizers import OPTIMIZERS
@@ -56,33 +56,24 @@ def blocks(steps: int) -> list[int]:
 
 
 def train(
-    protocol: Protocol, act: str, seed: int, data: Moons, *, say: Callable[[str], None] = lambda _: None,
+    toy: Toy, data: Moons, *, act: str, seed: int, say: Callable[[str], None] = lambda _: None,
     on_steps: Callable[[int], None] = lambda _: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Train one net.
+    """Train one net on the whole set: a line for each recorded step; those of snapshots have the parameters.
 
-    Args:
-      protocol: how.
-      act: a name of `linked_jax.get_activation`.
-      seed: of the kernels.
-      data: all of it is the batch of each step.
-      say: gets a line for each snapshot.
-      on_steps: called with the number of steps just done.
-
-    Returns:
-      A line for each recorded step; those of snapshots have the parameters.
+    `say` gets a line for each snapshot, `on_steps` the number of steps just done.
 
     Raises:
       NonFiniteLossError: as soon as a recorded step shows it.
     """
-    net, units = protocol.net(act, seed), protocol.units
-    loop = Loop(CrossEntropy(nnx.graphdef(net)), _RULES[protocol.optimizer], scanned=True)
+    net, units = toy.net(act, seed), toy.units
+    loop = Loop(CrossEntropy(nnx.graphdef(net)), _RULES[toy.optimizer], scanned=True)
     carry, done, lines = loop.start([net]), 0, []
     whole_set, key = np.arange(len(data.labels), dtype=np.int32), jax.random.key(0)  # no step draws anything
-    for step in recorded_steps(protocol.steps):
+    for step in recorded_steps(toy.steps):
         for count in blocks(step - done):
             batches = np.broadcast_to(whole_set, (count, len(whole_set)))
-            carry, _ = advance(loop, carry, data, batches, key, lr=protocol.lr)
+            carry, _ = advance(loop, carry, data, batches, key, lr=toy.lr)
             on_steps(count)
         done = step
         found = jax.device_get(measure(nnx.merge(nnx.graphdef(net), carry.parameters), data))
@@ -90,7 +81,7 @@ def train(
         leaves = jax.device_get(jax.tree.leaves(carry.parameters))
         if not all(np.isfinite(values).all() for values in (line["loss"], line["gradient_norms"], *leaves)):
             raise NonFiniteLossError(f"the loss or its gradient is not finite at step {step}; try a smaller --lr")
-        if step in snapshots(protocol.steps):
+        if step in snapshots(toy.steps):
             line["parameters"] = [leaf.tolist() for leaf in leaves]
             say(
                 f"{act} seed {seed}  step {step:>6,}  loss {line['loss']:.4f}  accuracy {line['accuracy']:.4f}  "

@@ -31,8 +31,8 @@ def in_range(settings: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
             raise UsageError(f"{_option(name)} is {wanted}, got {value:,}; try the default")
 
 
-def known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse an option without a value, and a value that there is not.
+def known(option: str, given: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
+    """The values of an option, each once; none, and one that there is not, is refused.
 
     Args:
       option: the name of its field.
@@ -48,12 +48,13 @@ def known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
       Traceback (most recent call last):
       experiments.engine.errors.UsageError: --methods: there is no 'rleu'; take of relu, lk_relu
     """
-    given, all_known = list(given), list(known)
-    if not given:
+    names, all_known = tuple(dict.fromkeys(given)), list(known)
+    if not names:
         raise UsageError(f"{_option(option)} takes at least one of {', '.join(all_known)}, got none")
-    for name in given:
+    for name in names:
         if name not in all_known:
             raise UsageError(f"{_option(option)}: there is no {name!r}; take of {', '.join(all_known)}")
+    return names
 
 
 def _option(name: str) -> str:

@@ -18,8 +18,6 @@ learning, 2023.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -72,15 +70,13 @@ def check(settings: Settings) -> Settings:
     Raises:
       UsageError: with what is wrong, what was received and what to do.
     """
-    chosen = {
-        "methods": tuple(METHODS) if "all" in settings.methods else settings.methods,
-        "streams": settings.streams,
-        "widths": settings.widths,
-    }
-    for option, there_are in (("methods", METHODS), ("streams", tasks.STREAMS), ("widths", COLUMNS)):
-        known(option, chosen[option], there_are)
     in_range(settings, {"tasks": (2, 10_000), "seeds": (1, 100)})
-    return dataclasses.replace(settings, **{option: tuple(dict.fromkeys(names)) for option, names in chosen.items()})
+    return dataclasses.replace(
+        settings,
+        methods=known("methods", METHODS if "all" in settings.methods else settings.methods, METHODS),
+        streams=known("streams", settings.streams, tasks.STREAMS),
+        widths=known("widths", settings.widths, COLUMNS),
+    )
 
 
 def main() -> None:
@@ -92,10 +88,9 @@ def main() -> None:
     nets = _nets(settings, data)
     different = dict.fromkeys((net["row"], net["width"]) for net in nets)
     groups = len(settings.streams) * len(different) * (1 + (settings.seeds > 1))  # the rates, then the other seeds
-    same = ("experiment", "protocol", "data", "nets")
-    protocol = _protocol(settings, data)
+    like = {"same": ("experiment", "protocol", "data", "nets"), "nets": nets}
     with (
-        open_record("plasticity", settings.out, protocol=protocol, data=data, same=same, nets=nets) as record,
+        open_record("plasticity", settings.out, protocol=_protocol(settings, data), data=data, **like) as record,
         console.progress("tasks", settings.tasks * groups) as advance,
     ):
         for stream in settings.streams:
@@ -103,22 +98,18 @@ def main() -> None:
             plan = Plan(stream, settings.tasks, _ROUNDS, EPOCHS[stream], _BATCH_SIZE)
             for row, width in different:
                 run_net(record, plan, base, row, width, seeds=settings.seeds, say=console.say, on_task=advance)
-    leave(record.folder, record.config, record.lines, console)
-
-
-def leave(folder: Path, config: Mapping[str, Any], lines: Sequence[plots.Line], console: Console) -> None:
-    """The tables and the pictures of a record, from its lines."""
-    for stream in config["protocol"]["streams"]:
-        for column in config["protocol"]["widths"]:
+    config, lines = record.config, record.lines
+    for stream in settings.streams:
+        for column in settings.widths:
             console.table(
                 f"{stream}, {column.replace('_', ' ')}: mean ± standard deviation over seeds of the mean over tasks",
                 plots.table(stream, column, config, lines),
             )
-    (folder / "table.md").write_text(plots.markdown(config, lines), encoding="utf-8")
-    for column in config["protocol"]["widths"]:
-        drawn = plots.picture(column, config, lines, folder / f"plasticity_{column}.png")
+    (record.folder / "table.md").write_text(plots.markdown(config, lines), encoding="utf-8")
+    for column in settings.widths:
+        drawn = plots.picture(column, config, lines, record.folder / f"plasticity_{column}.png")
         console.say(f"picture  {drawn}")
-    console.say(f"record   {folder}")
+    console.say(f"record   {record.folder}")
 
 
 def _nets(settings: Settings, data: data_lib.Dataset) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from linked_jax.signal_statistics import effective_rank
 
 RATES = (3e-4, 1e-3, 3e-3)
 _CHANGE = 2**31 - 1  # minus the round: the key of what is not training
+_fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +41,9 @@ def run_net(
     record: Record, plan: Plan, base: Task, row: str, width: int, *, seeds: int, say: Callable[[str], None],
     on_task: Callable[[int], None],
 ) -> None:  # fmt: skip
-    """Add the runs of a net on a stream that the record lacks: all rates with seed 0, the best one with other seeds.
+    """Add the runs of a net on a stream that the record lacks: all rates with seed 0, then the best with other seeds.
 
-    Args:
-      record: of the study.
-      plan: the stream.
-      base: the images that tasks are made of.
-      row: of `METHODS`.
-      width: of the hidden layers.
-      seeds: how many, from 0.
-      say: gets a line for each run.
-      on_task: called with the number of tasks just done; the runs that are computed together count once.
+    `say` gets a line for each run, `on_task` the number of tasks just done: runs that are computed together count once.
     """
     net = {"stream": plan.stream, "row": row, "width": width}
 
@@ -58,9 +51,9 @@ def run_net(
         keys = [{**net, "rate": rate, "seed": seed} for seed, rate in runs]
 
         def make(missing: Sequence[int]) -> list[dict[str, Any]]:
-            found = learn(METHODS[row], width, plan, base, [runs[i] for i in missing], on_task)
-            for i, measures in zip(missing, found, strict=True):
-                seed, rate = runs[i]
+            new = [runs[i] for i in missing]
+            found = learn(METHODS[row], width, plan, base, new, on_task)
+            for (seed, rate), measures in zip(new, found, strict=True):
                 first, last = (np.mean(part) for part in ends(measures["accuracy"]))
                 say(f"{plan.stream} {row} {width} units, rate {rate:g}, seed {seed}: {first:.3f} -> {last:.3f}")
             return found
@@ -95,23 +88,19 @@ def learn(
     seeds, rates = (jnp.array(values) for values in zip(*runs, strict=True))
     models = [build(method, base.images.shape[1], width, tasks_lib.CLASSES, seed) for seed, _ in runs]
     model, carry = models[0], loop_for(models[0], stacked=True).start(models)
-    found = []
+    sizes = {"size": len(base.labels), "epochs": plan.epochs, "batch_size": plan.batch_size}
+    batches_of, found = functools.partial(tasks_lib.batches, **sizes), []
     for task in range(plan.tasks):
         keys = jax.vmap(tasks_lib.task_key, in_axes=(0, None))(seeds, task)
         own = _tasks(plan.stream, base, keys)
         for number in range(plan.rounds):
             if method.change is not None:
-                rounds = [
-                    Round(task, plan.tasks, number, images, jax.random.fold_in(key, _CHANGE - number))
-                    for images, key in zip(own.images, keys, strict=True)
-                ]
+                changes = zip(own.images, _fold(keys, _CHANGE - number), strict=True)
+                rounds = [Round(task, plan.tasks, number, images, key) for images, key in changes]
                 model, carry = _changed(method.change, model, carry, rounds)
-            round_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
-            batches = [
-                tasks_lib.batches(key, len(base.labels), epochs=plan.epochs, batch_size=plan.batch_size)
-                for key in round_keys
-            ]
-            carry, _ = advance(loop_for(model, stacked=True), carry, own, np.stack(batches), round_keys, lr=rates)
+            round_keys = _fold(keys, number)
+            batches = np.stack([batches_of(key) for key in round_keys])
+            carry, _ = advance(loop_for(model, stacked=True), carry, own, batches, round_keys, lr=rates)
         found.append(jax.device_get(_measure(nnx.graphdef(model), carry.parameters, own)))
         on_task(1)
     return [

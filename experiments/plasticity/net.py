@@ -59,13 +59,18 @@ class Method:
     at_end: Link | None = None
 
 
-def redo_dormant(net: Net, now: Round) -> Net:
-    """ReDo of Sokar et al. 2023, once a round."""
-    model, opt_state, _ = _redo(*net, now.images, key=now.key)
+def redo_dormant(net: Net, images: Array, key: Array) -> Net:
+    """The net after ReDo of Sokar et al. 2023."""
+    model, opt_state, _ = _redo(*net, images, key=key)
     return model, opt_state
 
 
 _redo = jax.jit(functools.partial(redo, tau=TAU))
+
+
+def redo_each_round(net: Net, now: Round) -> Net:
+    """ReDo, on the images of the task."""
+    return redo_dormant(net, now.images, now.key)
 
 
 def link_half_way(net: Net, now: Round) -> Net:
@@ -74,7 +79,7 @@ def link_half_way(net: Net, now: Round) -> Net:
 
 
 def linked(net: Net) -> Net:
-    """The net with lk_relu instead of ReLU, and the same outputs; moments are kept, those of new weights are 0."""
+    """The net with lk_relu instead of ReLU and the same outputs. Adam's moments stay, those of new weights are 0."""
     model, opt_state = net
     return link_sequential(model, lk_relu), link_opt_state(opt_state, model, lk_relu)
 
@@ -86,7 +91,7 @@ METHODS = {
     "lk_swish": Method("(swish(z), swish(-z))", lk_swish),
     "fourier": Method("(sin z, cos z)", fourier),
     "layer_norm": Method("layer norm, then ReLU", relu, norm=True),
-    "redo": Method(f"ReLU; dormant units (tau {TAU}) are made anew once a round", relu, change=redo_dormant),
+    "redo": Method(f"ReLU; dormant units (tau {TAU}) are made anew once a round", relu, change=redo_each_round),
     "revived": Method("ReLU, linked before the task in the middle", relu, change=link_half_way, at_end=lk_relu),
 }
 
@@ -112,11 +117,8 @@ def parameters(method: Method, features: int, width: int, classes: int) -> int:
 
 def width_for(method: Method, features: int, wanted: int, classes: int) -> int:
     """The width whose net has the number of parameters that is nearest to the wanted one."""
-    width = 1
-    while (more := parameters(method, features, width + 1, classes)) <= wanted:
-        width += 1
-    less = parameters(method, features, width, classes)
-    return width if wanted - less <= more - wanted else width + 1
+    widths = range(1, wanted // features + 2)
+    return min(widths, key=lambda width: abs(parameters(method, features, width, classes) - wanted))
 
 
 def loop_for(model: nnx.Sequential, *, stacked: bool = False) -> Loop:

@@ -14,7 +14,7 @@ from experiments.engine.data import Dataset
 from experiments.engine.loop import advance
 from experiments.engine.records import Record
 from experiments.engine.tasks import Task
-from experiments.plasticity.net import METHODS, RULE, Net, Round, build, linked, loop_for, redo_dormant
+from experiments.plasticity.net import METHODS, RULE, Net, build, linked, loop_for, redo_dormant
 from linked_jax.diagnostics import dead_units
 from linked_jax.probe import observe
 
@@ -40,14 +40,9 @@ def fresh(name: str, task: Task, seed: int) -> Net:
     return model, RULE.init(nnx.state(model, nnx.Param))
 
 
-def redone(net: Net, task: Task, key: PRNGKeyArray) -> Net:
-    """The net after ReDo."""
-    return redo_dormant(net, Round(0, 1, 0, task.images, key))
-
-
 WAYS: dict[str, Callable[[Net, Task, int], Net]] = {
     "continued": lambda harmed, _task, _seed: harmed,
-    "redo": lambda harmed, task, seed: redone(harmed, task, jax.random.key(seed)),
+    "redo": lambda harmed, task, seed: redo_dormant(harmed, task.images, jax.random.key(seed)),
     "revived": lambda harmed, _task, _seed: linked(harmed),
     "fresh": lambda _harmed, task, seed: fresh("relu", task, seed),
     "fresh_linked": lambda _harmed, task, seed: fresh("lk_relu", task, seed),
@@ -61,15 +56,7 @@ def run_seed(
 ) -> None:  # fmt: skip
     """Add the nets of a seed that the record lacks. If one is missing, the harmed net is trained again.
 
-    Args:
-      record: of the study.
-      task: what is learnt.
-      harm: of `HARMS`.
-      seed: of the start and of the order of the examples.
-      harmful_epochs: at the rate of the harm.
-      epochs: after that, at the sane rate.
-      say: gets a line for each way.
-      on_net: called after each net with 1.
+    `say` gets a line for each way, `on_net` is called after each net with 1.
     """
     key = jax.random.key(seed)
 
@@ -103,7 +90,7 @@ def fit(net: Net, task: Task, key: PRNGKeyArray, epochs: int, rate: float, *, re
     found = [measure(net[0], task)]
     for epoch in range(1, epochs + 1):
         own = jax.random.fold_in(key, epoch)
-        model, opt_state = redone(net, task, own) if redo and epoch > 1 else net
+        model, opt_state = redo_dormant(net, task.images, own) if redo and epoch > 1 else net
         loop = loop_for(model)
         batches = tasks.batches(own, len(task.labels), epochs=1, batch_size=BATCH_SIZE)
         carry, _ = advance(loop, loop.start([model], [opt_state]), task, batches, own, lr=rate)
