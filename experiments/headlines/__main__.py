@@ -17,9 +17,9 @@ import tyro
 
 from experiments.engine import data as data_lib
 from experiments.engine import study
-from experiments.engine.checks import in_range, known
+from experiments.engine.checks import in_range
 from experiments.engine.console import Console
-from experiments.engine.errors import run_command
+from experiments.engine.errors import UsageError, run_command
 from experiments.engine.records import Record
 from experiments.headlines.claim import Claim
 from experiments.headlines.claims import CLAIMS
@@ -43,10 +43,14 @@ class Settings:
 def main() -> None:
     """Run each claim and print its table."""
     settings = tyro.cli(Settings, prog="python -m experiments.headlines")
-    known("claims", settings.claims, [*CLAIMS, "all"])
+    names = tuple(CLAIMS) if "all" in settings.claims else tuple(dict.fromkeys(settings.claims))
+    for name in names or ("",):
+        if name not in CLAIMS:
+            wrong = f"there is no claim {name!r}" if name else "no claim was named"
+            raise UsageError(f"{wrong}; take one of {', '.join(CLAIMS)}, or all")
     in_range(settings, {"seeds": (1, math.inf)} | ({} if settings.epochs is None else {"epochs": (1, math.inf)}))
     data = data_lib.load("digits")
-    for name in CLAIMS if "all" in settings.claims else dict.fromkeys(settings.claims):
+    for name in names:
         _test(CLAIMS[name], settings, data)
 
 
@@ -85,22 +89,17 @@ def _measured(
     claim: Claim, row: str, seed: int, data: data_lib.Dataset, epochs: int, record: Record
 ) -> dict[str, float]:
     """The measures of one run; the rate, where a claim tries several, is the one that is best with seed 0."""
-    if not claim.rates:
-        return _floats(claim.run(row, seed, data, epochs))
-    if seed == 0:
-        tried: list[Any] = [
-            {"seed": 0, "rate": rate, "measured": claim.run(row, 0, data, epochs, rate)} for rate in claim.rates
-        ]
-        (best,) = study.at_best_rate(tried, lambda run: run["measured"].get("loss", math.inf))
-        return _floats({claim.rate: best["rate"], **best["measured"]})
-    first = record.find({"row": row, "seed": 0})
-    assert first is not None, "seed 0 runs before the others"
-    rate = first[claim.rate]
-    return _floats({claim.rate: rate, **claim.run(row, seed, data, epochs, rate)})
-
-
-def _floats(measured: Any) -> dict[str, float]:
-    return {key: float(value) for key, value in measured.items()}
+    run = functools.partial(claim.run, row, seed, data, epochs)
+    if claim.rates and seed == 0:
+        tried: list[Any] = [{"seed": 0, "rate": rate, "found": run(rate)} for rate in claim.rates]
+        (best,) = study.at_best_rate(tried, lambda each: each["found"].get("loss", math.inf))
+        found = {claim.rate: best["rate"], **best["found"]}
+    elif claim.rates:
+        rate = next(line for line in record.lines if (line["row"], line["seed"]) == (row, 0))[claim.rate]
+        found = {claim.rate: rate, **run(rate)}
+    else:
+        found = run()
+    return {key: float(value) for key, value in found.items()}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from flax import nnx
 
 from experiments.covariate_shift import inputs
 from experiments.engine.data import Dataset
-from experiments.headlines.claim import Claim, Measures, train
+from experiments.engine.training import Plan, train
+from experiments.headlines.claim import Claim, Measures
 from experiments.headlines.net import ConvNet, batch_norm
 from linked_jax import relu
 from linked_jax.remedies.moment_calculus import Moments, through_link
@@ -50,8 +51,7 @@ def run(row: str, seed: int, data: Dataset, epochs: int) -> Measures:
     standardised = inputs({"inputs": "standardised"}, data)
     for batch_size, optimizers in OPTIMIZERS.items():
         for rate, optimizer in optimizers.items():
-            options: Any = {"optimizer": optimizer, "epochs": epochs, "batch_size": batch_size, "inputs": standardised}
-            _, lines = train(net(row, seed), data, seed, **options)
+            _, lines = train(net(row, seed), data, Plan(optimizer, epochs, batch_size, inputs=standardised), seed)
             if "diverged" not in lines[-1]:
                 measured[f"accuracy_{batch_size}_{rate}"] = lines[-1]["test_accuracy"]
     return measured

@@ -8,7 +8,8 @@ import optax
 from flax import nnx
 
 from experiments.engine.data import Dataset, scale
-from experiments.headlines.claim import Claim, Measures, train
+from experiments.engine.training import Plan, train
+from experiments.headlines.claim import Claim, Measures
 from experiments.headlines.net import ConvNet, batch_norm
 from linked_jax.probe import observe
 from linked_jax.remedies.bcn import BatchChannelNorm
@@ -40,7 +41,7 @@ def net(row: str, seed: int) -> ConvNet:
     return ConvNet(conv=conv, norm=functools.partial(norm_of, row), rngs=nnx.Rngs(seed))
 
 
-def distance(model: ConvNet, images: Any) -> dict[str, float]:
+def distance(model: Any, images: Any) -> dict[str, float]:
     """Our proxy of the distance to elimination singularities, from each channel's pre-activations over all images.
 
     `active` is the smallest share Phi(mean / std) of positive pre-activations that a channel would have if they were
@@ -59,8 +60,7 @@ def run(row: str, seed: int, data: Dataset, epochs: int) -> Measures:
     """Train with each batch size; the test accuracy and the distance after the last epoch."""
     measured = {}
     for batch_size, optimizer in OPTIMIZERS.items():
-        options: Any = {"optimizer": optimizer, "epochs": epochs, "batch_size": batch_size}
-        model, lines = train(net(row, seed), data, seed, **options)
+        model, lines = train(net(row, seed), data, Plan(optimizer, epochs, batch_size), seed)
         if "diverged" not in lines[-1]:
             found = {"accuracy": lines[-1]["test_accuracy"]} | distance(model, data.test_images)
             measured |= {f"{key}_{batch_size}": value for key, value in found.items()}

@@ -7,7 +7,8 @@ import optax
 from flax import nnx
 
 from experiments.engine.data import Dataset
-from experiments.headlines.claim import Claim, Measures, train
+from experiments.engine.training import Plan, train
+from experiments.headlines.claim import Claim, Measures
 from experiments.headlines.net import ConvNet
 from linked_jax.remedies.bkn import BatchKalmanNorm, predict
 
@@ -44,8 +45,7 @@ def run(row: str, seed: int, data: Dataset, epochs: int) -> Measures:
     measured = {}
     for batch_size, weight in WEIGHTS.items():
         model = Net(0.0 if row == "bn" else weight, row == "bkn_reference", nnx.Rngs(seed))
-        options: Any = {"optimizer": OPTIMIZERS[batch_size], "epochs": epochs, "batch_size": batch_size}
-        _, lines = train(model, data, seed, **options)
+        _, lines = train(model, data, Plan(OPTIMIZERS[batch_size], epochs, batch_size), seed)
         if "diverged" not in lines[-1]:
             measured[f"accuracy_{batch_size}"] = lines[-1]["test_accuracy"]
             measured[f"loss_{batch_size}"] = lines[-1]["train_loss"]

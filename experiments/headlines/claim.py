@@ -4,12 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import optax
-from flax import nnx
-
-from experiments.engine import training
-from experiments.engine.data import UNIT, Affine, Dataset
-
 Line = Mapping[str, Any]
 Measures = Mapping[str, float]
 EARLY = 2  # epochs
@@ -27,7 +21,8 @@ class Claim:
       rows: the methods.
       measures: key of a measure -> its heading. A run may leave one out, for a method that has no such thing.
       epochs: passes over the training set, by default.
-      run: (row, seed, data, epochs) -> the measures of one run; with rates (row, seed, data, epochs, rate).
+      run: (row, seed, data, epochs) -> the measures of one run; with rates (row, seed, data, epochs, rate). The same
+        optimiser object for the same rate lets the step compile once: no run makes its own.
       rates: all are tried with seed 0. The one with the least measure `loss` is kept for all seeds of the row.
       rate: the measure that is the rate.
 
@@ -49,35 +44,6 @@ class Claim:
     def __post_init__(self):
         if not self.rows or not self.measures:
             raise ValueError(f"a claim has rows and measures, got {self.rows} and {dict(self.measures)}")
-
-
-def train(
-    model: nnx.Module,
-    data: Dataset,
-    seed: int,
-    *,
-    optimizer: optax.GradientTransformation,
-    epochs: int,
-    batch_size: int = 64,
-    inputs: Affine = UNIT,
-) -> tuple[Any, list[dict[str, Any]]]:
-    """Train in THE loop.
-
-    Args:
-      model: model(images, train=) -> logits; left as it is.
-      data: the set.
-      seed: of the order of the examples.
-      optimizer: with its rate. The same object for the same rate lets the step compile once: keep it, do not make it
-        anew for each seed.
-      epochs: passes over the training set.
-      batch_size: the last batch of an epoch may be smaller.
-      inputs: what the net sees of pixels, see `data.scale`.
-
-    Returns:
-      The trained model, and a line for each epoch: train_loss, test_accuracy, ... A run that diverges has a last line
-      with diverged, and no further ones; its model is what was left.
-    """
-    return training.train(model, data, training.Plan(optimizer, epochs, batch_size, inputs=inputs), seed)
 
 
 def early_and_last(lines: Sequence[Line], epochs: int, suffix: str = "") -> dict[str, float]:

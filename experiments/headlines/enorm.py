@@ -7,7 +7,8 @@ import optax
 from flax import nnx
 
 from experiments.engine.data import Dataset
-from experiments.headlines.claim import Claim, Measures, train
+from experiments.engine.training import Plan, train
+from experiments.headlines.claim import Claim, Measures
 from linked_jax.remedies.enorm import Layer, enorm
 
 DEPTH, WIDTH = 8, 64
@@ -47,7 +48,7 @@ def optimizer(row: str, rate: float) -> optax.GradientTransformation:
 def run(row: str, seed: int, data: Dataset, epochs: int, rate: float) -> Measures:
     """Train at a rate; test accuracy, training loss and dead units at the last epoch."""
     net = Net(data.train_images[0].size, nnx.Rngs(seed))
-    last = train(net, data, seed, optimizer=optimizer(row, rate), epochs=epochs)[1][-1]
+    last = train(net, data, Plan(optimizer(row, rate), epochs, 64), seed)[1][-1]
     if "diverged" in last:
         return {}
     return {"accuracy": last["test_accuracy"], "loss": last["train_loss"], "dead": last["dead_units"]}

@@ -6,7 +6,8 @@ import optax
 from flax import nnx
 
 from experiments.engine.data import Dataset
-from experiments.headlines.claim import Claim, Measures, early_and_last, early_and_last_headings, train
+from experiments.engine.training import Plan, train
+from experiments.headlines.claim import Claim, Measures, early_and_last, early_and_last_headings
 from experiments.headlines.net import ConvNet, batch_norm
 from linked_jax.remedies.ic import IndependentComponent
 
@@ -25,7 +26,7 @@ def run(row: str, seed: int, data: Dataset, epochs: int) -> Measures:
     """Train at each rate; the test accuracy after few epochs and after the last."""
     measured = {}
     for rate, optimizer in OPTIMIZERS.items():
-        _, lines = train(net(row, seed), data, seed, optimizer=optimizer, epochs=epochs)
+        _, lines = train(net(row, seed), data, Plan(optimizer, epochs, 64), seed)
         measured |= early_and_last(lines, epochs, f"_{rate}")
     return measured
 

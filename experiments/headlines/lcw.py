@@ -9,7 +9,8 @@ from flax import nnx
 
 from experiments.engine.data import Dataset, scale
 from experiments.engine.rows import normalised
-from experiments.headlines.claim import Claim, Measures, early_and_last, early_and_last_headings, train
+from experiments.engine.training import Plan, train
+from experiments.headlines.claim import Claim, Measures, early_and_last, early_and_last_headings
 from experiments.headlines.net import batch_norm
 from linked_jax import sigmoid
 from linked_jax.remedies.lcw import LCWLinear, keep_variance
@@ -70,7 +71,7 @@ def run(row: str, seed: int, data: Dataset, epochs: int) -> Measures:
     """The shift at the start, and for each rate the test accuracy after few epochs and after the last."""
     measured = moments(Net(row, nnx.Rngs(seed)), data.train_images)
     for rate, optimizer in OPTIMIZERS.items():
-        _, lines = train(Net(row, nnx.Rngs(seed)), data, seed, optimizer=optimizer, epochs=epochs)
+        _, lines = train(Net(row, nnx.Rngs(seed)), data, Plan(optimizer, epochs, 64), seed)
         measured |= early_and_last(lines, epochs, f"_{rate}")
     return measured
 

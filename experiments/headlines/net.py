@@ -56,7 +56,7 @@ class ConvNet(nnx.Module):
         return self.dense(y.mean((1, 2)))
 
 
-def accuracy(model: ConvNet, images: Any, labels: Any) -> float:
+def accuracy(model: nnx.Module, images: Any, labels: Any) -> float:
     """The share of images that a model, in evaluation mode, classifies as their labels say."""
     return float(_accuracy(*nnx.split(model), images, labels))
 

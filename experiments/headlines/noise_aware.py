@@ -9,7 +9,8 @@ import optax
 from flax import nnx
 
 from experiments.engine import data as data_lib
-from experiments.headlines.claim import Claim, Measures, train
+from experiments.engine.training import Plan, train
+from experiments.headlines.claim import Claim, Measures
 from experiments.headlines.net import ConvNet, accuracy, batch_norm
 from linked_jax.remedies.noise_aware import perturb, recalibrate
 
@@ -23,7 +24,7 @@ def run(row: str, seed: int, data: data_lib.Dataset, epochs: int) -> Measures:
     """Train; calibrate for each noise; the accuracy without noise and the mean accuracy under each noise."""
     conv = functools.partial(nnx.Conv, use_bias=False)
     net = ConvNet((16, 16, 32, 32, 32), strided=(), conv=conv, norm=batch_norm, rngs=nnx.Rngs(seed))
-    model, _ = train(net, data, seed, optimizer=OPTIMIZER, epochs=epochs, batch_size=BATCH_SIZE)
+    model, _ = train(net, data, Plan(OPTIMIZER, epochs, BATCH_SIZE), seed)
     images, tested = data_lib.scale(data.train_images), data_lib.scale(data.test_images)
     batches = images[: len(images) // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE, *images.shape[1:])
     calibrate = functools.partial(recalibrate, batches=batches, forward=_forward)

@@ -8,16 +8,10 @@ import optax
 from flax import nnx
 
 from experiments.engine.data import Dataset
-from experiments.headlines.claim import EARLY, Claim, Measures, early_and_last, train
+from experiments.engine.training import Plan, train
+from experiments.headlines.claim import EARLY, Claim, Measures, early_and_last
 from experiments.headlines.net import ConvNet, batch_norm
-from linked_jax.remedies.riemannian import (
-    adam_g,
-    orthogonality_penalty,
-    riemannian,
-    scale_invariant,
-    sgd_g,
-    to_sphere,
-)
+from linked_jax.remedies.riemannian import adam_g, orthogonality_penalty, riemannian, scale_invariant, sgd_g, to_sphere
 
 BATCH_SIZE = 64
 SCALES = (1.0, 3.0, 10.0)  # of the authors' rates
@@ -63,8 +57,7 @@ def run(row: str, seed: int, data: Dataset, epochs: int, scale: float) -> Measur
     if row != "nesterov":
         nnx.update(model, to_sphere(nnx.state(model, nnx.Param), mask(model)))
     steps = epochs * -(-len(data.train_labels) // BATCH_SIZE)
-    options: Any = {"optimizer": optimizer(row, scale, steps), "epochs": epochs, "batch_size": BATCH_SIZE}
-    _, lines = train(model, data, seed, **options)
+    _, lines = train(model, data, Plan(optimizer(row, scale, steps), epochs, BATCH_SIZE), seed)
     measured = early_and_last(lines, epochs)
     return measured | ({"loss": lines[-1]["train_loss"]} if "last" in measured else {})
 

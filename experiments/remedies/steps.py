@@ -13,6 +13,7 @@ from experiments.engine.optimizers import adam
 from experiments.engine.rows import identity, normalised
 from experiments.remedies.net import NETS, Context, Place, RemedyNet, Stage
 from linked_jax import Link, default_kernel_init, get_activation
+from linked_jax.initializers import Initializer
 from linked_jax.remedies import bkn, normprop
 from linked_jax.remedies import moment_calculus as calculus
 from linked_jax.remedies.drelu import drelu
@@ -21,17 +22,6 @@ _FEW_POSITIONS = 32  # images that BKN's prediction draws where a layer has one 
 _ADAM = adam(1.0)
 Rule = tuple[optax.GradientTransformation, float]
 """An optimiser, and the rate that its updates are multiplied by."""
-
-
-def plain_weights(in_features: int, out_features: int, stage: Stage, link: Link, rngs: nnx.Rngs) -> Any:
-    """Flax' own layers with this library's initialiser."""
-    init = default_kernel_init(link, strides=stage.strides)
-    if stage.kernel_size is None:
-        return nnx.Linear(in_features, out_features, kernel_init=init, rngs=rngs)
-    return nnx.Conv(
-        in_features, out_features, stage.kernel_size, strides=stage.strides, padding=stage.padding, kernel_init=init,
-        rngs=rngs,
-    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +33,9 @@ class Method:
       act: a name of `linked_jax.get_activation`.
       branches: pre-activations of a unit.
       step: a subclass of `Step`.
-      weights: in_features, out_features, stage, the link before it, rngs -> a weight layer.
+      conv: a class of convolutions with the signature of `nnx.Conv`.
+      linear: a class of dense layers with the signature of `nnx.Linear`.
+      init: the link before it, strides -> the kernel's initialiser; or None for the layer's own.
       norm: features, whether it is on an image, rngs -> a norm before the activation; or None.
       before: features, rngs -> a layer between activation and weights; or None.
       rule: net, rate -> how to train.
@@ -55,7 +47,9 @@ class Method:
     act: str = "relu"
     branches: int = 1
     step: Callable[["Method", Place, nnx.Rngs], Any] = lambda method, place, rngs: Step(method, place, rngs)
-    weights: Callable[[int, int, Stage, Link, nnx.Rngs], Any] = plain_weights
+    conv: Callable[..., Any] = nnx.Conv
+    linear: Callable[..., Any] = nnx.Linear
+    init: Callable[[Link, int], Initializer] | None = lambda link, strides: default_kernel_init(link, strides=strides)
     norm: Callable[[int, bool, nnx.Rngs], Any] | None = None
     before: Callable[[int, nnx.Rngs], Any] | None = None
     rule: Callable[[str, float], Rule] = lambda _net, rate: (_ADAM, rate)
@@ -65,6 +59,16 @@ class Method:
     def link(self) -> Link:
         """The activation."""
         return get_activation(self.act).link
+
+    def weights(self, in_features: int, out_features: int, stage: Stage, link: Link, rngs: nnx.Rngs) -> Any:
+        """The weights of a stage, behind that link."""
+        options: Any = {"rngs": rngs}
+        if self.init is not None:
+            options["kernel_init"] = self.init(link, stage.strides)
+        if stage.kernel_size is None:
+            return self.linear(in_features, out_features, **options)
+        options |= {"strides": stage.strides, "padding": stage.padding}
+        return self.conv(in_features, out_features, stage.kernel_size, **options)
 
     def build(self, net: str, image_shape: Sequence[int], classes: int, seed: int) -> RemedyNet:
         """The network that it makes."""
