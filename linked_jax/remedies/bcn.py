@@ -5,6 +5,7 @@
 The batch part may be estimated from running statistics, so that it works on batches of one or two examples.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -62,12 +63,13 @@ def channel_normalize(
     grouped = wide(x).reshape(*x.shape[:-1], num_groups, -1)
     axes = (*range(1, x.ndim - 1), -1)
     mean, var = grouped.mean(axes, keepdims=True), grouped.var(axes, keepdims=True)
-    y = (grouped - mean) * jax.lax.rsqrt(var + epsilon)
+    y = ((grouped - mean) * jax.lax.rsqrt(var + epsilon)).reshape(x.shape)
+    of_channels = functools.partial(jnp.repeat, repeats=x.shape[-1] // num_groups)
     if scale is not None:
-        y = y * scale[:, None]
+        y = y * of_channels(scale)
     if bias is not None:
-        y = y + bias[:, None]
-    return y.reshape(x.shape).astype(x.dtype)
+        y = y + of_channels(bias)
+    return y.astype(x.dtype)
 
 
 def estimate_statistics(
