@@ -27,26 +27,3 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
-
-
-CHEAP = {
-    "test_architecture", "test_augment", "test_data", "test_depth", "test_parallel", "test_published",
-    "test_records", "test_report", "test_results", "test_resume", "test_rows", "test_settings", "test_sweep",
-    "test_training",
-}  # fmt: skip
-
-
-@pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items):
-    """The fast suite tries the first case of each law of the library; the slow one the rest, and remedies' examples."""
-    cases = {}
-    for item in items:
-        if hasattr(item, "callspec") and item.path.stem not in CHEAP:
-            cases.setdefault((item.path, item.originalname), []).append(item)
-    examples_of_remedies = [
-        item
-        for item in items
-        if item.path.parent.name == "remedies" and item.path.suffix == ".py" and isinstance(item, pytest.DoctestItem)
-    ]
-    for item in [*examples_of_remedies, *(item for law in cases.values() for item in law[1:])]:
-        item.add_marker(pytest.mark.slow)
