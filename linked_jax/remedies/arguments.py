@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -19,7 +18,7 @@ def wide_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def wide(x: Any) -> Array:
+def wide(x: Any) -> Any:
     """x in float32 at least: sums of many numbers of half precision are wrong."""
     return x.astype(wide_dtype(x.dtype))
 

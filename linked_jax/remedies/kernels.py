@@ -69,8 +69,9 @@ class ComputedKernel(nnx.Module):
             )
         kernel, bias = self.weights(*given)
         dtype = self.dtype or jnp.promote_types(x.dtype, self.param_dtype)  # not the wider one of the kernel
-        seen = _Replaced(self, kernel=kernel, bias=bias, use_bias=bias is not None, dtype=dtype)
-        return _plain(self).__call__(seen, x, **options)
+        seen = {"kernel": nnx.Param(kernel), "bias": None if bias is None else nnx.Param(bias)}
+        seen |= {"use_bias": bias is not None, "dtype": dtype}
+        return _plain(self).__call__(_Replaced(self, seen), x, **options)
 
     def fold(self: Any, *given: Any) -> Any:
         """A plain layer with the computed weights, for deployment.
@@ -98,7 +99,7 @@ class ComputedKernel(nnx.Module):
 class _Replaced:
     """A layer as Flax' own __call__ sees it, with some attributes replaced; the layer stays as it is."""
 
-    def __init__(self, layer: Any, **attributes: Any):
+    def __init__(self, layer: Any, attributes: dict[str, Any]):
         vars(self).update(attributes, _layer=layer)
 
     def __getattr__(self, name: str) -> Any:

@@ -301,10 +301,10 @@ def test_bfloat16_kernels_stay_so_and_jit_and_vmap_change_nothing(make):
     first_fast(
         [
             (lambda: sgd_g(0.0), "learning_rate is positive"),
-            (lambda: sgd_g(0.1, momentum=1.0), "momentum is in"),
+            (lambda: sgd_g(0.1, momentum=1.0), "momentum is at least 0 and below 1"),
             (lambda: sgd_g(0.1, clip=-1.0), "clip is positive"),
-            (lambda: adam_g(0.1, b1=-0.1), "b1 is in"),
-            (lambda: adam_g(0.1, b2=1.5), "b2 is in"),
+            (lambda: adam_g(0.1, b1=-0.1), "b1 is at least 0 and below 1"),
+            (lambda: adam_g(0.1, b2=1.5), "b2 is at least 0 and below 1"),
         ]
     ),
 )

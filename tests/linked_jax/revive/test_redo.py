@@ -203,8 +203,9 @@ def test_under_jit_it_is_the_same():
 def test_units_that_are_not_finite_are_not_dormant():
     model = network(dead=(1,))
     model.layers[0].kernel[...] = model.layers[0].kernel[...].at[..., 0].set(jnp.nan)
-    _, _, count = redo(model, (), X, key=jax.random.key(7))
-    assert int(count) == 0
+    revived, _, count = redo(model, (), X, key=jax.random.key(7))
+    assert int(count) == 1  # the dead unit beside it; behind them all units see NaN
+    assert jnp.isnan(revived.layers[0].kernel[..., 0]).all()
 
 
 @pytest.mark.slow
