@@ -22,6 +22,7 @@ from experiments.load_forecast import __main__ as load_forecast
 from experiments.load_forecast import forecast as forecasts
 from experiments.load_forecast import net as recurrent_net
 from experiments.load_forecast import series as load_series
+from tests.cases import first_fast
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--cells", "lk_relu", "tanh", "--parameters", 250, "--epochs", 2]
@@ -292,7 +293,7 @@ NUMPY = {
 }
 
 
-@pytest.mark.parametrize("cell", NUMPY)
+@pytest.mark.parametrize("cell", first_fast(NUMPY))
 def test_the_net_is_the_loop(cell):
     x = np.random.default_rng(0).normal(size=(3, 6, 4))
     with jax.enable_x64(True):

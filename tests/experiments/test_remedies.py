@@ -40,22 +40,28 @@ def costs(row, size=10, *, batch_one=True):
     return {"net": "depth", "row": row, "says": row, "batch_one": batch_one, **counted}
 
 
-@pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_makes_every_network(name, net):
-    model = nnx.eval_shape(lambda: METHODS[name].build(net, (8, 8, 1), 10, 0))
+def units_of(build):
+    """The net, its parameters as shapes, and the units of each layer; no number is computed."""
+    model = nnx.eval_shape(build)
     graph, state = nnx.split(model)
 
     def forward(state, images):
-        train = nnx.merge(graph, state, copy=True)(images, train=True)
-        return train, observe(lambda state, x: nnx.merge(graph, state, copy=True)(x), state, images)
+        trained = nnx.merge(graph, state, copy=True)(images, train=True)
+        return trained, observe(lambda state, x: nnx.merge(graph, state, copy=True)(x), state, images)
 
     trained, (logits, taps) = jax.eval_shape(forward, state, jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32))
     assert trained.shape == logits.shape == (2, 10)
+    return model, [tap.stats.live.shape[-1] for tap in taps]
+
+
+@pytest.mark.parametrize("net", first_fast(NETS))
+@pytest.mark.parametrize("name", first_fast(METHODS))
+def test_every_method_makes_every_network(name, net):
+    model, units = units_of(lambda: METHODS[name].build(net, (8, 8, 1), 10, 0))
     stages = NETS[net](10)
     layers = [before.features for before, stage in itertools.pairwise(stages) if stage.active]
     members = 2 if name == "drelu" else 1  # both of its pre-activations are layers to the probe
-    assert [tap.stats.live.shape[-1] for tap in taps] == [units for units in layers for _ in range(members)]
+    assert units == [width for width in layers for _ in range(members)]
     optimizer, _ = METHODS[name].rule(net, METHODS[name].rates[0])
     jax.eval_shape(optimizer.init, nnx.split(model, nnx.Param, ...)[1])  # masks and chains find their layers
 
@@ -176,12 +182,8 @@ CLAIMS_NETS = {
 
 @pytest.mark.parametrize("name", first_fast(CLAIMS_NETS))
 def test_the_nets_of_claims_give_logits_and_their_units_are_channels(name):
-    net, images = CLAIMS_NETS[name](), jax.random.uniform(jax.random.key(0), (4, 8, 8, 1))
-    logits, taps = observe(lambda net, x: net(x), net, images)
-    assert logits.shape == net(images, train=True).shape == (4, 10)
-    assert jnp.isfinite(logits).all()
     widths = batch_one.WIDTHS if "batch_one" in name else WIDTHS
-    assert [tap.stats.live.shape for tap in taps] == [(width,) for width in widths]
+    assert units_of(CLAIMS_NETS[name])[1] == list(widths)
 
 
 @pytest.mark.slow
