@@ -2,6 +2,7 @@
 
 import collections
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,6 +16,9 @@ from linked_jax.linking import join
 from linked_jax.revive.expand import Names, edit, edit_opt_state, leaves_by_name
 from linked_jax.revive.foldable import Foldable
 from linked_jax.revive.joints import Joint, activations, joint_at, last_layer, linked_layers
+
+Changes = dict[Names, list[tuple[Any, Any]]]
+"""For each weight, in order: where it changes, and to which value."""
 
 _START = {"mean": 0.0, "var": 1.0, "scale": 1.0, "bias": 0.0}
 
@@ -63,6 +67,28 @@ def redo(
       >>> int(units)
       5
     """
+    joints = _checked(model, x, tau)
+    outputs = _outputs(model, x)
+    state = nnx.state(model)
+    leaves = leaves_by_name(state)
+    changes, count = _changes(model, joints, leaves, outputs, tau=tau, key=key)
+
+    def changed(a: Array, name: Names, *, moments: bool) -> Array:
+        for where, value in changes[name]:
+            a = jnp.where(where, 0.0 if moments else value, a).astype(a.dtype)
+        return a
+
+    of_weights, of_moments = (
+        {name: functools.partial(changed, name=name, moments=moments) for name in leaves.keys() & changes}
+        for moments in (False, True)
+    )
+    new = nnx.clone(model)
+    nnx.update(new, edit(state, of_weights, leaves))
+    return new, edit_opt_state(opt_state, of_moments, leaves), count
+
+
+def _checked(model: nnx.Sequential, x: Array, tau: float) -> list[Joint]:
+    """The joints of the activations between two layers, if all is as `redo` needs it."""
     if not tau >= 0:
         raise ValueError(f"tau is at least 0, got {tau}; 0 finds the units that never fire")
     finite = jnp.isfinite(x).all()
@@ -82,10 +108,15 @@ def redo(
             )
     if not joints:
         raise ValueError("no activation between two layers (nnx.Linear or nnx.Conv) is in the model, so no units")
-    outputs = _outputs(model, x)
-    state = nnx.state(model)
-    leaves = leaves_by_name(state)
-    changes: dict[Names, list[tuple[Any, Any]]] = collections.defaultdict(list)  # where, and to which value
+    return joints
+
+
+def _changes(
+    model: nnx.Sequential, joints: list[Joint], leaves: Mapping[Names, Array], outputs: list[Array], *, tau: float,
+    key: Array,
+) -> tuple[Changes, Array]:  # fmt: skip
+    """What becomes of the weights of dormant units, and how many those are."""
+    changes: Changes = collections.defaultdict(list)
     count = jnp.zeros((), int)
     # From the last to the first: a layer's own weights are drawn before what dormant inputs have there becomes 0.
     for joint, subkey in reversed(list(zip(joints, jax.random.split(key, len(joints)), strict=True))):
@@ -105,19 +136,7 @@ def redo(
             for name, value in _START.items():
                 changes["layers", str(i), name].append((where, value))
         changes["layers", str(joint.after), "kernel"].append((jnp.tile(members, joint.positions)[:, None], 0.0))
-
-    def changed(a: Array, name: Names, *, moments: bool) -> Array:
-        for where, value in changes[name]:
-            a = jnp.where(where, 0.0 if moments else value, a).astype(a.dtype)
-        return a
-
-    of_weights, of_moments = (
-        {name: functools.partial(changed, name=name, moments=moments) for name in leaves.keys() & changes}
-        for moments in (False, True)
-    )
-    new = nnx.clone(model)
-    nnx.update(new, edit(state, of_weights, leaves))
-    return new, edit_opt_state(opt_state, of_moments, leaves), count
+    return changes, count
 
 
 def _outputs(model: nnx.Sequential, x: Array) -> list[Array]:
