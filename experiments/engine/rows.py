@@ -11,7 +11,9 @@ from flax import nnx
 
 from experiments.engine.errors import UsageError
 from linked_jax import (
+    ChannelPReLU,
     Link,
+    LinkedPReLU,
     activation_arity,
     default_kernel_init,
     get_activation,
@@ -20,9 +22,9 @@ from linked_jax import (
     variance_preserving,
 )
 from linked_jax.initializers import Initializer
-from linked_jax.layers import Activation
 
 Norm = Literal["none", "batch"]
+Activation = Link | ChannelPReLU | LinkedPReLU
 identity = Link((lambda z: z,))
 
 
