@@ -6,6 +6,7 @@ import os
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
 
 import hypothesis
+import jax
 import jaxtyping
 import pytest
 
@@ -13,8 +14,10 @@ jaxtyping.install_import_hook("linked_jax", "beartype.beartype")  # before anyth
 
 
 def pytest_configure(config):
-    """Hypothesis tries 10 examples, and 25 where the slow tests are asked for."""
-    examples = 10 if config.option.markexpr == "not slow" else 25
+    """The fast suite tries 10 examples of hypothesis and compiles quickly; the slow one tries 25 and optimises."""
+    fast = config.option.markexpr == "not slow"
+    jax.config.update("jax_disable_most_optimizations", fast)
+    examples = 10 if fast else 25
     hypothesis.settings.register_profile(
         "linked_jax", deadline=None, max_examples=examples, derandomize=True, database=None
     )
