@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
@@ -20,6 +21,7 @@ from linked_jax.activations import ACTIVATIONS, SYNONYMS, lk_relu
 from linked_jax.initializers import Initializer, check_groups, default_kernel_init
 from linked_jax.learned import ChannelPReLU, LinkedPReLU
 from linked_jax.linking import Activation, Link
+from linked_jax.members import brief
 
 
 class WeightOptions(TypedDict, total=False):
@@ -95,12 +97,12 @@ class LinkedLinear(nnx.Module):
     ):
         _check_features(in_features, out_features)
         self.link = check_link(link)
-        kernel_init = kernel_init or default_kernel_init(link_at_start(link))
+        kernel_init = kernel_init or default_kernel_init(link)
         self.linear = nnx.Linear(link.arity * in_features, out_features, kernel_init=kernel_init, rngs=rngs, **options)
 
     def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
         """z (..., in_features) -> (..., out_features)."""
-        return jax.checkpoint(lambda z: self.linear(self.link(z)))(z)
+        return _after_link(self.linear, self.link, z)
 
 
 class LinkedConv(nnx.Module):
@@ -169,7 +171,7 @@ class LinkedConv(nnx.Module):
 
     def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
         """z (N, *space, in_features) -> (N, *space', out_features)."""
-        return jax.checkpoint(lambda z: self.conv(self.link(z)))(z)
+        return _after_link(self.conv, self.link, z)
 
 
 class LinkedConvTranspose(nnx.Module):
@@ -221,14 +223,14 @@ class LinkedConvTranspose(nnx.Module):
             out_features,
             kernel_size,
             strides=strides,
-            kernel_init=kernel_init or default_kernel_init(link_at_start(link), strides=strides, transpose=True),
+            kernel_init=kernel_init or default_kernel_init(link, strides=strides, transpose=True),
             rngs=rngs,
             **options,
         )
 
     def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
         """z (N, *space, in_features) -> (N, *space', out_features)."""
-        return jax.checkpoint(lambda z: self.conv(self.link(z)))(z)
+        return _after_link(self.conv, self.link, z)
 
 
 _WITH_SLOPES: dict[str, type[ChannelPReLU] | type[LinkedPReLU]] = {"prelu": ChannelPReLU, "lk_prelu": LinkedPReLU}
@@ -285,6 +287,8 @@ def get_activation(name: str, features: int | None = None) -> Link | ChannelPReL
 
 
 def _known(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"an activation has a name such as 'lk_relu', got {brief(name)}; make a link: Link((g,))")
     known = SYNONYMS.get(name, name)
     if known not in ACTIVATION_NAMES:
         nearest = difflib.get_close_matches(name, [*ACTIVATION_NAMES, *SYNONYMS], n=1, cutoff=0.0)
@@ -300,22 +304,8 @@ def conv_start(
     steps = 1 if input_dilation is None else input_dilation
     transpose = bool(np.max(steps) > 1)
     return default_kernel_init(
-        link_at_start(link), strides=steps if transpose else strides, feature_group_count=groups, transpose=transpose
+        link, strides=steps if transpose else strides, feature_group_count=groups, transpose=transpose
     )
-
-
-def link_at_start(link: Activation) -> Link:
-    """The link that an activation is before training.
-
-    Raises:
-      TypeError: if it does not say.
-    """
-    start = getattr(link, "link", None)
-    if not isinstance(start, Link):
-        raise TypeError(
-            f"the default kernel_init needs a Link or a module with a .link, got {link!r}; pass kernel_init"
-        )
-    return start
 
 
 def check_link(link: Activation) -> Activation:
@@ -326,12 +316,43 @@ def check_link(link: Activation) -> Activation:
       ValueError: if its axis is not the last.
     """
     if isinstance(link, type) or not isinstance(link, Activation):
-        raise TypeError(f"link is a Link or a built module with an arity, got {link!r}; pass e.g. linked(jax.nn.relu)")
+        raise TypeError(
+            f"link is a Link or a built module with an arity, got {brief(link)}; pass e.g. linked(jax.nn.relu)"
+        )
     if (axis := getattr(link, "axis", -1)) != -1:
         raise ValueError(f"Flax layers have channels last, got a link with axis={axis}; pass one with axis=-1")
     return link
 
 
 def _check_features(in_features: int, out_features: int) -> None:
+    for features in (in_features, out_features):
+        if isinstance(features, bool) or not isinstance(features, int | np.integer):
+            raise TypeError(f"in_features and out_features are integers, got {brief(features)}; pass counts")
     if min(in_features, out_features) < 1:
         raise ValueError(f"in_features and out_features are at least 1, got {in_features} and {out_features}")
+
+
+def _after_link(layer: nnx.Linear | nnx.Conv | nnx.ConvTranspose, link: Activation, z: Array) -> Array:
+    """layer(link(z)), of which the backward pass keeps z alone."""
+    z, channels = jnp.asarray(z), layer.in_features // link.arity
+    least = len(layer.kernel.shape) - 1
+    if z.ndim < least or z.shape[-1] != channels:
+        raise ValueError(
+            f"z has {channels} channels on the last of {least} or more axes, got shape {z.shape}; build the layer with "
+            f"z's in_features"
+        )
+    if not isinstance(link, nnx.Module):
+        return jax.checkpoint(lambda z: layer(link(z)))(z)
+    graph, state = nnx.split(link)
+
+    @jax.checkpoint
+    def outputs_and_changes(state: nnx.State, z: Array) -> tuple[Array, nnx.State]:
+        inside = nnx.merge(graph, state)
+        before = {path: variable.get_value() for path, variable in nnx.to_flat_state(state)}
+        z = layer(inside(z))
+        after = nnx.to_flat_state(nnx.state(inside))
+        return z, nnx.from_flat_state([(path, v) for path, v in after if v.get_value() is not before.get(path)])
+
+    z, changes = outputs_and_changes(state, z)
+    nnx.update(link, changes)  # such as running means, and counts of dropout; nothing else, it may be another trace's
+    return z

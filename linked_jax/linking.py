@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, ArrayLike, Float
 
-from linked_jax.members import Member, Mirrored, Saved, Value, check_member, formula, jumps_at_zero, member_key
+from linked_jax.members import Member, Mirrored, Saved, Value, brief, check_member, formula, jumps_at_zero, member_key
 
 Layout = Literal["blocked", "interleaved"]
 
@@ -71,16 +71,18 @@ class Link(Value):
 
     def __post_init__(self):
         if not isinstance(self.members, Sequence) or isinstance(self.members, str):
-            raise TypeError(f"members are a tuple of functions, got {self.members!r}; pass e.g. Link((jax.nn.relu,))")
+            raise TypeError(
+                f"members are a tuple of functions, got {brief(self.members)}; pass e.g. Link((jax.nn.relu,))"
+            )
         object.__setattr__(self, "members", tuple(self.members))
         if not self.members:
             raise ValueError("a link needs at least one member, got none; pass a function such as jax.nn.relu")
         for member in self.members:
             check_member(member)
         if isinstance(self.axis, bool) or not isinstance(self.axis, int):
-            raise TypeError(f"axis is an integer, got {self.axis!r}; channels are last by default (axis=-1)")
+            raise TypeError(f"axis is an integer, got {brief(self.axis)}; channels are last by default (axis=-1)")
         if self.layout not in ("blocked", "interleaved"):
-            raise ValueError(f"layout is 'blocked' or 'interleaved', got {self.layout!r}")
+            raise ValueError(f"layout is 'blocked' or 'interleaved', got {brief(self.layout)}")
 
     @property
     def arity(self) -> int:
@@ -94,9 +96,7 @@ class Link(Value):
 
     def __call__(self, z: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
         """Apply every member to z: (..., C) -> (..., d*C), and () -> (d,). The dtype stays."""
-        z = jnp.asarray(z)
-        if not jnp.issubdtype(z.dtype, jnp.floating):
-            raise TypeError(f"a link needs a floating-point z, got {z.dtype}; pass z.astype(jnp.float32)")
+        z = floating(z)
         label = f"{self.arity}:{self.layout}:{self.axis}:{self!r}"
         return marked(lambda z: join([self._apply(g, z) for g in self.members], self.axis, self.layout), z, label)
 
@@ -159,6 +159,33 @@ def linked(*members: Member, axis: int = -1, layout: Layout = "blocked") -> Link
     if len(members) == 1:
         members = (members[0], Mirrored(members[0]))
     return Link(members, axis=axis, layout=layout)
+
+
+def link_of(activation: Activation) -> Link:
+    """The link that an activation is, or that it is before training.
+
+    Raises:
+      TypeError: if it does not say.
+    """
+    link = getattr(activation, "link", None)
+    if not isinstance(link, Link):
+        raise TypeError(
+            f"an initialiser needs a Link or a module with a .link, got {brief(activation)}; pass a Link, e.g. "
+            f"linked(jax.nn.relu) or Link((jax.nn.relu,)), or to a layer: pass kernel_init"
+        )
+    return link
+
+
+def floating(z: ArrayLike) -> Array:
+    """The array z.
+
+    Raises:
+      TypeError: if it is none of floating-point numbers.
+    """
+    z = jnp.asarray(z)
+    if not jnp.issubdtype(z.dtype, jnp.floating):
+        raise TypeError(f"a link needs a floating-point z, got {z.dtype}; pass z.astype(jnp.float32)")
+    return z
 
 
 def join(parts: Sequence[Array], axis: int, layout: Layout) -> Array:

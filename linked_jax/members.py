@@ -147,6 +147,18 @@ def formula(member: Member) -> str:
     return f"{member_name(member.func)}({', '.join(['z', *arguments])})"
 
 
+def brief(value: Any) -> str:
+    """What an error shows of a value: a function's name, else its repr on one line, cut at 100 characters.
+
+    >>> import jax
+    >>> from linked_jax.members import brief
+    >>> brief(jax.nn.relu), len(brief("a" * 1000))
+    ('relu', 100)
+    """
+    line = " ".join((repr(value) if isinstance(value, type) else member_name(value)).split())
+    return line if len(line) <= 100 else f"{line[:97]}..."
+
+
 def evaluate(member: Member, z: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
     """g(z) in float64, also while JAX traces something else and whether or not x64 is enabled.
 
@@ -206,7 +218,7 @@ def is_elementwise(member: Member) -> bool:
         raise TypeError(f"{member!r} has an array of its own, which may go with one shape of z")
     if shapes != [_PLACES]:
         return False
-    if all(_is_elementwise(equation) for equation in _equations(traced)):
+    if all(_is_elementwise(equation) for equation in equations(traced)):
         return True
     here, z = (1, 1), np.sin(np.arange(1.0, 1 + np.prod(_PLACES))).reshape(_PLACES)
     others = -3 * z
@@ -218,12 +230,13 @@ _PLACES = (4, 6)
 _MIXING = ("cum", "sort", "rev", "dot", "conv_", "gather", "scatter", "dynamic", "fft", "reduce", "triangular", "while")
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Those of a jaxpr and of all within it."""
     for equation in jaxpr.eqns:
         yield equation
         for value in jax.tree.leaves(list(equation.params.values())):
             if hasattr(value, "eqns"):
-                yield from _equations(value)
+                yield from equations(value)
 
 
 def _is_elementwise(equation: Any) -> bool:
@@ -240,8 +253,8 @@ def check_member(member: Any) -> None:
       ValueError: if it is not elementwise.
     """
     if not callable(member) or isinstance(member, type):
-        raise TypeError(f"every member of a link is a function of z, got {member!r}; pass e.g. jax.nn.relu")
-    name = formula(member).replace("\n", " ")
+        raise TypeError(f"every member of a link is a function of z, got {brief(member)}; pass e.g. jax.nn.relu")
+    name = " ".join(formula(member).split())
     function = member.func if isinstance(member, functools.partial) else getattr(member, "g", member)
     if isinstance(function, np.ufunc) or (getattr(function, "__module__", None) or "").partition(".")[0] == "numpy":
         raise TypeError(f"every member of a link is built from jax.numpy, got NumPy's {name}; pass jax.numpy's")

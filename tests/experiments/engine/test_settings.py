@@ -6,11 +6,12 @@ import inspect
 import itertools
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
 from experiments import allcnn, covariate_shift, depth, parameters, resnet50, width
-from experiments.engine.errors import UsageError
+from experiments.engine.errors import UsageError, refuse_repeated, run_command
 from experiments.engine.rows import Row
 from experiments.engine.settings import Settings, check, named_rows, recorded, resumes
 from experiments.engine.study import command
@@ -69,6 +70,42 @@ def test_the_nets_are_every_combination_of_the_axes_once():
 
 
 # --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        ("--act relu --act lk_relu", "--act"),
+        ("--act=relu --seeds 2 --act lk_relu", "--act"),
+        ("--lr 0.1 --lr=0.2", "--lr"),
+        ("--train-size 10 --train_size 20", "--train-size"),
+        ("--shuffle --no-shuffle", "--no-shuffle"),
+        ("--seed 1 --seed 1", "--seed"),
+        ("width --jobs 2 -- --act relu --act lk_relu", "--act"),
+    ],
+)
+def test_an_option_that_is_given_twice_is_refused(line, option, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["width", *line.split()])
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: pytest.fail("it ran"))
+    assert ended.value.code == 2
+    error = f"error: {option} is given twice, and only the last would count; give it once with all values\n"
+    assert capsys.readouterr().err == error
+
+
+@pytest.mark.parametrize(
+    "line", ["", "--act relu lk_relu --lr 0.1 0.1", "width --out a --jobs 1 -- --out b", "a a -1 -1", "--b --c -- --b"]
+)
+def test_values_and_options_of_another_command_may_be_repeated(line):
+    refuse_repeated(line.split())
+
+
+def test_every_command_refuses_repeated_options():
+    root = Path(run_command.__code__.co_filename).parents[2]
+    for folder in ("experiments", "benchmarks"):
+        for path in (root / folder).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            assert "__main__" not in text or "run_command" in text or "tyro" not in text, path
 
 
 @pytest.mark.parametrize(("first", "count", "fine"), [(0, 1, True), (2**31 - 2, 2, True), (2**31 - 2, 3, False)])
