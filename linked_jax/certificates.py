@@ -140,9 +140,10 @@ def certify(
 
 
 def _known_dtype(dtype: Any) -> np.dtype:
+    # NumPy would take None for float64, and an array for its dtype.
     try:
-        known = None if dtype is None else jnp.dtype(dtype)  # NumPy takes None for float64
-    except TypeError:
+        known = None if dtype is None or isinstance(dtype, jax.Array | np.ndarray) else jnp.dtype(dtype)
+    except (TypeError, ValueError):
         known = None
     if known == np.float64:
         raise ValueError("certify cannot try all 2^64 float64 values (centuries); got float64, use float32")

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from linked_jax.linking import Activation, join, link_of
-from linked_jax.members import weights_of_z
+from linked_jax.members import as_array, weights_of_z
 from linked_jax.moments import mean_square
 
 Initializer = Callable[..., Array]
@@ -262,7 +262,7 @@ def embed_plain_kernel(
       >>> embed_plain_kernel(jnp.ones((1, 2)), lk_relu).tolist()
       [[1.0, 1.0], [0.0, 0.0]]
     """
-    kernel, link = jnp.asarray(kernel), link_of(link)
+    kernel, link = as_array(kernel), link_of(link)
     if kernel.ndim < 2:
         raise ValueError(f"a kernel has shape (*window, c_in, c_out), got {kernel.shape}; pass the weights of a layer")
     if not 0 <= member < link.arity:

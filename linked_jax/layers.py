@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
@@ -20,8 +19,8 @@ from jaxtyping import Array, Float
 from linked_jax.activations import ACTIVATIONS, SYNONYMS, lk_relu
 from linked_jax.initializers import Initializer, check_groups, default_kernel_init
 from linked_jax.learned import ChannelPReLU, LinkedPReLU
-from linked_jax.linking import Activation, Link
-from linked_jax.members import brief
+from linked_jax.linking import Activation, Link, floating
+from linked_jax.members import brief, whole_numbers
 
 
 class WeightOptions(TypedDict, total=False):
@@ -76,8 +75,7 @@ class LinkedLinear(nnx.Module):
       TypeError: if link is not a link.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
+      >>>       >>> from flax import nnx
       >>> from linked_jax import LinkedLinear, lk_swish
       >>> rngs = nnx.Rngs(0)
       >>> net = nnx.Sequential(nnx.Linear(8, 16, rngs=rngs), LinkedLinear(16, 3, link=lk_swish, rngs=rngs))
@@ -95,7 +93,7 @@ class LinkedLinear(nnx.Module):
         rngs: nnx.Rngs,
         **options: Unpack[LinearOptions],
     ):
-        _check_features(in_features, out_features)
+        _check_sizes(in_features, out_features, rngs)
         self.link = check_link(link)
         kernel_init = kernel_init or default_kernel_init(link)
         self.linear = nnx.Linear(link.arity * in_features, out_features, kernel_init=kernel_init, rngs=rngs, **options)
@@ -151,7 +149,8 @@ class LinkedConv(nnx.Module):
         **options: Unpack[ConvOptions],
     ):
         groups = options.get("feature_group_count", 1)
-        _check_features(in_features, out_features)
+        padding = options.get("padding", "SAME")
+        _check_sizes(in_features, out_features, rngs, kernel_size=kernel_size, strides=strides, padding=padding)
         self.link = check_link(link)
         check_groups(link, groups)
         if in_features % groups or out_features % groups:
@@ -195,8 +194,7 @@ class LinkedConvTranspose(nnx.Module):
       TypeError: if link is not a link.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
+      >>>       >>> from flax import nnx
       >>> from linked_jax import LinkedConvTranspose
       >>> LinkedConvTranspose(4, 2, (4, 4), strides=2, rngs=nnx.Rngs(0))(jnp.ones((1, 8, 8, 4))).shape
       (1, 16, 16, 2)
@@ -214,7 +212,8 @@ class LinkedConvTranspose(nnx.Module):
         rngs: nnx.Rngs,
         **options: Unpack[ConvTransposeOptions],
     ):
-        _check_features(in_features, out_features)
+        padding = options.get("padding", "SAME")
+        _check_sizes(in_features, out_features, rngs, kernel_size=kernel_size, strides=strides, padding=padding)
         self.link = check_link(link)
         if "transpose_kernel" in options:
             raise ValueError("a linked kernel has shape (*kernel_size, d*C, out_features); leave out transpose_kernel")
@@ -324,17 +323,32 @@ def check_link(link: Activation) -> Activation:
     return link
 
 
-def _check_features(in_features: int, out_features: int) -> None:
+def _check_sizes(in_features: int, out_features: int, rngs: nnx.Rngs, **sizes: Any) -> None:
+    """Refuse what Flax would fail on later, or in words about its own layers."""
     for features in (in_features, out_features):
-        if isinstance(features, bool) or not isinstance(features, int | np.integer):
+        if isinstance(features, list | tuple):
             raise TypeError(f"in_features and out_features are integers, got {brief(features)}; pass counts")
+        whole_numbers("in_features or out_features", features)
     if min(in_features, out_features) < 1:
         raise ValueError(f"in_features and out_features are at least 1, got {in_features} and {out_features}")
+    if not callable(getattr(rngs, "params", None)):
+        raise TypeError(f"rngs are Flax' random streams, got {brief(rngs)}; pass nnx.Rngs(0)")
+    padding = sizes.pop("padding", "SAME")
+    if isinstance(padding, str) and padding.upper() not in _PADDINGS:
+        raise ValueError(f"padding is one of {', '.join(_PADDINGS)}, or numbers, got {padding!r}")
+    if not isinstance(padding, str | int | np.integer | list | tuple):
+        raise TypeError(f"padding is a string, an integer or a sequence, got {brief(padding)}; pass e.g. 'SAME'")
+    for name, value in sizes.items():
+        if min(whole_numbers(name, value), default=0) < 1:
+            raise ValueError(f"{name} is at least 1, got {value}")
+
+
+_PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
 
 
 def _after_link(layer: nnx.Linear | nnx.Conv | nnx.ConvTranspose, link: Activation, z: Array) -> Array:
     """layer(link(z)), of which the backward pass keeps z alone."""
-    z, channels = jnp.asarray(z), layer.in_features // link.arity
+    z, channels = floating(z), layer.in_features // link.arity
     least = len(layer.kernel.shape) - 1
     if z.ndim < least or z.shape[-1] != channels:
         raise ValueError(

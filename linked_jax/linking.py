@@ -15,7 +15,18 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, ArrayLike, Float
 
-from linked_jax.members import Member, Mirrored, Saved, Value, brief, check_member, formula, jumps_at_zero, member_key
+from linked_jax.members import (
+    Member,
+    Mirrored,
+    Saved,
+    Value,
+    as_array,
+    brief,
+    check_member,
+    formula,
+    jumps_at_zero,
+    member_key,
+)
 
 Layout = Literal["blocked", "interleaved"]
 
@@ -182,10 +193,10 @@ def floating(z: ArrayLike) -> Array:
     Raises:
       TypeError: if it is none of floating-point numbers.
     """
-    z = jnp.asarray(z)
-    if not jnp.issubdtype(z.dtype, jnp.floating):
-        raise TypeError(f"a link needs a floating-point z, got {z.dtype}; pass z.astype(jnp.float32)")
-    return z
+    array = as_array(z)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"a link needs a floating-point z, got {array.dtype}; pass z.astype(jnp.float32)")
+    return array
 
 
 def join(parts: Sequence[Array], axis: int, layout: Layout) -> Array:

@@ -159,6 +159,30 @@ def brief(value: Any) -> str:
     return line if len(line) <= 100 else f"{line[:97]}..."
 
 
+def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
+    """The value, an integer or several, as a tuple.
+
+    Raises:
+      TypeError: if it is neither.
+    """
+    numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if any(isinstance(number, bool) or not isinstance(number, int | np.integer) for number in numbers):
+        raise TypeError(f"{name} is an integer or a tuple of integers, got {brief(value)}; pass e.g. 3")
+    return numbers
+
+
+def as_array(value: Any) -> Array:
+    """The value as an array.
+
+    Raises:
+      TypeError: if it is none.
+    """
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"an array is needed, got {brief(value)}; pass e.g. jnp.ones((8, 3))") from error
+
+
 def evaluate(member: Member, z: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
     """g(z) in float64, also while JAX traces something else and whether or not x64 is enabled.
 

@@ -746,7 +746,7 @@ def test_z_with_other_channels_or_too_few_axes_is_refused(unchecked, link, make,
 @over_layers
 @pytest.mark.parametrize("link", [lk_relu, LinkedPReLU(3)], ids=["Link", "module"])
 def test_z_of_integers_is_refused(unchecked, link, make, shape):
-    with pytest.raises(TypeError, match="floating-point z, got int32; pass z.astype"):
+    with pytest.raises(TypeError, match="floating-point z, got int32; pass z"):
         make(link=link, rngs=nnx.Rngs(0))(jnp.ones(shape, int))
 
 
@@ -757,7 +757,7 @@ def test_features_are_integers(unchecked, features):
         lambda: LinkedConv(3, features, 3, rngs=nnx.Rngs(0)),
         lambda: LinkedConvTranspose(features, 3, 3, rngs=nnx.Rngs(0)),
     ):
-        with pytest.raises(TypeError, match=f"are integers, got {features!r}"):
+        with pytest.raises(TypeError, match=f"is an integer or .*, got {features!r}"):
             make()
 
 
