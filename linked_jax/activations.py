@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from linked_jax.linking import Layout, Link, floating, fourier, from_the_right, join, linked, min_max
+from linked_jax.members import as_array
 
 
 def prelu(z: Float[Array, "..."], negative_slope: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
@@ -45,7 +46,10 @@ def prelu(z: Float[Array, "..."], negative_slope: Float[ArrayLike, "..."]) -> Fl
       Array([-0.5,  3. ], dtype=float32)
     """
     z = floating(z)
-    return jnp.where(z > 0, z, jnp.asarray(negative_slope, z.dtype) * z)
+    slope = as_array(negative_slope).astype(z.dtype)
+    if 0 < slope.ndim < z.ndim:
+        slope = jnp.expand_dims(slope, range(z.ndim - slope.ndim))
+    return jnp.where(z > 0, z, slope * z)
 
 
 def linked_prelu(

@@ -287,7 +287,7 @@ def _unit_columns(
 ) -> Float[Array, "rows columns"]:
     """Orthonormal columns; if there are more columns than rows, orthogonal rows, and columns of norm 1 on average."""
     scale = max(1.0, columns / groups / rows) ** 0.5
-    drawn_in = jnp.promote_types(dtype, jnp.float32)  # JAX has no QR in half precision
+    drawn_in = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32  # JAX has no QR in half precision
     orthogonal = jax.nn.initializers.orthogonal(scale)
     keys = key[None] if groups == 1 else jax.random.split(key, groups)
     blocks = jax.vmap(lambda key: orthogonal(key, (rows, columns // groups), drawn_in))(keys)
