@@ -71,11 +71,12 @@ class LinkedLinear(nnx.Module):
       **options: all else that `flax.nnx.Linear` takes: use_bias, bias_init, dtype, param_dtype, precision, ...
 
     Raises:
-      ValueError: if a number of features is below 1.
-      TypeError: if link is not a link.
+      ValueError: if a size is below 1; when called, if z has other channels or too few axes.
+      TypeError: if link is not a link, a size no integer, or rngs are no streams; when called, if z is not of floats.
 
     Example:
-      >>>       >>> from flax import nnx
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
       >>> from linked_jax import LinkedLinear, lk_swish
       >>> rngs = nnx.Rngs(0)
       >>> net = nnx.Sequential(nnx.Linear(8, 16, rngs=rngs), LinkedLinear(16, 3, link=lk_swish, rngs=rngs))
@@ -190,11 +191,12 @@ class LinkedConvTranspose(nnx.Module):
       **options: all else that `flax.nnx.ConvTranspose` takes but transpose_kernel.
 
     Raises:
-      ValueError: if a number of features is below 1.
-      TypeError: if link is not a link.
+      ValueError: if a size is below 1; when called, if z has other channels or too few axes.
+      TypeError: if link is not a link, a size no integer, or rngs are no streams; when called, if z is not of floats.
 
     Example:
-      >>>       >>> from flax import nnx
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
       >>> from linked_jax import LinkedConvTranspose
       >>> LinkedConvTranspose(4, 2, (4, 4), strides=2, rngs=nnx.Rngs(0))(jnp.ones((1, 8, 8, 4))).shape
       (1, 16, 16, 2)
