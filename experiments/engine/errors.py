@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NoReturn
 
 
@@ -32,30 +32,9 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def refuse_repeated(arguments: Iterable[str]) -> None:
-    """Refuse an option that is given twice, of which tyro would drop the first in silence; options after -- are others.
-
-    Raises:
-      UsageError: with the option.
-
-    >>> from experiments.engine.errors import refuse_repeated
-    >>> refuse_repeated(["--act", "relu", "lk_relu", "--seed", "1", "--", "--act", "elu"])
-    """
-    given = set()
-    for argument in arguments:
-        option = argument.partition("=")[0].replace("_", "-")
-        name = option.replace("--no-", "--", 1)
-        if argument == "--":
-            given.clear()
-        elif argument.startswith("--") and name in given:
-            raise UsageError(f"{option} is given twice, and only the last would count; give it once with all values")
-        given.add(name)
-
-
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Call main and end the process: 0, 2 on a usage error, 3 on a non-finite loss, 130 on Ctrl-C, 143 on SIGTERM."""
     try:
-        refuse_repeated(sys.argv[1:])
         main()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiments import allcnn, covariate_shift, depth, parameters, resnet50, width
-from experiments.engine.errors import UsageError, refuse_repeated, run_command
+from experiments.engine.errors import UsageError
 from experiments.engine.rows import Row
 from experiments.engine.settings import Settings, check, named_rows, recorded, resumes
 from experiments.engine.study import command
@@ -78,34 +78,24 @@ def test_the_nets_are_every_combination_of_the_axes_once():
         ("--act relu --act lk_relu", "--act"),
         ("--act=relu --seeds 2 --act lk_relu", "--act"),
         ("--lr 0.1 --lr=0.2", "--lr"),
-        ("--train-size 10 --train_size 20", "--train-size"),
-        ("--shuffle --no-shuffle", "--no-shuffle"),
-        ("--seed 1 --seed 1", "--seed"),
-        ("width --jobs 2 -- --act relu --act lk_relu", "--act"),
+        ("--act relu --depth 3 --init auto --depth 4", "--depth"),
     ],
 )
-def test_an_option_that_is_given_twice_is_refused(line, option, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["width", *line.split()])
-    with pytest.raises(SystemExit) as ended:
-        run_command(lambda: pytest.fail("it ran"))
-    assert ended.value.code == 2
-    error = f"error: {option} is given twice, and only the last would count; give it once with all values\n"
-    assert capsys.readouterr().err == error
+def test_a_list_that_is_given_twice_is_refused(line, option):
+    with pytest.raises(UsageError, match=f"{option} is given twice, .*; give it once: {option} A B"):
+        depth.TABLE.parse(line.split())
 
 
-@pytest.mark.parametrize(
-    "line", ["", "--act relu lk_relu --lr 0.1 0.1", "width --out a --jobs 1 -- --out b", "a a -1 -1", "--b --c -- --b"]
-)
-def test_values_and_options_of_another_command_may_be_repeated(line):
-    refuse_repeated(line.split())
+def test_a_list_may_override_the_one_before_the_command_line():
+    settings = depth.TABLE.parse(["--act", "relu", "elu", "--seed", "1", "--seed=2"], ["--act", "all", "--lr", "1"])
+    assert (settings.act, settings.lr, settings.seed) == (("relu", "elu"), (1.0,), 2)
 
 
-def test_every_command_refuses_repeated_options():
-    root = Path(run_command.__code__.co_filename).parents[2]
-    for folder in ("experiments", "benchmarks"):
-        for path in (root / folder).rglob("*.py"):
-            text = path.read_text(encoding="utf-8")
-            assert "__main__" not in text or "run_command" in text or "tyro" not in text, path
+def test_every_command_with_lists_reads_them_so():
+    root = Path(depth.__file__).parent
+    for path in [*root.glob("*.py"), *root.glob("*/__main__.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert "tyro.cli" not in text or ": tuple[" not in text.split("def main")[0], path
 
 
 @pytest.mark.parametrize(("first", "count", "fine"), [(0, 1, True), (2**31 - 2, 2, True), (2**31 - 2, 3, False)])
