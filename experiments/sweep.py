@@ -118,7 +118,7 @@ def plan(sweep: Sweep, passed_on: Sequence[str], out: Path) -> list[Job]:
         if getattr(sweep, name) < 1:
             raise UsageError(f"--{name} is at least 1, got {getattr(sweep, name)}")
     table, before = SWEEPS[sweep.name]
-    asked = table.parse([*before.split(), *passed_on])
+    asked = table.parse(passed_on, before.split())
     for option in ("--out", "--resume", "--seeds"):
         if any(argument.split("=")[0] == option for argument in passed_on):
             raise UsageError(f"{option} after -- is for the sweep to say; put it before --, or leave it out")

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from linked_jax.linking import Layout, Link, fourier, from_the_right, join, linked, min_max
+from linked_jax.linking import Layout, Link, floating, fourier, from_the_right, join, linked, min_max
+from linked_jax.members import as_array
 
 
 def prelu(z: Float[Array, "..."], negative_slope: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
@@ -44,7 +45,11 @@ def prelu(z: Float[Array, "..."], negative_slope: Float[ArrayLike, "..."]) -> Fl
       >>> prelu(jnp.array([-2.0, 3.0]), 0.25)
       Array([-0.5,  3. ], dtype=float32)
     """
-    return jnp.where(z > 0, z, jnp.asarray(negative_slope, z.dtype) * z)
+    z = floating(z)
+    slope = as_array(negative_slope).astype(z.dtype)
+    if 0 < slope.ndim < z.ndim:
+        slope = jnp.expand_dims(slope, range(z.ndim - slope.ndim))
+    return jnp.where(z > 0, z, slope * z)
 
 
 def linked_prelu(
@@ -73,6 +78,7 @@ def linked_prelu(
       >>> linked_prelu(jnp.array([-4.0]), 0.5, 0.25)
       Array([-2.,  4.], dtype=float32)
     """
+    z = floating(z)
     members = (lambda z: prelu(z, positive_slope)), (lambda z: prelu(-z, mirrored_slope))
     return join([from_the_right(g)(z) for g in members], -1, layout)
 

@@ -23,6 +23,7 @@ from jaxtyping import Array
 
 from linked_jax.layers import get_activation
 from linked_jax.linking import Link
+from linked_jax.members import brief, equations, is_elementwise
 
 _CHUNK = 2**20  # values tried at once: their temporaries fit a CPU's cache, three times as fast as 2**22
 _KEPT_INTERVALS = 64
@@ -80,7 +81,8 @@ def certify(
 ) -> Certificate:
     """Try every finite value of a dtype and tell where a link is dead, and how small its gradient gets.
 
-    The derivatives are those that the link itself gives under `jax.jit`, the rule at z = 0 included.
+    The derivatives are those that the link itself gives under `jax.jit`, the rule at z = 0 included; a custom_vjp is
+    pulled back. The values tried include NaN, so jax_debug_nans and jax_debug_infs are off meanwhile.
 
     Args:
       link: a `Link`, an elementwise function, or any function of z (N, 1) to (N, d).
@@ -91,8 +93,9 @@ def certify(
       A `Certificate`. Memory stays below 1 GiB.
 
     Raises:
-      ValueError: for another dtype: 2^64 float64 values would take centuries.
-      TypeError: if link is not callable.
+      ValueError: for another dtype: 2^64 float64 values would take centuries. If link does not map z of shape (N, 1) to
+        (N, d), each row on its own.
+      TypeError: if link is not a function of JAX arrays.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -102,27 +105,23 @@ def certify(
       >>> certify(linked(jnp.tanh), jnp.bfloat16).linked
       False
     """
-    dtype = jnp.dtype(dtype)
-    if dtype.name == "float64":
-        raise ValueError("certify cannot try all 2^64 float64 values (centuries); got float64, use float32")
-    if dtype.name not in DTYPES:
-        raise ValueError(f"certify tries every value of {', '.join(DTYPES)}; got {dtype.name}")
-    if not callable(link):
-        raise TypeError(f"certify needs a link or a function of z, got {link!r}")
+    dtype = _known_dtype(dtype)
     if isinstance(link, Link):
         link = dataclasses.replace(link, axis=-1)
     start = time.perf_counter()
-    survey = jax.jit(functools.partial(_survey, link, dtype))
-    details = jax.jit(functools.partial(_details, link, dtype))
-    found = _Findings()
-    num_keys = 2 ** (dtype.itemsize * 8)
-    for first_key in range(0, num_keys, _CHUNK):
-        chunk = jax.tree.map(np.asarray, survey(jnp.uint32(first_key)))
-        if found.adds_something(chunk):
-            chunk |= jax.tree.map(np.asarray, details(jnp.uint32(first_key)))
-        found.add(first_key, chunk)
-        if progress is not None:
-            progress(min(1.0, (first_key + _CHUNK) / num_keys))
+    with jax.debug_nans(False), jax.debug_infs(False):
+        derivatives = functools.partial(_derivatives(link, dtype), link)
+        survey = jax.jit(functools.partial(_survey, derivatives, dtype))
+        details = jax.jit(functools.partial(_details, derivatives, dtype))
+        found = _Findings()
+        num_keys = 2 ** (dtype.itemsize * 8)
+        for first_key in range(0, num_keys, _CHUNK):
+            chunk = jax.tree.map(np.asarray, survey(jnp.uint32(first_key)))
+            if found.adds_something(chunk):
+                chunk |= jax.tree.map(np.asarray, details(jnp.uint32(first_key)))
+            found.add(first_key, chunk)
+            if progress is not None:
+                progress(min(1.0, (first_key + _CHUNK) / num_keys))
     ends = np.asarray(found.dead_keys, dtype=np.uint32).reshape(-1, 2)
     intervals = np.asarray(_ordered_values(jnp.asarray(ends), dtype), np.float64)
     return Certificate(
@@ -140,6 +139,47 @@ def certify(
     )
 
 
+def _known_dtype(dtype: Any) -> np.dtype:
+    # NumPy would take None for float64, and an array for its dtype.
+    try:
+        known = None if dtype is None or isinstance(dtype, jax.Array | np.ndarray) else jnp.dtype(dtype)
+    except (TypeError, ValueError):
+        known = None
+    if known == np.float64:
+        raise ValueError("certify cannot try all 2^64 float64 values (centuries); got float64, use float32")
+    if known is None or known.name not in DTYPES:
+        raise ValueError(f"certify tries every value of {', '.join(DTYPES)}; got {known or brief(dtype)}")
+    return known
+
+
+def _derivatives(link: Callable, dtype: np.dtype) -> Callable[[Callable, Array], Array]:
+    """The way to a link's derivatives, once it is known to be one."""
+    if not callable(link) or isinstance(link, type):
+        raise TypeError(f"certify needs a link or a function of z, got {brief(link)}; pass e.g. linked(jax.nn.relu)")
+    z = jax.ShapeDtypeStruct((8, 1), dtype)
+    try:
+        h = jax.eval_shape(lambda z: link(z), z)
+    except jax.errors.TracerArrayConversionError as error:
+        raise TypeError(f"certify needs a function built from jax.numpy, got NumPy's {brief(link)}") from error
+    shape = getattr(h, "shape", None)
+    if shape is None or shape[:-1] != (8,) or (shape == (8, 1) and not is_elementwise(link)):
+        raise ValueError(
+            f"certify needs an elementwise function, or one of z of shape (N, 1) to (N, d), got {brief(link)}, which "
+            f"makes {'no array' if shape is None else shape} of (8, 1); pass e.g. linked(jax.nn.relu)"
+        )
+    pulled = any("custom_vjp" in e.primitive.name for e in equations(jax.make_jaxpr(link)(z)))  # has no forward mode
+    return _pulled if pulled else _pushed
+
+
+def _pushed(link: Callable, z: Array) -> Array:
+    return jax.jvp(link, (z,), (jnp.ones_like(z),))[1]
+
+
+def _pulled(link: Callable, z: Array) -> Array:
+    h, pull = jax.vjp(link, z)
+    return jnp.concatenate([pull(jnp.zeros_like(h).at[:, i].set(1))[0] for i in range(h.shape[-1])], axis=-1)
+
+
 def _ordered_values(keys: Array, dtype: np.dtype) -> Array:
     """The key-th value of a dtype in rising order: -nan, -inf, ..., -0.0, 0.0, ..., inf, nan."""
     bits = dtype.itemsize * 8
@@ -148,19 +188,18 @@ def _ordered_values(keys: Array, dtype: np.dtype) -> Array:
     return jax.lax.bitcast_convert_type(patterns.astype(f"uint{bits}"), dtype)
 
 
-def _gradients(link: Callable, dtype: np.dtype, first_key: Array) -> tuple[Array, Array, Array]:
+def _gradients(derivatives: Callable, dtype: np.dtype, first_key: Array) -> tuple[Array, Array, Array]:
     """The values z of a chunk, max_i |g_i'(z)| where all are finite (else inf), and where some are not."""
     size = min(_CHUNK, 2 ** (dtype.itemsize * 8))
     z = _ordered_values(first_key + jnp.arange(size, dtype=jnp.uint32), dtype)[:, None]
-    _, gradients = jax.jvp(link, (z,), (jnp.ones_like(z),))
-    z, gradients = z[:, 0], jnp.abs(gradients).astype(jnp.float32)
+    z, gradients = z[:, 0], jnp.abs(derivatives(z)).astype(jnp.float32)
     all_finite = jnp.isfinite(gradients).all(axis=-1)
     largest = jnp.where(jnp.isfinite(z) & all_finite, gradients.max(axis=-1), jnp.inf)
     return z, largest, jnp.isfinite(z) & ~all_finite
 
 
-def _survey(link: Callable, dtype: np.dtype, first_key: Array) -> dict[str, Array]:
-    z, largest, bad = _gradients(link, dtype, first_key)
+def _survey(derivatives: Callable, dtype: np.dtype, first_key: Array) -> dict[str, Array]:
+    z, largest, bad = _gradients(derivatives, dtype, first_key)
     return {
         "inputs": jnp.isfinite(z).sum(),
         "least": largest.min(),
@@ -169,8 +208,8 @@ def _survey(link: Callable, dtype: np.dtype, first_key: Array) -> dict[str, Arra
     }
 
 
-def _details(link: Callable, dtype: np.dtype, first_key: Array) -> dict[str, Array]:
-    z, largest, bad = _gradients(link, dtype, first_key)
+def _details(derivatives: Callable, dtype: np.dtype, first_key: Array) -> dict[str, Array]:
+    z, largest, bad = _gradients(derivatives, dtype, first_key)
     return {
         "argmin": z[largest.argmin()].astype(jnp.float32),
         "nearest_bad": _nearest_to_zero(z, bad).astype(jnp.float32),

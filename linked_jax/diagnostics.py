@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from linked_jax.linking import Layout
+from linked_jax.members import as_array, brief
 
 
 class UnitStatistics(NamedTuple):
@@ -161,7 +162,7 @@ def live_units(h: Float[Array, "... c_linked"], *, arity: int = 1, layout: Layou
       >>> live_units(relu(z)).tolist(), live_units(lk_relu(z), arity=2).tolist()
       ([False, True], [True, True])
     """
-    return (by_member(h, arity, layout) != 0).any(axis=(0, 1))
+    return (by_member(as_array(h), arity, layout) != 0).any(axis=(0, 1))
 
 
 def dead_units(stats: UnitStatistics) -> Bool[Array, " c"]:
@@ -303,9 +304,9 @@ def not_finite_units(stats: UnitStatistics) -> Bool[Array, " c"]:
 
 def by_member(x: Array, arity: int, layout: Layout) -> Array:
     """(..., d*C) -> (n, d, C), whatever the layout."""
-    if arity < 1 or x.shape[-1] % arity:
-        raise ValueError(f"the channels of h are a multiple of the arity, got {x.shape[-1]} channels and arity {arity}")
+    if arity < 1 or x.ndim < 1 or x.shape[-1] % arity:
+        raise ValueError(f"the channels of h are a multiple of the arity, got h of shape {x.shape} and arity {arity}")
     if layout not in ("blocked", "interleaved"):
-        raise ValueError(f"layout is 'blocked' or 'interleaved', got {layout!r}")
+        raise ValueError(f"layout is 'blocked' or 'interleaved', got {brief(layout)}")
     n, c = math.prod(x.shape[:-1]), x.shape[-1] // arity
     return x.reshape(n, arity, c) if layout == "blocked" else x.reshape(n, c, arity).swapaxes(1, 2)

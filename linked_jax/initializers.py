@@ -23,7 +23,8 @@ With a dilated kernel the blocks tile only where dilation and stride share no fa
 leaves the other pixels out. With VALID padding, border pixels take no part in the gradient. A stem has no link before
 it: give it the link of one member `Link((lambda z: z,))`, for which variance_preserving is orthogonal initialisation.
 
-Every function here returns an init(key, shape, dtype) for the whole kernel of the layer, as Flax wants it.
+A function here takes a link, or a module such as `LinkedPReLU` for the link that it starts as; anything else is a
+TypeError. Those for kernels return an init(key, shape, dtype) for the whole kernel of the layer, as Flax wants it.
 """
 
 import functools
@@ -35,8 +36,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from linked_jax.linking import Activation, Link, join
-from linked_jax.members import weights_of_z
+from linked_jax.linking import Activation, join, link_of
+from linked_jax.members import as_array, weights_of_z
 from linked_jax.moments import mean_square
 
 Initializer = Callable[..., Array]
@@ -44,13 +45,13 @@ Initializer = Callable[..., Array]
 _READ_OUT_TOLERANCE = 1e-6
 
 
-def gain(link: Link) -> float:
+def gain(link: Activation) -> float:
     """The kernel scale that keeps the mean square of a standard normal pre-activation.
 
         gain = 1 / sqrt(mean_i E[g_i(z)^2]),   kernel entries of variance gain^2 / fan_in,   fan_in = d * C_in * window
 
     Args:
-      link: any `Link`; sqrt(2) for relu and for lk_relu.
+      link: any `Link`, or a module with one; sqrt(2) for relu and for lk_relu.
 
     Returns:
       A float.
@@ -65,6 +66,7 @@ def gain(link: Link) -> float:
       >>> round(gain(lk_relu) ** 2, 9)
       2.0
     """
+    link = link_of(link)
     size = sum(mean_square(member) for member in link.members) / link.arity
     if size <= 0:
         raise ValueError(f"no gain exists for {link}: its Gaussian mean square is {size}; pass a link that is not zero")
@@ -72,7 +74,7 @@ def gain(link: Link) -> float:
 
 
 def variance_preserving(
-    link: Link, *, strides: int | Sequence[int] = 1, feature_group_count: int = 1, transpose: bool = False
+    link: Activation, *, strides: int | Sequence[int] = 1, feature_group_count: int = 1, transpose: bool = False
 ) -> Initializer:
     """An orthogonal kernel scaled by the link's gain: the forward mean square stays 1 on average.
 
@@ -82,7 +84,7 @@ def variance_preserving(
     meets one entry of s^n.
 
     Args:
-      link: any link of `linked_jax`.
+      link: any `Link`, or a module with one.
       strides: those of the convolution, an integer or one per spatial axis; only a transposed one depends on them.
       feature_group_count: the number of groups G that the convolution splits the channels into.
       transpose: whether the kernel is that of a transposed convolution.
@@ -100,6 +102,7 @@ def variance_preserving(
       >>> variance_preserving(lk_selu)(jax.random.key(0), (3, 3, 8, 4)).shape
       (3, 3, 8, 4)
     """
+    link = link_of(link)
     scale = gain(link)
     check_groups(link, feature_group_count)
 
@@ -114,15 +117,14 @@ def variance_preserving(
     return init
 
 
-@functools.lru_cache(maxsize=1024)
-def read_out(link: Link) -> tuple[float, ...]:
+def read_out(link: Activation) -> tuple[float, ...]:
     """The coefficients that read z back from its link: sum_i a_i g_i(z) = z.
 
     Minimum-norm least squares over |z| from 1e-3 to 1e3, so that a saturating link is refused. For the mirror of relu,
     swish, gelu and softplus a = (1, -1); for leaky relu that over 1 + negative_slope; for min_max (1, 1).
 
     Args:
-      link: any `Link`.
+      link: any `Link`, or a module with one.
 
     Returns:
       d floats.
@@ -135,7 +137,7 @@ def read_out(link: Link) -> tuple[float, ...]:
       >>> [round(a, 6) for a in read_out(lk_swish)]
       [1.0, -1.0]
     """
-    coefficients, deviation = weights_of_z(link.members)
+    coefficients, deviation = _weights_of_z((link := link_of(link)).members)
     if deviation > _READ_OUT_TOLERANCE:
         raise ValueError(
             f"looks_linear needs a link whose members sum to z with some weights; the best weights of {link} miss z by "
@@ -144,8 +146,11 @@ def read_out(link: Link) -> tuple[float, ...]:
     return tuple(float(round(a, 12)) for a in coefficients)
 
 
+_weights_of_z = functools.lru_cache(maxsize=1024)(weights_of_z)
+
+
 def looks_linear(
-    link: Link, *, strides: int | Sequence[int] = 1, feature_group_count: int = 1, transpose: bool = False
+    link: Activation, *, strides: int | Sequence[int] = 1, feature_group_count: int = 1, transpose: bool = False
 ) -> Initializer:
     """A kernel that undoes its link: the layer starts linear and, at C_in = C_out and stride 1, isometric.
 
@@ -156,7 +161,7 @@ def looks_linear(
     first and mirrored after. See the table at the top of this file for other shapes.
 
     Args:
-      link: a link that has a `read_out`; both layouts.
+      link: a link that has a `read_out`, or a module with one; both layouts.
       strides: those of the convolution, an integer or one per spatial axis.
       feature_group_count: the number of groups G that the convolution splits the channels into.
       transpose: whether the kernel is that of a transposed convolution.
@@ -178,6 +183,7 @@ def looks_linear(
       >>> bool((kernel[:4] == -kernel[4:]).all())
       True
     """
+    link = link_of(link)
     coefficients = read_out(link)
     check_groups(link, feature_group_count)
 
@@ -204,12 +210,12 @@ def looks_linear(
 
 
 def default_kernel_init(
-    link: Link, *, strides: int | Sequence[int] = 1, feature_group_count: int = 1, transpose: bool = False
+    link: Activation, *, strides: int | Sequence[int] = 1, feature_group_count: int = 1, transpose: bool = False
 ) -> Initializer:
     """`looks_linear` where the link has a read-out, else `variance_preserving`.
 
     Args:
-      link: any `Link`.
+      link: any `Link`, or a module with one.
       strides: those of the convolution, see `looks_linear`.
       feature_group_count: the number of groups G that the convolution splits the channels into.
       transpose: whether the kernel is that of a transposed convolution.
@@ -233,7 +239,7 @@ def default_kernel_init(
 
 
 def embed_plain_kernel(
-    kernel: Float[Array, "*window c_in c_out"], link: Link, *, member: int = 0
+    kernel: Float[Array, "*window c_in c_out"], link: Activation, *, member: int = 0
 ) -> Float[Array, "*window c_linked c_out"]:
     """The linked kernel that computes what a plain layer after g_member did: zeros for all other members.
 
@@ -256,6 +262,7 @@ def embed_plain_kernel(
       >>> embed_plain_kernel(jnp.ones((1, 2)), lk_relu).tolist()
       [[1.0, 1.0], [0.0, 0.0]]
     """
+    kernel, link = as_array(kernel), link_of(link)
     if kernel.ndim < 2:
         raise ValueError(f"a kernel has shape (*window, c_in, c_out), got {kernel.shape}; pass the weights of a layer")
     if not 0 <= member < link.arity:
@@ -280,7 +287,7 @@ def _unit_columns(
 ) -> Float[Array, "rows columns"]:
     """Orthonormal columns; if there are more columns than rows, orthogonal rows, and columns of norm 1 on average."""
     scale = max(1.0, columns / groups / rows) ** 0.5
-    drawn_in = jnp.promote_types(dtype, jnp.float32)  # JAX has no QR in half precision
+    drawn_in = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32  # JAX has no QR in half precision
     orthogonal = jax.nn.initializers.orthogonal(scale)
     keys = key[None] if groups == 1 else jax.random.split(key, groups)
     blocks = jax.vmap(lambda key: orthogonal(key, (rows, columns // groups), drawn_in))(keys)
@@ -296,7 +303,7 @@ def _block(strides: int | Sequence[int], shape: Sequence[int]) -> tuple[int, ...
     return tuple(min(step, size) for step, size in zip(steps, window, strict=True))
 
 
-def _check_shape(shape: Sequence[int], link: Link, groups: int) -> int:
+def _check_shape(shape: Sequence[int], link: Activation, groups: int) -> int:
     """The number of pre-activations of a group in a linked kernel's shape."""
     if len(shape) < 2 or shape[-2] % link.arity:
         raise ValueError(

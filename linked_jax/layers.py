@@ -19,7 +19,8 @@ from jaxtyping import Array, Float
 from linked_jax.activations import ACTIVATIONS, SYNONYMS, lk_relu
 from linked_jax.initializers import Initializer, check_groups, default_kernel_init
 from linked_jax.learned import ChannelPReLU, LinkedPReLU
-from linked_jax.linking import Activation, Link
+from linked_jax.linking import Activation, Link, floating
+from linked_jax.members import brief, whole_numbers
 
 
 class WeightOptions(TypedDict, total=False):
@@ -70,8 +71,8 @@ class LinkedLinear(nnx.Module):
       **options: all else that `flax.nnx.Linear` takes: use_bias, bias_init, dtype, param_dtype, precision, ...
 
     Raises:
-      ValueError: if a number of features is below 1.
-      TypeError: if link is not a link.
+      ValueError: if a size is below 1; when called, if z has other channels or too few axes.
+      TypeError: if link is not a link, a size no integer, or rngs are no streams; when called, if z is not of floats.
 
     Example:
       >>> import jax.numpy as jnp
@@ -93,14 +94,14 @@ class LinkedLinear(nnx.Module):
         rngs: nnx.Rngs,
         **options: Unpack[LinearOptions],
     ):
-        _check_features(in_features, out_features)
+        _check_sizes(in_features, out_features, rngs)
         self.link = check_link(link)
-        kernel_init = kernel_init or default_kernel_init(link_at_start(link))
+        kernel_init = kernel_init or default_kernel_init(link)
         self.linear = nnx.Linear(link.arity * in_features, out_features, kernel_init=kernel_init, rngs=rngs, **options)
 
     def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
         """z (..., in_features) -> (..., out_features)."""
-        return jax.checkpoint(lambda z: self.linear(self.link(z)))(z)
+        return _after_link(self.linear, self.link, z)
 
 
 class LinkedConv(nnx.Module):
@@ -149,7 +150,8 @@ class LinkedConv(nnx.Module):
         **options: Unpack[ConvOptions],
     ):
         groups = options.get("feature_group_count", 1)
-        _check_features(in_features, out_features)
+        padding = options.get("padding", "SAME")
+        _check_sizes(in_features, out_features, rngs, kernel_size=kernel_size, strides=strides, padding=padding)
         self.link = check_link(link)
         check_groups(link, groups)
         if in_features % groups or out_features % groups:
@@ -169,7 +171,7 @@ class LinkedConv(nnx.Module):
 
     def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
         """z (N, *space, in_features) -> (N, *space', out_features)."""
-        return jax.checkpoint(lambda z: self.conv(self.link(z)))(z)
+        return _after_link(self.conv, self.link, z)
 
 
 class LinkedConvTranspose(nnx.Module):
@@ -189,8 +191,8 @@ class LinkedConvTranspose(nnx.Module):
       **options: all else that `flax.nnx.ConvTranspose` takes but transpose_kernel.
 
     Raises:
-      ValueError: if a number of features is below 1.
-      TypeError: if link is not a link.
+      ValueError: if a size is below 1; when called, if z has other channels or too few axes.
+      TypeError: if link is not a link, a size no integer, or rngs are no streams; when called, if z is not of floats.
 
     Example:
       >>> import jax.numpy as jnp
@@ -212,7 +214,8 @@ class LinkedConvTranspose(nnx.Module):
         rngs: nnx.Rngs,
         **options: Unpack[ConvTransposeOptions],
     ):
-        _check_features(in_features, out_features)
+        padding = options.get("padding", "SAME")
+        _check_sizes(in_features, out_features, rngs, kernel_size=kernel_size, strides=strides, padding=padding)
         self.link = check_link(link)
         if "transpose_kernel" in options:
             raise ValueError("a linked kernel has shape (*kernel_size, d*C, out_features); leave out transpose_kernel")
@@ -221,14 +224,14 @@ class LinkedConvTranspose(nnx.Module):
             out_features,
             kernel_size,
             strides=strides,
-            kernel_init=kernel_init or default_kernel_init(link_at_start(link), strides=strides, transpose=True),
+            kernel_init=kernel_init or default_kernel_init(link, strides=strides, transpose=True),
             rngs=rngs,
             **options,
         )
 
     def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
         """z (N, *space, in_features) -> (N, *space', out_features)."""
-        return jax.checkpoint(lambda z: self.conv(self.link(z)))(z)
+        return _after_link(self.conv, self.link, z)
 
 
 _WITH_SLOPES: dict[str, type[ChannelPReLU] | type[LinkedPReLU]] = {"prelu": ChannelPReLU, "lk_prelu": LinkedPReLU}
@@ -285,6 +288,8 @@ def get_activation(name: str, features: int | None = None) -> Link | ChannelPReL
 
 
 def _known(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"an activation has a name such as 'lk_relu', got {brief(name)}; make a link: Link((g,))")
     known = SYNONYMS.get(name, name)
     if known not in ACTIVATION_NAMES:
         nearest = difflib.get_close_matches(name, [*ACTIVATION_NAMES, *SYNONYMS], n=1, cutoff=0.0)
@@ -300,22 +305,8 @@ def conv_start(
     steps = 1 if input_dilation is None else input_dilation
     transpose = bool(np.max(steps) > 1)
     return default_kernel_init(
-        link_at_start(link), strides=steps if transpose else strides, feature_group_count=groups, transpose=transpose
+        link, strides=steps if transpose else strides, feature_group_count=groups, transpose=transpose
     )
-
-
-def link_at_start(link: Activation) -> Link:
-    """The link that an activation is before training.
-
-    Raises:
-      TypeError: if it does not say.
-    """
-    start = getattr(link, "link", None)
-    if not isinstance(start, Link):
-        raise TypeError(
-            f"the default kernel_init needs a Link or a module with a .link, got {link!r}; pass kernel_init"
-        )
-    return start
 
 
 def check_link(link: Activation) -> Activation:
@@ -326,12 +317,58 @@ def check_link(link: Activation) -> Activation:
       ValueError: if its axis is not the last.
     """
     if isinstance(link, type) or not isinstance(link, Activation):
-        raise TypeError(f"link is a Link or a built module with an arity, got {link!r}; pass e.g. linked(jax.nn.relu)")
+        raise TypeError(
+            f"link is a Link or a built module with an arity, got {brief(link)}; pass e.g. linked(jax.nn.relu)"
+        )
     if (axis := getattr(link, "axis", -1)) != -1:
         raise ValueError(f"Flax layers have channels last, got a link with axis={axis}; pass one with axis=-1")
     return link
 
 
-def _check_features(in_features: int, out_features: int) -> None:
+def _check_sizes(in_features: int, out_features: int, rngs: nnx.Rngs, **sizes: Any) -> None:
+    """Refuse what Flax would fail on later, or in words about its own layers."""
+    for features in (in_features, out_features):
+        if isinstance(features, list | tuple):
+            raise TypeError(f"in_features and out_features are integers, got {brief(features)}; pass counts")
+        whole_numbers("in_features or out_features", features)
     if min(in_features, out_features) < 1:
         raise ValueError(f"in_features and out_features are at least 1, got {in_features} and {out_features}")
+    if not callable(getattr(rngs, "params", None)):
+        raise TypeError(f"rngs are Flax' random streams, got {brief(rngs)}; pass nnx.Rngs(0)")
+    padding = sizes.pop("padding", "SAME")
+    if isinstance(padding, str) and padding.upper() not in _PADDINGS:
+        raise ValueError(f"padding is one of {', '.join(_PADDINGS)}, or numbers, got {padding!r}")
+    if not isinstance(padding, str | int | np.integer | list | tuple):
+        raise TypeError(f"padding is a string, an integer or a sequence, got {brief(padding)}; pass e.g. 'SAME'")
+    for name, value in sizes.items():
+        if min(whole_numbers(name, value), default=0) < 1:
+            raise ValueError(f"{name} is at least 1, got {value}")
+
+
+_PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
+
+
+def _after_link(layer: nnx.Linear | nnx.Conv | nnx.ConvTranspose, link: Activation, z: Array) -> Array:
+    """layer(link(z)), of which the backward pass keeps z alone."""
+    z, channels = floating(z), layer.in_features // link.arity
+    least = len(layer.kernel.shape) - 1
+    if z.ndim < least or z.shape[-1] != channels:
+        raise ValueError(
+            f"z has {channels} channels on the last of {least} or more axes, got shape {z.shape}; build the layer with "
+            f"z's in_features"
+        )
+    if not isinstance(link, nnx.Module):
+        return jax.checkpoint(lambda z: layer(link(z)))(z)
+    graph, state = nnx.split(link)
+
+    @jax.checkpoint
+    def outputs_and_changes(state: nnx.State, z: Array) -> tuple[Array, nnx.State]:
+        inside = nnx.merge(graph, state)
+        before = {path: variable.get_value() for path, variable in nnx.to_flat_state(state)}
+        z = layer(inside(z))
+        after = nnx.to_flat_state(nnx.state(inside))
+        return z, nnx.from_flat_state([(path, v) for path, v in after if v.get_value() is not before.get(path)])
+
+    z, changes = outputs_and_changes(state, z)
+    nnx.update(link, changes)  # such as running means, and counts of dropout; nothing else, it may be another trace's
+    return z

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from linked_jax.activations import linked_prelu, prelu
 from linked_jax.linking import Layout, Link, linked, marked
+from linked_jax.members import brief, whole_numbers
 
 Share = Literal["layer", "channel", "element"]
 
@@ -46,7 +47,7 @@ def apply_slopes(
 def check_share(share: Share) -> Share:
     """Raise ValueError if slopes cannot be shared like that."""
     if share not in ("layer", "channel", "element"):
-        raise ValueError(f"share is 'layer', 'channel' or 'element', got {share!r}")
+        raise ValueError(f"share is 'layer', 'channel' or 'element', got {brief(share)}")
     return share
 
 
@@ -85,7 +86,7 @@ class ChannelPReLU(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         del rngs
-        shape = (features,) if isinstance(features, int) else tuple(features)
+        shape = whole_numbers("features", features)
         if check_share(share) == "channel" and len(shape) != 1:
             raise ValueError(
                 f"share='channel' takes the number of channels, got features={features}; pass its last number"

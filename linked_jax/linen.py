@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from linked_jax.activations import lk_relu, prelu
 from linked_jax.initializers import Initializer, check_groups, default_kernel_init
-from linked_jax.layers import check_link, conv_start, link_at_start
+from linked_jax.layers import check_link, conv_start
 from linked_jax.learned import Share, apply_slopes, check_share
 from linked_jax.linking import Activation, Layout, Link, linked
 
@@ -50,7 +50,7 @@ class LinkedDense(nn.Dense):
     def __post_init__(self):
         check_link(self.link)
         if self.kernel_init is None:
-            self.kernel_init = default_kernel_init(link_at_start(self.link))
+            self.kernel_init = default_kernel_init(self.link)
         super().__post_init__()
 
     @nn.remat  # only z is kept

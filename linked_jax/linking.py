@@ -15,7 +15,18 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, ArrayLike, Float
 
-from linked_jax.members import Member, Mirrored, formula, jumps_at_zero, member_key
+from linked_jax.members import (
+    Member,
+    Mirrored,
+    Saved,
+    Value,
+    as_array,
+    brief,
+    check_member,
+    formula,
+    jumps_at_zero,
+    member_key,
+)
 
 Layout = Literal["blocked", "interleaved"]
 
@@ -35,7 +46,7 @@ class Activation(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Link:
+class Link(Value):
     """Members that share one pre-activation: z -> (g_1(z), ..., g_d(z)).
 
     Values are exactly those of the members. Derivatives are those of the members too, except at a kink at z = 0
@@ -44,7 +55,8 @@ class Link:
     function's own derivative everywhere.
 
     A link is frozen and hashable: it can be a static argument of `jax.jit`, a closure or a dictionary key. Two links
-    with equal members, axis and layout are equal; `functools.partial`s are compared by function and arguments.
+    with equal members, axis and layout are equal; `functools.partial`s are compared by function and arguments. A
+    copy is the link itself, and one that was pickled is equal if its members can be imported by their names.
 
     Args:
       members: the functions g_i. Each is elementwise: shape in, shape out.
@@ -53,8 +65,8 @@ class Link:
         members side by side: (C, d) flattened, which keeps a link on its shard when channels are sharded.
 
     Raises:
-      TypeError: if a member is not callable or the axis is not an integer.
-      ValueError: if there is no member or the layout is unknown.
+      TypeError: if a member is not callable, of NumPy, not hashable or a module with arrays, or the axis is no integer.
+      ValueError: if there is no member, one is not elementwise, or the layout is unknown.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -69,16 +81,19 @@ class Link:
     layout: Layout = "blocked"
 
     def __post_init__(self):
+        if not isinstance(self.members, Sequence) or isinstance(self.members, str):
+            raise TypeError(
+                f"members are a tuple of functions, got {brief(self.members)}; pass e.g. Link((jax.nn.relu,))"
+            )
         object.__setattr__(self, "members", tuple(self.members))
         if not self.members:
             raise ValueError("a link needs at least one member, got none; pass a function such as jax.nn.relu")
         for member in self.members:
-            if not callable(member):
-                raise TypeError(f"every member of a link is a function of z, got {member!r}; pass e.g. jax.nn.relu")
+            check_member(member)
         if isinstance(self.axis, bool) or not isinstance(self.axis, int):
-            raise TypeError(f"axis is an integer, got {self.axis!r}; channels are last by default (axis=-1)")
+            raise TypeError(f"axis is an integer, got {brief(self.axis)}; channels are last by default (axis=-1)")
         if self.layout not in ("blocked", "interleaved"):
-            raise ValueError(f"layout is 'blocked' or 'interleaved', got {self.layout!r}")
+            raise ValueError(f"layout is 'blocked' or 'interleaved', got {brief(self.layout)}")
 
     @property
     def arity(self) -> int:
@@ -92,9 +107,7 @@ class Link:
 
     def __call__(self, z: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
         """Apply every member to z: (..., C) -> (..., d*C), and () -> (d,). The dtype stays."""
-        z = jnp.asarray(z)
-        if not jnp.issubdtype(z.dtype, jnp.floating):
-            raise TypeError(f"a link needs a floating-point z, got {z.dtype}; pass z.astype(jnp.float32)")
+        z = floating(z)
         label = f"{self.arity}:{self.layout}:{self.axis}:{self!r}"
         return marked(lambda z: join([self._apply(g, z) for g in self.members], self.axis, self.layout), z, label)
 
@@ -118,6 +131,9 @@ class Link:
     def __hash__(self) -> int:
         return hash(self._key())
 
+    def __reduce__(self) -> tuple:
+        return Link, (tuple(map(Saved, self.members)), self.axis, self.layout)
+
 
 def linked(*members: Member, axis: int = -1, layout: Layout = "blocked") -> Link:
     """Link activation functions; a single function is linked with its mirror image.
@@ -137,8 +153,7 @@ def linked(*members: Member, axis: int = -1, layout: Layout = "blocked") -> Link
       A `Link`: z of shape (..., C) to (..., d*C).
 
     Raises:
-      TypeError: if a member is not callable.
-      ValueError: if no member is given, or one is itself a link of two or more members.
+      TypeError, ValueError: if a member or an option is none, see `Link`, or a member is a link of two or more.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -155,6 +170,33 @@ def linked(*members: Member, axis: int = -1, layout: Layout = "blocked") -> Link
     if len(members) == 1:
         members = (members[0], Mirrored(members[0]))
     return Link(members, axis=axis, layout=layout)
+
+
+def link_of(activation: Activation) -> Link:
+    """The link that an activation is, or that it is before training.
+
+    Raises:
+      TypeError: if it does not say.
+    """
+    link = getattr(activation, "link", None)
+    if not isinstance(link, Link):
+        raise TypeError(
+            f"an initialiser needs a Link or a module with a .link, got {brief(activation)}; pass a Link, e.g. "
+            f"linked(jax.nn.relu) or Link((jax.nn.relu,)), or to a layer: pass kernel_init"
+        )
+    return link
+
+
+def floating(z: ArrayLike) -> Array:
+    """The array z.
+
+    Raises:
+      TypeError: if it is none of floating-point numbers.
+    """
+    array = as_array(z)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"a link needs a floating-point z, got {array.dtype}; pass z.astype(jnp.float32)")
+    return array
 
 
 def join(parts: Sequence[Array], axis: int, layout: Layout) -> Array:

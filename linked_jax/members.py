@@ -1,5 +1,6 @@
 """What can be asked of a member of a link: its name, its slopes, its derivative at 0, and how members sum to z.
 
+    is_elementwise  g(z)_i depends on z_i alone
     slopes          (a, b) with g(z) = a max(z, 0) + b min(z, 0)
     weights_of_z    a_i with sum_i a_i g_i(z) = z
 
@@ -9,13 +10,16 @@ measures a member. What cannot be measured (see `_UNMEASURABLE`) gets the answer
 
 import dataclasses
 import functools
+import importlib
+import operator
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 Member = Callable[[Any], Any]
@@ -29,8 +33,18 @@ _UNMEASURABLE = (
 )  # fmt: skip
 
 
+class Value:
+    """What never changes: a copy is the thing itself."""
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, _memo: dict) -> Any:
+        return self
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Mirrored:
+class Mirrored(Value):
     """The mirrored member z -> g(-z) of equation (6); equal to another one over an equal g."""
 
     g: Member
@@ -44,6 +58,44 @@ class Mirrored:
 
     def __hash__(self) -> int:
         return hash((Mirrored, member_key(self.g)))
+
+    def __reduce__(self) -> tuple:
+        return Mirrored, (Saved(self.g),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """Pickled in place of a member: a public function comes back as the same object, by the name it is imported by.
+
+    JAX' functions need it: pickle takes `jax.nn.relu` apart and then misses its name.
+    """
+
+    member: Any
+
+    def __reduce__(self) -> tuple:
+        if isinstance(self.member, functools.partial):
+            arguments = [*map(Saved, self.member.args)], {key: Saved(v) for key, v in self.member.keywords.items()}
+            return _partial, (type(self.member), Saved(self.member.func), *arguments)
+        name = getattr(self.member, "__qualname__", "")
+        for module in ("jax.nn", "jax.numpy", "jax.lax", getattr(self.member, "__module__", None)):
+            if name and module and _imported(module, name) is self.member:
+                return _imported, (module, name)
+        return _itself, (self.member,)
+
+
+def _partial(kind: type[functools.partial], g: Member, arguments: list, keywords: dict) -> functools.partial:
+    return kind(g, *arguments, **keywords)
+
+
+def _imported(module: str, name: str) -> Any:
+    try:
+        return operator.attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError):  # a lambda, a function in a function, one of __main__
+        return None
+
+
+def _itself(member: Any) -> Any:
+    return member
 
 
 def member_key(member: Member) -> Hashable:
@@ -95,6 +147,42 @@ def formula(member: Member) -> str:
     return f"{member_name(member.func)}({', '.join(['z', *arguments])})"
 
 
+def brief(value: Any) -> str:
+    """What an error shows of a value: a function's name, else its repr on one line, cut at 100 characters.
+
+    >>> import jax
+    >>> from linked_jax.members import brief
+    >>> brief(jax.nn.relu), len(brief("a" * 1000))
+    ('relu', 100)
+    """
+    line = " ".join((repr(value) if isinstance(value, type) else member_name(value)).split())
+    return line if len(line) <= 100 else f"{line[:97]}..."
+
+
+def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
+    """The value, an integer or several, as a tuple.
+
+    Raises:
+      TypeError: if it is neither.
+    """
+    numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if any(isinstance(number, bool) or not isinstance(number, int | np.integer) for number in numbers):
+        raise TypeError(f"{name} is an integer or a tuple of integers, got {brief(value)}; pass e.g. 3")
+    return numbers
+
+
+def as_array(value: Any) -> Array:
+    """The value as an array.
+
+    Raises:
+      TypeError: if it is none.
+    """
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"an array is needed, got {brief(value)}; pass e.g. jnp.ones((8, 3))") from error
+
+
 def evaluate(member: Member, z: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
     """g(z) in float64, also while JAX traces something else and whether or not x64 is enabled.
 
@@ -126,6 +214,89 @@ def _measured(otherwise: Any) -> Callable[[Callable[..., Answer]], Callable[...,
         return ask
 
     return decorate
+
+
+@_measured(otherwise=True)
+def is_elementwise(member: Member) -> bool:
+    """Whether g keeps z's shape and every value depends on the z in its own place alone.
+
+    Read off g's jaxpr; if that has more than elementwise operations, g is evaluated at two z that share one value.
+
+    Args:
+      member: a function of z.
+
+    Returns:
+      A boolean; True if g cannot be measured, or has an array of its own, such as one slope a channel.
+
+    Example:
+      >>> import jax
+      >>> from linked_jax.members import is_elementwise
+      >>> is_elementwise(jax.nn.silu), is_elementwise(jax.nn.softmax)
+      (True, False)
+    """
+    traced = jax.make_jaxpr(member)(jax.ShapeDtypeStruct(_PLACES, jnp.float32))
+    shapes = [value.shape for value in traced.out_avals]
+    if any(isinstance(value, Tracer) or np.ndim(value) for value in traced.consts) or (
+        len(shapes) == 1 and shapes[0] != _PLACES == shapes[0][-2:]
+    ):
+        raise TypeError(f"{member!r} has an array of its own, which may go with one shape of z")
+    if shapes != [_PLACES]:
+        return False
+    if all(_is_elementwise(equation) for equation in equations(traced)):
+        return True
+    here, z = (1, 1), np.sin(np.arange(1.0, 1 + np.prod(_PLACES))).reshape(_PLACES)
+    others = -3 * z
+    others[here] = z[here]
+    return np.array_equal(evaluate(member, z)[here], evaluate(member, others)[here], equal_nan=True)
+
+
+_PLACES = (4, 6)
+_MIXING = ("cum", "sort", "rev", "dot", "conv_", "gather", "scatter", "dynamic", "fft", "reduce", "triangular", "while")
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Those of a jaxpr and of all within it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values())):
+            if hasattr(value, "eqns"):
+                yield from equations(value)
+
+
+def _is_elementwise(equation: Any) -> bool:
+    """Surely so; none of `_MIXING` is, though they keep the shape."""
+    given, made = ([value.aval.shape for value in values] for values in (equation.invars, equation.outvars))
+    return not equation.primitive.name.startswith(_MIXING) and (set(made) == {_PLACES} or set(given) <= {()})
+
+
+def check_member(member: Any) -> None:
+    """Refuse what a link cannot have for a member.
+
+    Raises:
+      TypeError: if it is not a function of JAX, not hashable, or a module with arrays of its own.
+      ValueError: if it is not elementwise.
+    """
+    if not callable(member) or isinstance(member, type):
+        raise TypeError(f"every member of a link is a function of z, got {brief(member)}; pass e.g. jax.nn.relu")
+    name = " ".join(formula(member).split())
+    function = member.func if isinstance(member, functools.partial) else getattr(member, "g", member)
+    if isinstance(function, np.ufunc) or (getattr(function, "__module__", None) or "").partition(".")[0] == "numpy":
+        raise TypeError(f"every member of a link is built from jax.numpy, got NumPy's {name}; pass jax.numpy's")
+    arrays = () if isinstance(member, functools.partial) else jax.tree.leaves(member)
+    if any(isinstance(leaf, jax.Array | np.ndarray) for leaf in arrays):
+        kind = type(member).__name__
+        raise TypeError(
+            f"a link does not train its members, got {kind} with arrays of its own; pass link={kind}(...) itself if it "
+            f"has an arity, LinkedPReLU or ChannelPReLU for learned slopes, or a plain function"
+        )
+    try:
+        hash(member_key(member))
+    except TypeError:
+        raise TypeError(
+            f"every member of a link is hashable, got {name}; define __hash__, or make its dataclass frozen"
+        ) from None
+    if not is_elementwise(member):
+        raise ValueError(f"a link's members are elementwise and keep z's shape, got {name}; pass e.g. jax.nn.relu")
 
 
 @_measured(otherwise=None)

@@ -1,10 +1,40 @@
-"""What the options of a study may be."""
+"""What a command line says, and what the options of a study may be."""
 
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar, get_origin
+
+import tyro
 
 from experiments.engine.errors import UsageError
+
+S = TypeVar("S")
+
+
+def command_line(
+    kind: type[S], prog: str, arguments: Sequence[str] | None = None, *, before: Sequence[str] = (), **options: Any
+) -> S:
+    """The settings of a command line, which loses no value in silence: a list is given once.
+
+    Args:
+      kind: a dataclass of settings.
+      prog: the command.
+      arguments: by default this process's.
+      before: further ones, which the arguments override.
+      **options: of `tyro.cli`.
+
+    Raises:
+      UsageError: if an option with several values is given twice, of which tyro takes the last.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    given = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
+    for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
+        option = f"--{field.name.replace('_', '-')}"
+        if get_origin(field.type) is tuple and given.count(option) > 1:
+            raise UsageError(f"{option} is given twice, and only the last would count; give it once: {option} A B")
+    return tyro.cli(kind, args=[*before, *arguments], prog=prog, **options)
 
 
 def in_range(settings: Any, ranges: Mapping[str, tuple[float, float]]) -> None:

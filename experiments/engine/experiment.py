@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optax
@@ -51,9 +51,9 @@ class Experiment:
         """What tells the nets of this table apart."""
         return (AXES[0], *self.axes, *AXES[1:])
 
-    def parse(self, arguments: list[str]) -> Any:
-        """The settings of a command line."""
-        return parse(self.presets, arguments, f"python -m experiments.{self.name}")
+    def parse(self, arguments: Sequence[str], before: Sequence[str] = ()) -> Any:
+        """The settings of a command line; its options override those before it."""
+        return parse(self.presets, arguments, f"python -m experiments.{self.name}", before)
 
     def check(self, settings: Any) -> Any:
         """Refuse what cannot run, see `settings.check`."""

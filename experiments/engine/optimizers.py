@@ -2,7 +2,8 @@
 
 g is the gradient, p a parameter, t the number of the update from 1, and lr the rate: a positive number, or a schedule
 from the count of earlier updates (0, 1, 2, ...). Averages decay in [0, 1); epsilon is positive, in units of the
-gradient; anything else is a ValueError. Where Optax' own namesakes differ is said below.
+gradient; anything else is a ValueError. The averages of adam and rmsprop are of float32 at least, since
+epsilon and g^2 vanish in float16; updates have g's dtype. Where Optax' own namesakes differ is said below.
 
 Reference: keras/optimizers.py of Keras 2.0, 2017.
 """
@@ -10,6 +11,7 @@ Reference: keras/optimizers.py of Keras 2.0, 2017.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +73,7 @@ def adam(learning_rate: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float 
         steps = jax.tree.map(lambda m, v: correction.astype(m.dtype) * m / (jnp.sqrt(v) + eps), mu, nu)
         return steps, optax.ScaleByAdamState(t, mu, nu)
 
-    return optax.chain(Optimizer(init, update), optax.scale_by_learning_rate(learning_rate))
+    return _in_float32(optax.chain(Optimizer(init, update), optax.scale_by_learning_rate(learning_rate)))
 
 
 def rmsprop(learning_rate: Rate, *, decay: float = 0.9, eps: float = 1e-8) -> Optimizer:
@@ -88,7 +90,7 @@ def rmsprop(learning_rate: Rate, *, decay: float = 0.9, eps: float = 1e-8) -> Op
     """
     _check(learning_rate, eps, decay=decay)
     scale = optax.scale_by_rms(decay, eps, eps_in_sqrt=False)
-    return optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
+    return _in_float32(optax.chain(scale, optax.scale_by_learning_rate(learning_rate)))
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -108,3 +110,17 @@ def _check(learning_rate: Rate, eps: float = 1e-8, **decays: float) -> None:
     for name, value in decays.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name} is in [0, 1), got {value!r}; pass e.g. 0.9")
+
+
+def _in_float32(optimizer: Optimizer) -> Optimizer:
+    """The optimiser, which sees half precision as float32."""
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
+
+    def update(updates, state, params=None):
+        del params
+        steps, state = optimizer.update(wide(updates), state)
+        return jax.tree.map(lambda step, g: step.astype(g.dtype), steps, updates), state
+
+    return Optimizer(lambda params: optimizer.init(wide(params)), update)

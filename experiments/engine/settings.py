@@ -4,12 +4,11 @@ import argparse
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-import tyro
-
 from experiments.engine import data as data_lib
+from experiments.engine.checks import command_line
 from experiments.engine.errors import UsageError
 from experiments.engine.rows import InitName, Norm, Row, check_init
 
@@ -87,12 +86,14 @@ _MOST_SEEDS = 2**31
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
-def parse(presets: Mapping[str, AnySettings], arguments: list[str], prog: str) -> AnySettings:
-    """The settings of a command line: the preset's, where no option says otherwise."""
+def parse(
+    presets: Mapping[str, AnySettings], arguments: Sequence[str], prog: str, before: Sequence[str] = ()
+) -> AnySettings:
+    """The settings of a command line: the preset's, where no option says otherwise. See `command_line`."""
     preset = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
     preset.add_argument("--preset", choices=sorted(presets), default="auto")
-    default = presets[preset.parse_known_args(arguments)[0].preset]
-    return tyro.cli(type(default), args=arguments, default=default, prog=prog)
+    default = presets[preset.parse_known_args([*before, *arguments])[0].preset]
+    return command_line(type(default), prog, arguments, before=before, default=default)
 
 
 def resumes(settings: Settings, default: Settings) -> bool:

@@ -23,15 +23,13 @@ of yesterday. Over all hours, 3 seeds, on the series made here:
 
 import dataclasses
 import functools
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import tyro
 
 from experiments.engine import records, study
-from experiments.engine.checks import in_range, known
+from experiments.engine.checks import command_line, in_range, known
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
 from experiments.load_forecast import net
@@ -75,7 +73,7 @@ class Settings:
 def main() -> None:
     """Read the command line, train every net, and leave a record, a table and a picture."""
     console = Console()
-    settings = check(tyro.cli(Settings, args=sys.argv[1:], prog="python -m experiments.load_forecast"))
+    settings = check(command_line(Settings, "python -m experiments.load_forecast"))
     folder = Path(settings.out) if settings.out else records.new_folder(None, "load_forecast")
     if settings.csv is None:
         series = load_series.made()

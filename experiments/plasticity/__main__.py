@@ -20,11 +20,9 @@ learning, 2023.
 import dataclasses
 from typing import Any
 
-import tyro
-
 from experiments.engine import data as data_lib
 from experiments.engine import tasks
-from experiments.engine.checks import in_range, known
+from experiments.engine.checks import command_line, in_range, known
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
 from experiments.engine.study import open_record
@@ -81,7 +79,7 @@ def check(settings: Settings) -> Settings:
 
 def main() -> None:
     """Run what is missing, then print the tables and draw the pictures."""
-    settings = check(tyro.cli(Settings, prog="python -m experiments.plasticity"))
+    settings = check(command_line(Settings, "python -m experiments.plasticity"))
     data, console = data_lib.load(settings.dataset, settings.data_dir), Console()
     if data.classes != tasks.CLASSES:
         raise UsageError(f"--dataset takes a set of {tasks.CLASSES} classes, got {data}; use digits or cifar10")

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 
 from experiments.engine import costs, records, study
 from experiments.engine import data as data_lib
-from experiments.engine.checks import in_range, known
+from experiments.engine.checks import command_line, in_range, known
 from experiments.engine.console import Console
 from experiments.engine.errors import run_command
 from experiments.remedies.methods import METHODS
@@ -64,7 +63,7 @@ def check(settings: Settings) -> Settings:
 
 def main() -> None:
     """Run what is missing, then print the table and draw the picture."""
-    settings = check(tyro.cli(Settings, prog="python -m experiments.remedies"))
+    settings = check(command_line(Settings, "python -m experiments.remedies"))
     console, work = Console(), Work(data_lib.load("digits"), settings.epochs)
     methods, nets, folder = settings.methods, settings.nets, Path(settings.out)
 

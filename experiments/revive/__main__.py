@@ -15,10 +15,8 @@ The same command again resumes. Expected: see results/revive; a minute or two on
 import dataclasses
 from typing import Any
 
-import tyro
-
 from experiments.engine import data as data_lib
-from experiments.engine.checks import in_range
+from experiments.engine.checks import command_line, in_range
 from experiments.engine.console import Console
 from experiments.engine.errors import run_command
 from experiments.engine.study import open_record
@@ -53,7 +51,7 @@ def check(settings: Settings) -> Settings:
 
 def main() -> None:
     """Run the seeds that are missing, then print the table and draw the picture."""
-    settings = check(tyro.cli(Settings, prog="python -m experiments.revive"))
+    settings = check(command_line(Settings, "python -m experiments.revive"))
     data, console = data_lib.load("digits"), Console()
     task, epochs = shifted(data), {"harmful_epochs": settings.harmful_epochs, "epochs": settings.epochs}
     with (

@@ -18,12 +18,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from linked_jax.linking import Link
+from linked_jax.members import Saved, Value
 from linked_jax.moments import expectation
 from linked_jax.remedies.arguments import check_sizes, wide
 from linked_jax.remedies.kernels import ComputedKernel
 
 
-class Normalized:
+class Normalized(Value):
     """The member z -> (g(z) - c1) / c2; equal to every other of an equal g. Made by `normalized`."""
 
     def __init__(self, g: Callable[[Any], Any]):
@@ -45,6 +46,9 @@ class Normalized:
 
     def __hash__(self) -> int:
         return hash((Normalized, Link((self.g,))))
+
+    def __reduce__(self) -> tuple:
+        return Normalized, (Saved(self.g),)
 
 
 def normalized(link: Link) -> Link:

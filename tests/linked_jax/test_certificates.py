@@ -13,6 +13,7 @@ import pytest
 from linked_jax import certificates
 from linked_jax.activations import ACTIVATIONS
 from linked_jax.certificates import certify, main
+from linked_jax.layers import LinkedPReLU
 from linked_jax.linking import Link, linked
 from tests.cases import first_fast
 
@@ -182,7 +183,17 @@ def test_progress_rises_to_one(monkeypatch):
 
 @pytest.mark.parametrize(
     ("dtype", "word"),
-    first_fast([(np.float64, "float64"), ("float64", "centuries"), (jnp.int32, "int32"), (bool, "bool")]),
+    first_fast(
+        [
+            (np.float64, "float64"),
+            ("float64", "centuries"),
+            (jnp.int32, "int32"),
+            (bool, "bool"),
+            (None, "got None"),
+            ("bf16", "float32, bfloat16, float16; got 'bf16'"),
+            (3, "got 3"),
+        ]
+    ),
 )
 def test_other_dtypes_are_refused(dtype, word):
     with pytest.raises(ValueError, match=word):
@@ -193,6 +204,55 @@ def test_other_dtypes_are_refused(dtype, word):
 def test_a_link_that_is_not_callable_is_refused():
     with pytest.raises(TypeError, match="needs a link or a function"):
         certify("lk_relu", jnp.bfloat16)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("f", "error", "words"),
+    [
+        (lambda z: z.sum(), ValueError, r"\(N, 1\) to \(N, d\), got <lambda>, which makes \(\) of \(8, 1\)"),
+        (lambda z: (z, z), ValueError, "no array"),
+        (lambda z: z.T, ValueError, "elementwise"),
+        (jax.nn.softmax, ValueError, "elementwise function, .* got softmax"),
+        (lambda z: z / z.sum(), ValueError, "elementwise"),
+        (np.tanh, TypeError, "from jax.numpy, got NumPy's tanh"),
+        (LinkedPReLU, TypeError, "LinkedPReLU"),
+        (None, TypeError, "got None"),
+    ],
+)
+def test_what_is_not_elementwise_is_refused(f, error, words):
+    with pytest.raises(error, match=words) as raised:
+        certify(f, jnp.bfloat16)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@jax.custom_vjp
+def steep_relu(z):
+    return jnp.maximum(z, 0)
+
+
+steep_relu.defvjp(lambda z: (steep_relu(z), z), lambda z, g: (2 * g * (z > 0),))
+
+
+def test_a_custom_vjp_is_pulled_back():
+    certificate = certify(linked(steep_relu), jnp.bfloat16)
+    assert certificate.linked
+    assert certificate.min_gradient == 2
+    one = certify(steep_relu, jnp.bfloat16)
+    ((low, high),) = one.dead_intervals
+    assert low == -float(jnp.finfo(jnp.bfloat16).max)
+    assert 0 <= high < float(jnp.finfo(jnp.bfloat16).tiny)  # and denormals, which the CPU takes for zeros
+    assert certify(LinkedPReLU(1), jnp.bfloat16).linked
+
+
+@pytest.mark.parametrize("switch", [jax.debug_nans, jax.debug_infs])
+def test_the_verdict_is_the_same_while_someone_hunts_nan(switch):
+    with switch(True):
+        found = certify(linked(jax.nn.gelu), jnp.float16)
+        assert getattr(jax.config, f"jax_{switch.__name__}", True)
+    wanted = certificate_of("jax_gelu", jnp.float16)
+    assert dataclasses.replace(found, seconds=0.0) == dataclasses.replace(wanted, seconds=0.0)
+    assert not jax.config.jax_debug_nans
 
 
 def test_text_tells_the_findings():

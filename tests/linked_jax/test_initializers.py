@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from linked_jax import initializers
 from linked_jax.activations import ACTIVATIONS, elu, lk_elu, lk_relu, lk_selu, lk_sigmoid, lk_softplus, lk_tanh, relu
 from linked_jax.initializers import (
     default_kernel_init,
@@ -16,6 +18,7 @@ from linked_jax.initializers import (
     read_out,
     variance_preserving,
 )
+from linked_jax.learned import LinkedPReLU
 from linked_jax.linking import Link, fourier, linked, min_max
 from linked_jax.members import evaluate
 from tests.cases import first_fast
@@ -552,7 +555,7 @@ def test_init_under_jit_and_vmap_is_init_outside(init):
 
 @pytest.mark.parametrize("link", first_fast([lk_relu, lk_elu, fourier]), ids=["lk_relu", "lk_elu", "fourier"])
 def test_init_may_be_built_inside_jit(link):
-    read_out.cache_clear()
+    initializers._weights_of_z.cache_clear()
     shape = (2 * 4, 4)
     inside = jax.jit(lambda key: default_kernel_init(link)(key, shape))(KEY)
     close(inside, default_kernel_init(link)(KEY, shape), 1e-5)
@@ -624,3 +627,35 @@ def test_embedding_refuses_a_member_that_the_link_has_not(member):
 def test_embedding_refuses_a_kernel_without_channels(unchecked):
     with pytest.raises(ValueError, match="got \\(3,\\)"):
         embed_plain_kernel(jnp.ones(3), lk_relu)
+
+
+# --- what is no link ----------------------------------------------------------------------------------------------
+
+GIVEN_A_LINK = {
+    "gain": gain,
+    "read_out": read_out,
+    "variance_preserving": variance_preserving,
+    "looks_linear": looks_linear,
+    "default_kernel_init": default_kernel_init,
+    "embed_plain_kernel": lambda link: embed_plain_kernel(jnp.ones((2, 2)), link),
+}
+over_given = pytest.mark.parametrize("call", GIVEN_A_LINK.values(), ids=GIVEN_A_LINK)
+
+
+@over_given
+@pytest.mark.parametrize("wrong", [jax.nn.relu, jnp.tanh, LinkedPReLU, nnx.PReLU(), "lk_relu", None])
+def test_a_function_where_a_link_is_due_is_refused(unchecked, call, wrong):
+    with pytest.raises(
+        TypeError, match=r"pass a Link, e.g. linked\(jax.nn.relu\) or Link\(\(jax.nn.relu,\)\)"
+    ) as raised:
+        call(wrong)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@over_given
+def test_a_module_is_taken_for_the_link_that_it_starts_as(unchecked, call):
+    module = LinkedPReLU(2, negative_slope=0.5, layout="interleaved")
+    found, wanted = call(module), call(module.link)
+    if callable(found):
+        found, wanted = found(KEY, (4, 3)), wanted(KEY, (4, 3))
+    np.testing.assert_array_equal(found, wanted)

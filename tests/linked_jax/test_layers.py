@@ -1,5 +1,6 @@
 import functools
 import inspect
+import re
 
 import flax.linen
 import jax
@@ -455,6 +456,16 @@ def test_backward_pass_keeps_z_and_nothing_of_its_size_beside_it(link, make, sha
     assert large == [z.shape]
 
 
+@over_layers
+@pytest.mark.parametrize("link", [LinkedPReLU(3), ChannelPReLU(3)], ids=["LinkedPReLU", "ChannelPReLU"])
+def test_backward_pass_after_slopes_keeps_z_and_nothing_of_its_size_beside_it(link, make, shape):
+    layer = make(link=link, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    z = white(64, *shape[1:])
+    _, pull = jax.vjp(lambda state, z: nnx.merge(graph, state)(z), state, z)
+    assert [leaf.shape for leaf in jax.tree.leaves(pull) if leaf.size >= z.size] == [z.shape]
+
+
 def temporary_memory(make):
     """Bytes for the gradient of 50 scanned layers, batch 128, 32x32x4: compiled, not run."""
     graph, _ = nnx.split(make(nnx.Rngs(0)))
@@ -624,6 +635,57 @@ def test_slopes_inside_a_layer_are_trained(layer, module):
     close(found, wanted, 1e-6)
 
 
+class WithState(nnx.Module):
+    """Batch norm, a link, dropout: running means, parameters and counts."""
+
+    arity = 2
+
+    def __init__(self, features, *, rngs):
+        self.norm, self.dropout = nnx.BatchNorm(features, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, z):
+        return self.dropout(lk_relu(self.norm(z)))
+
+
+@over_layers
+def test_a_link_with_state_is_updated(make, shape):
+    layer = make(link=WithState(3, rngs=nnx.Rngs(1)), kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+    z = white(*shape)
+    for call in (lambda layer: layer(z), nnx.jit(lambda layer: layer(z)), nnx.grad(lambda layer: layer(z).sum())):
+        mean, count = layer.link.norm.mean[...], layer.link.dropout.rngs.count[...]
+        call(layer)
+        assert layer.link.dropout.rngs.count[...] == count + 1
+        assert (layer.link.norm.mean[...] != mean).all()
+
+
+def test_a_link_with_state_computes_and_learns_as_before_a_plain_layer():
+    def plain(net, z):
+        return jnp.square(net.linear(net.link(z))).sum()
+
+    def ours(net, z):
+        return jnp.square(net(z)).sum()
+
+    options = {"kernel_init": nnx.initializers.lecun_normal()}
+    nets = [LinkedLinear(3, 5, link=WithState(3, rngs=nnx.Rngs(1)), rngs=nnx.Rngs(0), **options) for _ in range(2)]
+    for z in white(3, 8, 3):
+        found, wanted = (nnx.jit(nnx.value_and_grad(f))(net, z) for f, net in zip((ours, plain), nets, strict=True))
+        close(jax.tree.leaves(found), jax.tree.leaves(wanted), 1e-5)
+    counts = [net.link.dropout.rngs.count[...] for net in nets]
+    assert counts == [3, 3]
+    close(nets[0].link.norm.mean[...], nets[1].link.norm.mean[...], 1e-6)
+    assert (nets[0].link.norm.mean[...] != 0).all()
+
+
+def test_a_link_module_may_come_from_outside_a_trace():
+    layer = LinkedLinear(3, 5, link=LinkedPReLU(3), rngs=nnx.Rngs(0))
+    frozen = LinkedLinear(
+        3, 5, link=WithState(3, rngs=nnx.Rngs(1)), kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0)
+    )
+    frozen.eval()
+    for net in (layer, frozen):
+        close(jax.jit(lambda z, net=net: net(z))(white(2, 3)), net(white(2, 3)), 1e-6)
+
+
 @pytest.mark.parametrize(("name", "module"), first_fast([("prelu", ChannelPReLU), ("lk_prelu", LinkedPReLU)]))
 def test_prelu_modules_have_names(name, module):
     assert isinstance(get_activation(name, 3), module)
@@ -672,10 +734,37 @@ def test_module_without_a_link_needs_a_kernel_init(make, shape):
 
 
 @over_layers
-@pytest.mark.parametrize("channels", first_fast([2, 6]))
-def test_z_with_other_channels_is_refused(channels, make, shape):
-    with pytest.raises((ValueError, TypeError)):
-        make(rngs=nnx.Rngs(0))(white(*shape[:-1], channels))
+@pytest.mark.parametrize("link", [lk_relu, LinkedPReLU(3)], ids=["Link", "module"])
+def test_z_with_other_channels_or_too_few_axes_is_refused(unchecked, link, make, shape):
+    layer = make(link=link, rngs=nnx.Rngs(0))
+    for wrong in ((*shape[:-1], 2), (*shape[:-1], 6), ()):
+        with pytest.raises(ValueError, match=re.escape(f"3 channels on the last of {len(shape) - 1} ")) as raised:
+            layer(white(*wrong))
+        assert f"got shape {wrong}" in str(raised.value)
+
+
+@over_layers
+@pytest.mark.parametrize("link", [lk_relu, LinkedPReLU(3)], ids=["Link", "module"])
+def test_z_of_integers_is_refused(unchecked, link, make, shape):
+    with pytest.raises(TypeError, match="floating-point z, got int32; pass z"):
+        make(link=link, rngs=nnx.Rngs(0))(jnp.ones(shape, int))
+
+
+@pytest.mark.parametrize("features", [None, 3.0, "3", True])
+def test_features_are_integers(unchecked, features):
+    for make in (
+        lambda: LinkedLinear(features, 3, rngs=nnx.Rngs(0)),
+        lambda: LinkedConv(3, features, 3, rngs=nnx.Rngs(0)),
+        lambda: LinkedConvTranspose(features, 3, 3, rngs=nnx.Rngs(0)),
+    ):
+        with pytest.raises(TypeError, match=f"is an integer or .*, got {features!r}"):
+            make()
+
+
+@pytest.mark.parametrize("name", [None, 3, jax.nn.relu, lk_relu])
+def test_the_name_of_an_activation_is_a_string(unchecked, name):
+    with pytest.raises(TypeError, match="has a name such as 'lk_relu', got "):
+        get_activation(name)
 
 
 def test_strides_that_do_not_fit_the_kernel_are_refused():

@@ -1,15 +1,22 @@
+import copy
 import dataclasses
 import functools
+import pickle
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
+from flax import linen, nnx
 
 from linked_jax.activations import ACTIVATIONS, prelu
+from linked_jax.layers import LinkedConv, LinkedConvTranspose, LinkedLinear, LinkedPReLU
 from linked_jax.linking import Link, Mirrored, linked
+from linked_jax.remedies.normprop import normalized
 from tests.cases import first_fast
 
 LINKS = {n: f for n, f in ACTIVATIONS.items() if isinstance(f, Link) and f.arity > 1 and n != "crelu"}  # lk_relu again
@@ -129,6 +136,60 @@ def test_link_as_a_closure_of_jit():
         np.testing.assert_allclose(actual, LINKS[name](z), rtol=1e-6, atol=1e-6, err_msg=name)
 
 
+SAVED = {
+    **ACTIVATIONS,
+    "partial": linked(leaky(0.1)),
+    "partial of a partial": linked(functools.partial(functools.partial(jax.nn.elu, alpha=0.5))),
+    "slope": linked(functools.partial(prelu, negative_slope=0.3), jnp.sin),
+    "options": linked(jax.nn.mish, axis=1, layout="interleaved"),
+    "of Linen": Link((linen.relu6, jax.lax.tanh)),
+    "normalised": normalized(linked(jax.nn.relu)),
+}
+
+
+def by_cloudpickle(value):
+    cloudpickle = pytest.importorskip("cloudpickle")
+    return cloudpickle.loads(cloudpickle.dumps(value))
+
+
+COPIES = {
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "cloudpickle": by_cloudpickle,
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+}
+over_copies = pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+
+
+@over_copies
+def test_a_copy_of_a_link_is_equal(copied):
+    for name, link in SAVED.items():
+        assert copied(link) == link, name
+        assert hash(copied(link)) == hash(link), name
+
+
+@over_copies
+def test_a_copy_of_a_layer_has_the_same_graph(copied):
+    rngs = nnx.Rngs(0)
+    for layer in (
+        LinkedLinear(4, 3, rngs=rngs),
+        LinkedLinear(4, 3, link=LinkedPReLU(4), rngs=rngs),
+        LinkedConv(4, 3, (3,), rngs=rngs),
+        LinkedConvTranspose(4, 3, (3,), rngs=rngs),
+    ):
+        assert nnx.graphdef(copied(layer)) == nnx.graphdef(layer)
+        z = jnp.ones((2, 5, 4))
+        np.testing.assert_array_equal(copied(layer)(z), layer(z))
+
+
+def test_a_link_of_a_lambda_is_copied_but_not_pickled_by_name():
+    link = linked(lambda z: z)
+    assert copy.deepcopy(link) == link
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pickle.dumps(link)
+    np.testing.assert_array_equal(by_cloudpickle(link)(jnp.ones(2)), link(jnp.ones(2)))
+
+
 # --- shapes -------------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +271,95 @@ def test_linked_unwraps_links_of_one_member():
 def test_a_bad_link_fails_when_built(build, error, words):
     with pytest.raises(error, match=words):
         build()
+
+
+@dataclasses.dataclass
+class Leaky:
+    slope: float = 0.1
+
+    def __call__(self, z):
+        return prelu(z, self.slope)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenLeaky:
+    slope: float = 0.1
+
+    def __call__(self, z):
+        return jnp.where(z > 0, z, self.slope * z)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("member", "error", "words"),
+    [
+        (jax.nn.softmax, ValueError, "are elementwise .* got softmax(z)"),
+        (functools.partial(jax.nn.softmax, axis=0), ValueError, "got softmax(z, axis=0)"),
+        (jax.nn.standardize, ValueError, "got standardize(z)"),
+        (lambda z: z / jnp.sum(z), ValueError, "elementwise"),
+        (lambda z: z * jnp.max(jnp.abs(z)), ValueError, "elementwise"),
+        (jnp.cumsum, ValueError, "elementwise and keep z's shape, got cumsum(z)"),
+        (functools.partial(jnp.cumsum, axis=0), ValueError, "elementwise"),
+        (functools.partial(jnp.sort, axis=0), ValueError, "elementwise"),
+        (jnp.sort, ValueError, "elementwise"),
+        (jnp.flip, ValueError, "elementwise"),
+        (functools.partial(jnp.roll, shift=1, axis=-1), ValueError, "elementwise"),
+        (jax.nn.glu, ValueError, "elementwise"),
+        (jnp.sum, ValueError, "elementwise"),
+        (linked(jax.nn.relu).__call__, ValueError, "elementwise"),
+        (np.tanh, TypeError, "built from jax.numpy, got NumPy's tanh(z); pass jax.numpy's"),
+        (np.sinc, TypeError, "NumPy's sinc(z)"),
+        (functools.partial(np.maximum, 0), TypeError, "NumPy's maximum(z, 0)"),
+        (Leaky(), TypeError, "is hashable, got Leaky.*frozen"),
+        (nnx.PReLU(), TypeError, "got PReLU with arrays of its own; .*LinkedPReLU"),
+        (nnx.BatchNorm(3, rngs=nnx.Rngs(0)), TypeError, "got BatchNorm with arrays"),
+        (nnx.Dropout(0.5, rngs=nnx.Rngs(0)), TypeError, "got Dropout with arrays"),
+        (LinkedPReLU(3), TypeError, "pass link=LinkedPReLU"),
+        (nnx.PReLU, TypeError, "a function of z, got <class"),
+    ],
+    ids=str,
+)
+def test_what_is_no_member_is_refused(member, error, words):
+    words = words.replace("(", r"\(").replace(")", r"\)")
+    for build in (linked, lambda g: Link((jnp.sin, g)), lambda g: jax.eval_shape(lambda z: linked(g)(z), 1.0)):
+        with pytest.raises(error, match=words) as raised:
+            build(member)
+        assert len(str(raised.value).splitlines()) == 1
+
+
+STACKED = (lambda z: jnp.stack([z, 0 * z]).max(0), lambda z: jnp.polyval(jnp.ones(3), z))
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        FrozenLeaky(),
+        lambda z: prelu(z, jnp.full(6, 0.1)),
+        lambda z: prelu(z, jnp.full(7, 0.1)),
+        lambda z: prelu(z, jnp.full((7, 1, 1), 0.1)),
+        jax.vmap(jax.vmap(jax.nn.relu)),
+        functools.partial(jnp.where, True),  # cannot be called with z alone
+        jnp.vectorize(lambda z: z + 1),
+        jax.tree_util.Partial(jnp.multiply, jnp.ones(3)),
+        nnx.relu,
+        jax.nn.relu6,
+        jnp.log,
+        *STACKED,
+    ],
+    ids=str,
+)
+def test_what_may_be_a_member_is_taken(member):
+    assert linked(member).arity == 2
+    jax.eval_shape(lambda z: (linked(member), z)[1], 1.0)
+
+
+def test_the_named_links_are_made_without_a_device():
+    code = (
+        "import linked_jax, linked_jax.linen, jax; linked_jax.linked(jax.nn.mish);"
+        "from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.usefixtures("unchecked")

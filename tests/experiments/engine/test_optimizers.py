@@ -155,7 +155,23 @@ def test_parameters_and_state_keep_their_dtype(case, kind, dtype, x64):
         assert jax.tree.map(jnp.result_type, updates) == jax.tree.map(jnp.result_type, params)
         assert jax.tree.map(jnp.result_type, new_state) == jax.tree.map(jnp.result_type, state)
         floats = [leaf for leaf in jax.tree.leaves(new_state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        assert all(leaf.dtype == dtype for leaf in floats)
+        wide = jnp.promote_types(dtype, jnp.float32) if case.startswith(("adam", "rmsprop")) else dtype
+        assert all(leaf.dtype == wide for leaf in floats)
+
+
+@pytest.mark.parametrize("name", first_fast(["adam", "rmsprop", "sgd", "nesterov"]))
+def test_half_precision_follows_float32(name):
+    """Gradients from 1e-7, nearly the least of float16, to 1e4; the tolerance is rounding to float16."""
+    grads = np.concatenate([[0.0], np.logspace(-7, 4, 12)]).astype(np.float16)
+    updates = {}
+    for dtype in (jnp.float16, jnp.float32):
+        optimizer = OPTIMIZERS[name](1e-3)
+        state = optimizer.init(jnp.zeros(13, dtype))
+        for _ in range(3):
+            update, state = optimizer.update(jnp.asarray(grads, dtype), state)
+        updates[dtype] = update
+    assert updates[jnp.float16].dtype == jnp.float16
+    np.testing.assert_allclose(updates[jnp.float16], updates[jnp.float32], rtol=3e-3, atol=3e-7)
 
 
 @pytest.mark.parametrize("case", first_fast(CASES))

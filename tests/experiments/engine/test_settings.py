@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +70,32 @@ def test_the_nets_are_every_combination_of_the_axes_once():
 
 
 # --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        ("--act relu --act lk_relu", "--act"),
+        ("--act=relu --seeds 2 --act lk_relu", "--act"),
+        ("--lr 0.1 --lr=0.2", "--lr"),
+        ("--act relu --depth 3 --init auto --depth 4", "--depth"),
+    ],
+)
+def test_a_list_that_is_given_twice_is_refused(line, option):
+    with pytest.raises(UsageError, match=f"{option} is given twice, .*; give it once: {option} A B"):
+        depth.TABLE.parse(line.split())
+
+
+def test_a_list_may_override_the_one_before_the_command_line():
+    settings = depth.TABLE.parse(["--act", "relu", "elu", "--seed", "1", "--seed=2"], ["--act", "all", "--lr", "1"])
+    assert (settings.act, settings.lr, settings.seed) == (("relu", "elu"), (1.0,), 2)
+
+
+def test_every_command_with_lists_reads_them_so():
+    root = Path(depth.__file__).parent
+    for path in [*root.glob("*.py"), *root.glob("*/__main__.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert "tyro.cli" not in text or ": tuple[" not in text.split("def main")[0], path
 
 
 @pytest.mark.parametrize(("first", "count", "fine"), [(0, 1, True), (2**31 - 2, 2, True), (2**31 - 2, 3, False)])
