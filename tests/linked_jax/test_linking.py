@@ -317,7 +317,7 @@ class FrozenLeaky:
         (LinkedPReLU(3), TypeError, "pass link=LinkedPReLU"),
         (nnx.PReLU, TypeError, "a function of z, got <class"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,  # a repr has an address: other ids in each worker
 )
 def test_what_is_no_member_is_refused(member, error, words):
     words = words.replace("(", r"\(").replace(")", r"\)")
@@ -346,7 +346,6 @@ STACKED = (lambda z: jnp.stack([z, 0 * z]).max(0), lambda z: jnp.polyval(jnp.one
         jnp.log,
         *STACKED,
     ],
-    ids=str,
 )
 def test_what_may_be_a_member_is_taken(member):
     assert linked(member).arity == 2
