@@ -1,41 +1,34 @@
-"""Evaluate a function by its jaxpr, and take the statistics of every activation on the way."""
+"""Evaluate a function by its graph, and take the statistics of every activation on the way."""
 
 import dataclasses
+import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Literal
 from jaxtyping import Array, Float
 
+from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, graph_of
 from linked_jax.probe.models import merge, split
-from linked_jax.probe.names import named_calls, scope_of, source_of
-from linked_jax.probe.recognise import activation_at, has_activation, inner_jaxprs, open_jaxpr
-from linked_jax.probe.taps import Env, Tap, all_times, evaluate_equations, is_tap, measure, read
-from linked_jax.probe.variables import (
-    CALLS,
-    CUSTOM,
-    REMATS,
-    Origin,
-    Path,
-    Samples,
-    Variable,
-    describe,
-    inputs_of,
-    operands_of,
-    sample_axes,
-)
+from linked_jax.probe.names import named_calls, source_of
+from linked_jax.probe.recognise import evaluate_op, is_affine
+from linked_jax.probe.regions import Region, regions
+from linked_jax.probe.taps import Tap, all_times, is_tap, measure, nothing_yet, together
 
-Taps = OrderedDict[Any, Any]
-"""A `Tap` for each (pre-activation, activation), and a `NotSeen`: in order of execution. JAX keeps their order."""
+Key = tuple[int, ...]
+"""Where an activation begins: the number of the operation, after those of the operations that it is inside."""
+Taps = OrderedDict[Key, Any]
+"""A `Tap` for each activation, and a `NotSeen`: in order of execution. JAX keeps their order."""
+Env = dict[int, Any]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NotSeen:
-    """An equation that holds activations and is not looked into."""
+    """An operation that holds activations and is not looked into."""
 
     what: str = dataclasses.field(metadata={"static": True})
 
@@ -58,9 +51,6 @@ def observe(f: Callable[[Any, Any], Any], parameters: Any, inputs: Any) -> tuple
       The outputs, exactly those of f; and a list of `Tap`, in order of execution. The tap of a layer in a scan over
       layers has a leading axis: see `unstack`. The taps of two batches are combined by `together`.
 
-    Raises:
-      ValueError: if a link is laid along the axis of the samples.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.probe import observe
@@ -77,13 +67,11 @@ def observe(f: Callable[[Any, Any], Any], parameters: Any, inputs: Any) -> tuple
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """The jaxpr of a function, its arguments, and the axes of its samples; from `Trace.of`."""
+    """The graph of a function, its arguments, and the structure of its outputs; from `Trace.of`."""
 
-    jaxpr: Any
+    graph: Graph
     arguments: list[Any]
-    from_data: list[bool]
     structure: Any
-    samples: Samples
 
     @classmethod
     def of(cls, f: Callable[[Any, Any], Any], parameters: Any, inputs: Any) -> "Trace":
@@ -96,25 +84,23 @@ class Trace:
                 return f(model, inputs)
 
         jaxpr, outputs = jax.make_jaxpr(forward, return_shape=True)(arrays, inputs)
-        larger = jax.tree.map(_twice, inputs)
-        try:
-            samples = sample_axes(jaxpr, jax.make_jaxpr(forward)(arrays, larger))
-        except Exception:  # whatever a model made for one size of batch raises: its samples are along the first axis
-            samples = None
         parts = jax.tree.leaves(arrays), jax.tree.leaves(inputs)
         from_data = [False] * len(parts[0]) + [True] * len(parts[1])
-        return cls(jaxpr, [*parts[0], *parts[1]], from_data, jax.tree.structure(outputs), samples)
+        try:
+            larger = jax.make_jaxpr(forward)(arrays, jax.tree.map(_twice, inputs))
+            graph = graph_of(jaxpr, larger, from_data)
+        except Exception:  # whatever a model made for one size of batch raises: its samples are along the first axis
+            graph = graph_of(jaxpr, None, from_data)
+        return cls(graph, [*parts[0], *parts[1]], jax.tree.structure(outputs))
 
-    def evaluate(self, probes: Mapping[Origin, Any] | None = None) -> tuple[Any, Taps]:
+    def evaluate(self, probes: Mapping[Key, Any] | None = None) -> tuple[Any, Taps]:
         """The outputs and the taps.
 
         Args:
-          probes: for pre-activations, by their origin, a zero of the shape of their `gradient_square_sum`; the
-            gradient for it is that sum.
+          probes: for activations, by their keys, a zero of the shape of their `gradient_square_sum`; the gradient for
+            it is that sum.
         """
-        frame = _Frame((), "", self.samples, probes or {})
-        inputs = inputs_of(self.jaxpr, self.from_data, (), self.samples)
-        leaves, taps = _evaluate(self.jaxpr, self.arguments, inputs, frame)
+        leaves, taps = _evaluate(self.graph, self.arguments, probes or {})
         return jax.tree.unflatten(self.structure, leaves), taps
 
 
@@ -123,122 +109,124 @@ def _twice(x: Any) -> Any:
     return aval.update(shape=(2 * aval.shape[0], *aval.shape[1:])) if aval.shape else aval
 
 
-@dataclasses.dataclass(frozen=True)
-class _Frame:
-    """Where a jaxpr stands in the calls around it, and what holds for it throughout."""
+def _evaluate(graph: Graph, arguments: list[Any], probes: Mapping[Key, Any]) -> tuple[list[Any], Taps]:
+    """The outputs of a graph and the taps inside."""
+    found = _activations(graph)
+    probe_of = {id(region.z): probes[region.place,] for region in found if (region.place,) in probes}
+    env: Env = {}
 
-    path: Path
-    scope: str
-    samples: Samples
-    probes: Mapping[Origin, Any]
+    def define(value: Value, x: Any) -> None:
+        probe = probe_of.get(id(value))
+        env[id(value)] = x if probe is None else _measured(x, probe)
 
-    def inside(self, i: int, equation: JaxprEqn) -> "_Frame":
-        return dataclasses.replace(self, path=(*self.path, i), scope=scope_of(equation, self.scope))
-
-    def probed(self, variable: Variable, value: Any) -> Any:
-        """The value, with its gradient measured if it has a probe and is defined here."""
-        probe = self.probes.get(variable.origin) if variable.origin.path == self.path else None
-        return value if probe is None else _measured(value, probe)
-
-
-def _evaluate(jaxpr: Any, arguments: list[Any], inputs: list[Variable], frame: _Frame) -> tuple[list[Any], Taps]:
-    """The outputs of a jaxpr and the taps inside.
-
-    Calls and remat are looked into; so are scans, where each iteration is a layer, or, if the scan runs over the
-    data, a recurrent layer that is one over all times. Of functions with a custom derivative the activations are
-    seen and their gradients are not.
-    """
-    body, constants = open_jaxpr(jaxpr)
-    known = describe(jaxpr, inputs, frame.path, frame.samples)
-    env = dict(zip([*body.constvars, *body.invars], [*constants, *arguments], strict=True))
-    env = {var: frame.probed(known[var], value) for var, value in env.items()}
-    taps, i = Taps(), 0
-    while i < len(body.eqns):
-        equation, site, stop = body.eqns[i], activation_at(body.eqns, i), i + 1
-        if site and known[site.z].from_data:
-            stop = site.stop
-            some = body.eqns[i:stop]
-            values, tap = measure(body, some, site, known[site.z], env, frame.samples, frame.scope)
-            taps.setdefault((known[site.z].origin, site.activation, _signature(some, known)), tap)
-        elif any(has_activation(inner) for inner in inner_jaxprs(equation)):
-            operands = operands_of(equation, known)
-            outputs, inside = _enter(body, equation, env, operands, frame.inside(i, equation))
-            values = dict(zip(equation.outvars, outputs, strict=True))
-            for key, tap in inside.items():
-                taps.setdefault(key, tap)
+    for value, x in [*zip(graph.inputs, arguments, strict=True), *graph.constants]:
+        define(value, x)
+    taps: dict[Key, Any] = {}
+    for i, op in enumerate(graph.ops):
+        operands = [read(x, env) for x in op.operands]
+        if any(map(_has_activation, op.graphs)) and op.data:
+            inner = {key[1:]: probe for key, probe in probes.items() if key[0] == i and len(key) > 1}
+            outputs, inside = _enter(op, operands, inner)
+            taps |= {(i, *key): tap for key, tap in inside.items()}
         else:
-            values = evaluate_equations(body, [equation], env)
-        env |= {var: frame.probed(known[var], value) for var, value in values.items()}
-        i = stop
-    return [read(atom, env) for atom in body.outvars], taps
+            outputs = evaluate_op(op, operands)
+        for value, x in zip(op.outputs, outputs, strict=True):
+            define(value, x)
+    taps |= {(region.place,): measure(region, env) for region in found}
+    return [read(x, env) for x in graph.outputs], Taps(sorted(taps.items()))
 
 
-def _signature(equations: Sequence[JaxprEqn], known: dict[Var, Variable]) -> Any:
-    """Equal for equations that compute the same of the same variables; those defined on the way are not compared."""
-    defined = {var for equation in equations for var in equation.outvars}
-
-    def operand(atom: Any) -> Any:
-        return str(atom) if isinstance(atom, Literal) else atom not in defined and atom in known and known[atom].origin
-
-    return tuple(
-        (
-            equation.primitive.name,
-            *map(operand, equation.invars),
-            *(_signature(open_jaxpr(inner)[0].eqns, {}) for inner in inner_jaxprs(equation)),
-        )
-        for equation in equations
-    )
+def read(x: Atom, env: Env) -> Any:
+    """The value of an operand."""
+    return x.val if isinstance(x, Literal) else env[id(x)]
 
 
-def _enter(
-    body: Jaxpr, equation: JaxprEqn, env: Env, operands: list[Variable], frame: _Frame
-) -> tuple[list[Any], Taps]:
-    """The outputs of an equation that holds jaxprs, and the taps inside."""
-    kind, inner = equation.primitive.name, inner_jaxprs(equation)[0]
-    arguments = [read(atom, env) for atom in equation.invars]
-    if kind == "scan":
-        return _scan(equation, arguments, [operand.from_data for operand in operands], frame)
-    if kind in CALLS:
-        return _evaluate(inner, arguments, operands, frame)
-    if kind in REMATS:
-        options = {name: equation.params[name] for name in ("policy", "prevent_cse")}
-        return jax.checkpoint(lambda arguments: _evaluate(inner, arguments, operands, frame), **options)(arguments)
-    outputs = list(evaluate_equations(body, [equation], env).values())
-    if kind in CUSTOM:
-        constant = dataclasses.replace(frame, probes={})
-        taps = _evaluate(inner, jax.lax.stop_gradient(arguments), operands, constant)[1]
-        return outputs, jax.tree.map(
-            lambda tap: dataclasses.replace(tap, gradient_square_sum=None), taps, is_leaf=is_tap
-        )
-    not_seen = NotSeen(f"{kind} in {frame.scope or source_of(equation) or 'the model'}")
-    return outputs, Taps({frame.path: not_seen})
+def _activations(graph: Graph) -> list[Region]:
+    if not hasattr(graph, "found"):
+        graph.found = [region for region in regions(graph) if not is_affine(region)]  # type: ignore[attr-defined]
+    return graph.found  # type: ignore[attr-defined]
 
 
-def _scan(equation: JaxprEqn, arguments: list[Any], from_data: list[bool], frame: _Frame) -> tuple[list[Any], Taps]:
-    """Where the scan goes over the data its iterations are times, else each is a layer."""
-    jaxpr = equation.params["jaxpr"]
-    body = open_jaxpr(jaxpr)[0]
-    # What is scanned over has an axis more outside; parameters that tell have other names in other versions of JAX.
-    n_xs, n_ys = (
-        sum(len(outside.aval.shape) > len(inside.aval.shape) for outside, inside in zip(*pair, strict=True))  # type: ignore[reportAttributeAccessIssue]
-        for pair in ((equation.invars, body.invars), (equation.outvars, body.outvars))
-    )
-    n_carry, first_x = len(body.outvars) - n_ys, len(arguments) - n_xs
-    n_consts = first_x - n_carry
-    over_time = any(from_data[first_x:])
-    varies = [*from_data[:n_consts], *[any(from_data)] * n_carry, *from_data[first_x:]]
-    inputs = inputs_of(jaxpr, varies, frame.path, frame.samples)
-    own = {origin: probe for origin, probe in frame.probes.items() if origin.path[: len(frame.path)] == frame.path}
+def _has_activation(graph: Graph) -> bool:
+    return bool(_activations(graph)) or any(_has_activation(inner) for op in graph.ops for inner in op.graphs)
+
+
+def _enter(op: Op, operands: list[Any], probes: Mapping[Key, Any]) -> tuple[list[Any], dict[Key, Any]]:
+    """The outputs of an operation that has graphs inside, and the taps there."""
+    if op.kind == "scan":
+        return _scan(op, operands, probes)
+    if op.kind == "cond":
+        return _cond(op, operands, probes)
+    if op.kind == "while":
+        return _while(op, operands)
+    outputs = evaluate_op(op, operands)
+    if op.kind in CUSTOM:  # its own derivative hides what is inside
+        inside = _evaluate(op.graphs[0], jax.lax.stop_gradient(operands), {})[1]
+        return outputs, jax.tree.map(_without_gradient, inside, is_leaf=is_tap)
+    return outputs, {(0,): NotSeen(f"{op.kind} in {op.scope or source_of(op.equation) or 'the model'}")}
+
+
+def _without_gradient(tap: Tap) -> Tap:
+    return dataclasses.replace(tap, gradient_square_sum=None)
+
+
+def _scan(op: Op, operands: list[Any], probes: Mapping[Key, Any]) -> tuple[list[Any], Taps]:
+    """Where the scan goes over the data its iterations are times of one layer, else each is a layer."""
+    params, graph = op.equation.params, op.graphs[0]
+    first_x = params["num_consts"] + params["num_carry"]
+    consts, carry, xs = operands[: params["num_consts"]], operands[params["num_consts"] : first_x], operands[first_x:]
+    over_time = any(isinstance(x, Value) and x.from_data for x in op.operands[first_x:])
 
     def step(carry: list[Any], x: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
-        here = dataclasses.replace(frame, probes=own if over_time else x[1])
-        outputs, taps = _evaluate(jaxpr, [*arguments[:n_consts], *carry, *x[0]], inputs, here)
-        return outputs[:n_carry], (outputs[n_carry:], taps)
+        outputs, taps = _evaluate(graph, [*consts, *carry, *x[0]], probes if over_time else x[1])
+        return outputs[: len(carry)], (outputs[len(carry) :], taps)
 
-    options = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
-    xs = arguments[first_x:], None if over_time else own
-    carry, (ys, taps) = jax.lax.scan(step, arguments[n_consts:first_x], xs, **options)
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    carry, (ys, taps) = jax.lax.scan(step, carry, (xs, {} if over_time else dict(probes)), **options)
     return [*carry, *ys], jax.tree.map(all_times, taps, is_leaf=is_tap) if over_time else taps
+
+
+def _cond(op: Op, operands: list[Any], probes: Mapping[Key, Any]) -> tuple[list[Any], dict[Key, Any]]:
+    """Each branch is a layer of its own; one that was not taken has seen nothing."""
+    index, arguments = operands[0], operands[1:]
+
+    def evaluated(i: int, arguments: list[Any], probes: Any) -> tuple[list[Any], Taps]:
+        inner = {key[1:]: probe for key, probe in probes.items() if key[0] == i}
+        outputs, taps = _evaluate(op.graphs[i], arguments, inner)
+        return outputs, jax.tree.map(lambda tap: tap, taps, is_leaf=is_tap)
+
+    shapes = [jax.eval_shape(functools.partial(evaluated, i), arguments, dict(probes))[1] for i in range(len(op.graphs))]
+
+    def branch(i: int) -> Callable[..., Any]:
+        def taken(arguments: list[Any], probes: Any) -> Any:
+            outputs, taps = evaluated(i, arguments, probes)
+            return outputs, [taps if i == k else nothing_yet(shape) for k, shape in enumerate(shapes)]
+
+        return taken
+
+    outputs, taps = jax.lax.switch(index, [branch(i) for i in range(len(op.graphs))], arguments, dict(probes))
+    return outputs, {(i, *key): tap for i, inside in enumerate(taps) for key, tap in inside.items()}
+
+
+def _while(op: Op, operands: list[Any]) -> tuple[list[Any], dict[Key, Any]]:
+    """The iterations of a loop are times of one layer; the gradient of an unbounded loop does not exist."""
+    params, graph = op.equation.params, op.graphs[0]
+    split_at = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    cond_consts, consts, carry = operands[: split_at[0]], operands[split_at[0] : split_at[1]], operands[split_at[1] :]
+
+    def body(carry: list[Any]) -> tuple[list[Any], Taps]:
+        return _evaluate(graph, [*consts, *carry], {})
+
+    def more(state: tuple[list[Any], Any]) -> Any:
+        return jax.core.eval_jaxpr(params["cond_jaxpr"].jaxpr, params["cond_jaxpr"].consts, *cond_consts, *state[0])[0]
+
+    def step(state: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
+        carry, taps = body(state[0])
+        return carry, jax.tree.map(together, state[1], taps, is_leaf=is_tap)
+
+    start = nothing_yet(jax.eval_shape(body, carry)[1])
+    carry, taps = jax.lax.while_loop(more, step, (list(carry), start))
+    return carry, jax.tree.map(_without_gradient, taps, is_leaf=is_tap)
 
 
 @jax.custom_vjp

@@ -207,16 +207,16 @@ def _taps_of_batch(call: Any, loss_fn: Any, static: Any, arrays: Any, batch: Any
         return value, taps
 
     silent = jax.eval_shape(lambda: trace.evaluate()[1])
-    sums = {key[0]: tap.gradient_square_sum for key, tap in silent.items() if is_tap(tap)}
-    zeros = {origin: jnp.zeros(sum_.shape) for origin, sum_ in sums.items() if sum_ is not None}
+    sums = {key: tap.gradient_square_sum for key, tap in silent.items() if is_tap(tap)}
+    zeros = {key: jnp.zeros(sum_.shape) for key, sum_ in sums.items() if sum_ is not None}
     gradients, taps = jax.grad(loss, has_aux=True)(zeros)
     n = jax.tree.leaves(inputs)[0].shape[0]
-    return _with_gradients(taps, {origin: n**2 * square_sum for origin, square_sum in gradients.items()})
+    return _with_gradients(taps, {key: n**2 * square_sum for key, square_sum in gradients.items()})
 
 
 def _with_gradients(taps: Taps, square_sums: dict[Any, Any]) -> Taps:
     with_gradient = {
-        key: dataclasses.replace(tap, gradient_square_sum=square_sums.get(key[0]))
+        key: dataclasses.replace(tap, gradient_square_sum=square_sums.get(key))
         for key, tap in taps.items()
         if is_tap(tap)
     }

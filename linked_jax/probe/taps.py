@@ -1,23 +1,21 @@
 """A tap: what one activation did on one batch or more."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import eval_jaxpr
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import JaxprEqn, Literal
 from jaxtyping import Array
 
 from linked_jax.diagnostics import combine, unit_statistics
-from linked_jax.linking import join
-from linked_jax.probe.names import scope_of, source_of
-from linked_jax.probe.recognise import Site, inner_jaxprs, open_jaxpr
-from linked_jax.probe.variables import Samples, Variable, arrangement
-
-Env = dict[Var, Any]
+from linked_jax.probe.graph import Factor, Value, inner_jaxprs, open_jaxpr
+from linked_jax.probe.names import module_of, source_of
+from linked_jax.probe.recognise import evaluate_op, name_of
+from linked_jax.probe.regions import Region
 
 LARGEST_GRAM = 4096
 """The effective rank is of layers with at most that many features: their Gram matrix takes 64 MB."""
@@ -98,61 +96,61 @@ def all_times(tap: Tap) -> Tap:
     return jax.lax.scan(lambda a, b: (together(a, b), None), first, rest)[0]
 
 
-def measure(
-    body: Jaxpr, equations: list[JaxprEqn], site: Site, variable: Variable, env: Env, samples: Samples, scope: str
-) -> tuple[Env, Tap]:
-    """The values of an activation's equations, and its tap.
+def nothing_yet(tap: Any) -> Any:
+    """The taps, or their shapes, of no data: all zeros, which `together` leaves out."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tap)
 
-    The statistics need z, h = f(z) and f'(z); f is the equations between z and h.
+
+def measure(region: Region, env: dict[int, Any]) -> Tap:
+    """The tap of an activation, from the values of its graph.
+
+    The statistics need z, h = f(z) and f'(z); f is the operations of the region.
     """
-    values = evaluate_equations(body, equations, env)
-    by_unit, by_feature = arrangement(site, variable, samples)
+    by_unit = rows_of(region.z)
 
     def f(z: Array) -> Array:
-        return by_feature(evaluate_equations(body, equations, env | {site.z: z})[site.h])
+        inside = {id(region.z): z}
+        for op in region.ops:
+            operands = [x.val if isinstance(x, Literal) else inside.get(id(x), env.get(id(x))) for x in op.operands]
+            inside |= zip(map(id, op.outputs), evaluate_op(op, operands), strict=True)
+        return jnp.stack([inside[id(member)].astype(z.dtype) for member in region.members])
 
-    z = jax.lax.stop_gradient(env[site.z])
-    h, slopes = jax.lax.stop_gradient(_with_slopes(f, by_unit, z, site, equations))
-    features = h.reshape(-1, h.shape[-1]).astype(jnp.promote_types(h.dtype, jnp.float32))
+    z = jax.lax.stop_gradient(env[id(region.z)])
+    h, slopes = (jnp.concatenate([by_unit(x) for x in xs], axis=-1) for xs in jax.lax.stop_gradient(_with_slopes(f, z, region)))
+    features = h.astype(jnp.promote_types(h.dtype, jnp.float32))
     small = features.shape[-1] <= LARGEST_GRAM
-    return values, Tap(
-        stats=unit_statistics(by_unit(z), h, slopes, arity=site.arity, layout=site.layout),
+    return Tap(
+        stats=unit_statistics(by_unit(z), h, slopes, arity=len(region.members)),
         gram=jnp.matmul(features.T, features, precision="highest") if small else None,
         gradient_square_sum=jnp.zeros(()),
-        name=scope_of(equations[0], scope),
-        source=source_of(equations[0]),
-        activation=site.activation,
-        arity=site.arity,
+        name=module_of(region.ops[0].scope),
+        source=source_of(region.ops[0].equation),
+        activation=name_of(region),
+        arity=len(region.members),
     )
 
 
-def _with_slopes(
-    f: Callable[[Array], Array], by_unit: Callable[[Array], Array], z: Array, site: Site, equations: list[JaxprEqn]
-) -> tuple[Array, Array]:
-    """f(z) and the members' derivatives. A member with a custom_vjp has no jvp: then each is pulled back."""
-    if not any(_has_custom_vjp(equation) for equation in equations):
+def rows_of(z: Value) -> Callable[[Array], Array]:
+    """How to bring arrays of the shape of z to (samples and positions, units)."""
+    sizes, units, rest = [], [], []
+    for k, (n, axis) in enumerate(zip(z.shape, z.axes, strict=True)):
+        for factor in axis if k not in z.samples else (Factor(n, False),):
+            (units if factor.is_unit else rest).append(len(sizes))
+            sizes.append(factor.size)
+    count = math.prod(sizes[k] for k in units)
+    return lambda x: x.reshape(sizes).transpose([*rest, *units]).reshape(-1, count)
+
+
+def _with_slopes(f: Callable[[Array], Array], z: Array, region: Region) -> tuple[Array, Array]:
+    """The members f(z), (d, *shape), and their derivatives. What has a custom_vjp has no jvp: then it is pulled back."""
+    if not any(_has_custom_vjp(op.equation) for op in region.ops):
         return jax.jvp(f, (z,), (jnp.ones_like(z),))
     h, pull = jax.vjp(f, z)
-    members, units = range(site.arity), by_unit(z)
-    chosen = [join([jnp.full_like(units, i == k) for i in members], -1, site.layout) for k in members]
-    return h, join([by_unit(pull(cotangent)[0]) for cotangent in chosen], -1, site.layout)
+    chosen = [jnp.zeros_like(h).at[i].set(1) for i in range(len(region.members))]
+    return h, jnp.stack([pull(cotangent)[0] for cotangent in chosen])
 
 
 def _has_custom_vjp(equation: JaxprEqn) -> bool:
     return "custom_vjp" in equation.primitive.name or any(
         _has_custom_vjp(inside) for inner in inner_jaxprs(equation) for inside in open_jaxpr(inner)[0].eqns
     )
-
-
-def evaluate_equations(body: Jaxpr, equations: list[JaxprEqn], env: Env) -> Env:
-    """The values of all variables that these equations of a jaxpr define."""
-    defined = [var for equation in equations for var in equation.outvars]
-    used = dict.fromkeys(atom for equation in equations for atom in equation.invars if not isinstance(atom, Literal))
-    needed = [var for var in used if var not in set(defined)]
-    part = body.replace(constvars=[], invars=needed, outvars=defined, eqns=equations)
-    return dict(zip(defined, eval_jaxpr(part, (), *[env[var] for var in needed]), strict=True))
-
-
-def read(atom: Any, env: Env) -> Any:
-    """The value of a variable or a literal."""
-    return atom.val if isinstance(atom, Literal) else env[atom]
