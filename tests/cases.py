@@ -9,6 +9,8 @@ import pytest
 def first_fast(values: Iterable[Any]) -> list[Any]:
     """The cases of `pytest.mark.parametrize`, all but the first marked slow. Marks that a case has stay.
 
+    A tuple is a case of several arguments, as for pytest; give one argument that is a tuple as pytest.param(it).
+
     >>> [[mark.name for mark in case.marks] for case in first_fast(["a", "b"])]
     [[], ['slow']]
     """

@@ -13,6 +13,7 @@ from absl.testing import parameterized
 from linked_jax import ACTIVATION_NAMES, activation_arity, get_activation
 from linked_jax.activations import ACTIVATIONS, crelu, lk_relu, prelu
 from linked_jax.linking import Link, linked
+from tests.cases import first_fast
 
 # A variant that cannot run is a failure, not a skip.
 flags.FLAGS["chex_assert_multiple_cpu_devices"].value = True
@@ -80,8 +81,8 @@ def values_of(table, names):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("dtype", first_fast([jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]))
+@pytest.mark.parametrize("transform", first_fast([lambda f: f, jax.jit]), ids=["eager", "jit"])
 def test_values_are_exactly_the_formulas(transform, dtype):
     with jax.enable_x64(dtype == jnp.float64):
         links, formulas = (transform(values_of(table, NAMED)) for table in (NAMED, FORMULAS))
@@ -104,7 +105,7 @@ def test_a_member_of_another_dtype_is_cast_back():
     assert widening(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", first_fast(PLAIN))
 def test_plain_activation_keeps_the_derivative_of_its_function_at_zero(name):
     for zero in (0.0, -0.0):
         assert jax.jacobian(NAMED[name])(zero)[0] == jax.grad(PLAIN[name])(zero)
@@ -144,7 +145,7 @@ def test_every_chex_variant_runs():
 # --- names --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", first_fast(NAMED))
 def test_every_name_is_found(name):
     assert get_activation(name) is ACTIVATIONS[name]
     assert get_activation(name).arity in (1, 2)
@@ -152,7 +153,15 @@ def test_every_name_is_found(name):
 
 @pytest.mark.parametrize(
     ("synonym", "name"),
-    [("silu", "swish"), ("lk_silu", "lk_swish"), ("minmax", "min_max"), ("lk_crelu", "lk_relu"), ("crelu", "lk_relu")],
+    first_fast(
+        [
+            ("silu", "swish"),
+            ("lk_silu", "lk_swish"),
+            ("minmax", "min_max"),
+            ("lk_crelu", "lk_relu"),
+            ("crelu", "lk_relu"),
+        ]
+    ),
 )
 def test_synonyms(synonym, name):
     assert get_activation(synonym) == get_activation(name)
@@ -163,7 +172,9 @@ def test_crelu_is_lk_relu():
     assert crelu == lk_relu == linked(jax.nn.relu)
 
 
-@pytest.mark.parametrize(("typo", "nearest"), [("lk_rellu", "lk_relu"), ("sillu", "silu"), ("Fourier", "fourier")])
+@pytest.mark.parametrize(
+    ("typo", "nearest"), first_fast([("lk_rellu", "lk_relu"), ("sillu", "silu"), ("Fourier", "fourier")])
+)
 def test_unknown_name_gets_the_nearest_one_and_the_list(typo, nearest):
     with pytest.raises(ValueError, match=f"no activation '{typo}'; did you mean '{nearest}'") as caught:
         get_activation(typo)
@@ -171,14 +182,14 @@ def test_unknown_name_gets_the_nearest_one_and_the_list(typo, nearest):
         assert name in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ACTIVATION_NAMES)
+@pytest.mark.parametrize("name", first_fast(ACTIVATION_NAMES))
 def test_every_name_gives_a_callable_with_the_arity_that_is_known_before(name):
     found = get_activation(name, 3)
     assert found.arity == activation_arity(name) == found.link.arity
     assert found(jnp.ones((2, 3))).shape == (2, 3 * found.arity)
 
 
-@pytest.mark.parametrize("name", ["prelu", "lk_prelu"])
+@pytest.mark.parametrize("name", first_fast(["prelu", "lk_prelu"]))
 def test_slopes_need_the_number_of_features(name):
     with pytest.raises(ValueError, match=rf"{name} has slopes .*features=None; pass get_activation\('{name}', C\)"):
         get_activation(name)
@@ -190,7 +201,7 @@ def test_the_table_holds_links_whatever_is_imported():
     assert set(ACTIVATION_NAMES) == {*ACTIVATIONS, "prelu", "lk_prelu"}
 
 
-@pytest.mark.parametrize("name", ["", "?", "x" * 200])
+@pytest.mark.parametrize("name", first_fast(["", "?", "x" * 200]))
 def test_unknown_name_without_a_near_one_still_gets_the_list(name):
     with pytest.raises(ValueError, match="fourier"):
         get_activation(name)
@@ -200,20 +211,20 @@ def test_unknown_name_without_a_near_one_still_gets_the_list(name):
 
 
 @pytest.mark.parametrize(
-    "slope", [np.float32(0.25), np.array([0.25, 0.0, -1.5], np.float32)], ids=["scalar", "channel"]
+    "slope", first_fast([np.float32(0.25), np.array([0.25, 0.0, -1.5], np.float32)]), ids=["scalar", "channel"]
 )
 def test_prelu_values(slope):
     z = np.array([[-2.0, -0.5, 3.0], [1.0, -4.0, 0.0]], np.float32)
     np.testing.assert_array_equal(prelu(jnp.asarray(z), slope), np.where(z > 0, z, slope * z))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", first_fast(DTYPES))
 def test_prelu_keeps_the_dtype(dtype):
     assert prelu(jnp.ones(3, dtype), jnp.float32(0.25)).dtype == dtype
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slope", [0.25, 0.0, -1.5])
+@pytest.mark.parametrize("slope", first_fast([0.25, 0.0, -1.5]))
 def test_prelu_derivative_at_zero_is_its_slope_and_1_when_mirrored(slope):
     for zero in (0.0, -0.0):
         assert jax.grad(lambda z: prelu(z, slope))(jnp.float32(zero)) == slope

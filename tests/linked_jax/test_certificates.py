@@ -14,12 +14,13 @@ from linked_jax import certificates
 from linked_jax.activations import ACTIVATIONS
 from linked_jax.certificates import certify, main
 from linked_jax.linking import Link, linked
+from tests.cases import first_fast
 
 LINKS = {n: f for n, f in ACTIVATIONS.items() if isinstance(f, Link) and f.arity > 1 and n != "crelu"}  # lk_relu again
 LINKED = {name: link for name, link in LINKS.items() if name not in ("lk_tanh", "lk_sigmoid")}
 
-over_linked = pytest.mark.parametrize("name", LINKED)
-half_precision = pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+over_linked = pytest.mark.parametrize("name", first_fast(LINKED))
+half_precision = pytest.mark.parametrize("dtype", first_fast([jnp.float16, jnp.bfloat16]))
 
 
 def pair_on_last_axis(z):
@@ -74,8 +75,10 @@ def runs(z, mask):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, jnp.float16) for name in CASES]
-    + [(name, jnp.bfloat16) for name in ("lk_swish", "relu6", "reciprocal", "square")],
+    first_fast(
+        [(name, jnp.float16) for name in CASES]
+        + [(name, jnp.bfloat16) for name in ("lk_swish", "relu6", "reciprocal", "square")]
+    ),
 )
 def test_certificate_agrees_with_brute_force(name, dtype):
     certificate = certificate_of(name, dtype)
@@ -114,7 +117,7 @@ def test_mirror_of_relu6_is_dead_exactly_beyond_its_clip(dtype):
 
 
 @half_precision
-@pytest.mark.parametrize("name", ["lk_tanh", "lk_sigmoid"])
+@pytest.mark.parametrize("name", first_fast(["lk_tanh", "lk_sigmoid"]))
 def test_saturating_mirrors_are_not_linked(name, dtype):
     certificate = certificate_of(name, dtype)
     assert not certificate.linked
@@ -129,12 +132,12 @@ def test_jax_gelu_breaks_in_float16_and_lk_gelu_does_not():
     assert certificate_of("lk_gelu", jnp.float16).nonfinite_count == 0
 
 
-@pytest.mark.parametrize("g", [jnp.square, jnp.cos])
+@pytest.mark.parametrize("g", first_fast([jnp.square, jnp.cos]))
 def test_smooth_flat_mirrors_are_dead_at_exactly_zero(g):
     assert repr(certify(linked(g), jnp.float16).dead_intervals) == "((-0.0, 0.0),)"
 
 
-@pytest.mark.parametrize("g", [jnp.square, jnp.cos])
+@pytest.mark.parametrize("g", first_fast([jnp.square, jnp.cos]))
 def test_smooth_flat_mirrors_are_dead_at_zero_and_flushed_denormals(g):
     certificate = certify(linked(g), jnp.bfloat16)
     assert certificate.dead_interval_count == 1
@@ -152,12 +155,14 @@ def test_many_dead_intervals_are_all_counted_and_the_first_64_kept():
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "relu6",
-        "staircase",
-        "lk_swish",
-        "jax_gelu",
-    ],
+    first_fast(
+        [
+            "relu6",
+            "staircase",
+            "lk_swish",
+            "jax_gelu",
+        ]
+    ),
 )
 def test_the_chunk_size_changes_nothing(name, monkeypatch):
     whole = certificate_of(name, jnp.float16)
@@ -176,7 +181,8 @@ def test_progress_rises_to_one(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "word"), [(np.float64, "float64"), ("float64", "centuries"), (jnp.int32, "int32"), (bool, "bool")]
+    ("dtype", "word"),
+    first_fast([(np.float64, "float64"), ("float64", "centuries"), (jnp.int32, "int32"), (bool, "bool")]),
 )
 def test_other_dtypes_are_refused(dtype, word):
     with pytest.raises(ValueError, match=word):
@@ -269,7 +275,7 @@ def test_mirror_of_relu6_is_dead_exactly_beyond_its_clip_in_float32():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "flat_from"), [("lk_tanh", 8), ("lk_sigmoid", 87)])
+@pytest.mark.parametrize(("name", "flat_from"), first_fast([("lk_tanh", 8), ("lk_sigmoid", 87)]))
 def test_saturating_mirrors_are_not_linked_in_float32(name, flat_from):
     certificate = certify(LINKS[name])
     (left, right) = certificate.dead_intervals
@@ -286,7 +292,7 @@ def test_jax_gelu_breaks_in_float32():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("g", [jnp.square, jnp.cos])
+@pytest.mark.parametrize("g", first_fast([jnp.square, jnp.cos]))
 def test_smooth_flat_mirrors_are_dead_at_zero_in_float32(g):
     certificate = certify(linked(g))
     assert certificate.dead_interval_count == 1

@@ -23,8 +23,9 @@ from linked_jax.diagnostics import (
     unit_statistics,
 )
 from linked_jax.linking import Link, fourier, linked
+from tests.cases import first_fast
 
-layouts = pytest.mark.parametrize("layout", ["blocked", "interleaved"])
+layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
 LINKS = {name: link for name, link in ACTIVATIONS.items() if isinstance(link, Link) and name != "crelu"}
 # Mostly zeros, so that dead units occur; both zeros, and values that are live although a sum would hide them.
 VALUES = st.sampled_from([0.0, 0.0, 0.0, -0.0, 1.0, -1.0, 1e-30, float("inf"), float("nan")])
@@ -68,7 +69,7 @@ def test_live_units_is_the_brute_force_loop(layout, outputs):
 
 
 @layouts
-@pytest.mark.parametrize("alive_member", [None, 0, 1])
+@pytest.mark.parametrize("alive_member", first_fast([None, 0, 1]))
 def test_dead_unit_is_one_with_all_members_zero(layout, alive_member):
     link = linked(
         lambda z: z * (alive_member == 0), lambda z: z * (alive_member == 1), lambda z: jnp.zeros_like(z), layout=layout
@@ -90,7 +91,7 @@ def test_plain_relu_dies_where_its_mirror_link_lives():
     assert live_units(lk_relu(z), arity=2).all()
 
 
-@pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
+@pytest.mark.parametrize("link", first_fast(LINKS.values()), ids=LINKS)
 def test_units_count_pre_activations_for_every_link(link):
     live = live_units(link(jnp.tile(jnp.array([[1.0], [-1.0]]), 5)), arity=link.arity)
     assert live.tolist() == [True] * 5
@@ -111,7 +112,7 @@ def test_jit_is_eager(layout):
     assert compiled(h, arity=3, layout=layout).tolist() == brute_force(np.asarray(h), 3, layout)
 
 
-@pytest.mark.parametrize("arity", [0, -1, 2, 4])
+@pytest.mark.parametrize("arity", first_fast([0, -1, 2, 4]))
 def test_arity_that_does_not_divide_the_channels_is_refused(arity):
     with pytest.raises(ValueError, match=f"arity {arity}"):
         live_units(jnp.ones((2, 5)), arity=arity)
@@ -169,7 +170,7 @@ def over_batches(link, z, cuts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("dtype", first_fast(TOLERANCES), ids=lambda dtype: dtype.__name__)
 @layouts
 @hypothesis.settings(max_examples=5)
 @hypothesis.given(
@@ -231,7 +232,8 @@ def test_no_data_is_the_neutral_element():
 
 
 @pytest.mark.parametrize(
-    ("h", "slopes", "arity"), [((2, 4), (2, 4), 1), ((2, 4), (2, 2), 2), ((3, 4), (3, 4), 2), ((2, 6), (2, 6), 2)]
+    ("h", "slopes", "arity"),
+    first_fast([((2, 4), (2, 4), 1), ((2, 4), (2, 2), 2), ((3, 4), (3, 4), 2), ((2, 6), (2, 6), 2)]),
 )
 def test_shapes_that_do_not_fit_are_refused(unchecked, h, slopes, arity):
     with pytest.raises(ValueError, match=f"arity {arity}, got"):
@@ -256,7 +258,7 @@ VERDICTS = {
 
 
 @layouts
-@pytest.mark.parametrize(("link", "dead", "no_gradient", "linear"), VERDICTS.values(), ids=VERDICTS)
+@pytest.mark.parametrize(("link", "dead", "no_gradient", "linear"), first_fast(VERDICTS.values()), ids=VERDICTS)
 def test_verdicts_on_units_that_one_can_see(link, dead, no_gradient, linear, layout):
     stats = statistics(Link(link.members, layout=layout), DATA)
     assert dead_units(stats).tolist() == dead
@@ -265,7 +267,7 @@ def test_verdicts_on_units_that_one_can_see(link, dead, no_gradient, linear, lay
 
 
 @layouts
-@pytest.mark.parametrize("g", [relu, jnp.tanh], ids=["relu", "tanh"])
+@pytest.mark.parametrize("g", first_fast([relu, jnp.tanh]), ids=["relu", "tanh"])
 def test_a_mirrored_layer_is_not_half_anything(g, layout):
     z = jnp.tile(jnp.array([[1.0], [2.0]]), 6)  # one member of each mirrored relu is always 0
     stats = statistics(linked(g, layout=layout), z)
@@ -289,7 +291,7 @@ def test_verdicts_need_all_batches():
     assert linearised_units(both).tolist() == [False, False, True]
 
 
-@pytest.mark.parametrize("epsilon", [0.01, 0.5, 0.0])
+@pytest.mark.parametrize("epsilon", first_fast([0.01, 0.5, 0.0]))
 def test_saturated_is_flat_on_all_data(epsilon):
     z = jnp.linspace(0.0, 12.0, 50)[None]
     wanted = 1 - np.tanh(np.float64(z[0])) ** 2 <= epsilon
@@ -300,7 +302,7 @@ def test_saturated_is_flat_on_all_data(epsilon):
 
 
 @layouts
-@pytest.mark.parametrize("tau", [0.0, 0.025, 0.5])
+@pytest.mark.parametrize("tau", first_fast([0.0, 0.025, 0.5]))
 def test_dormancy_is_the_definition_over_the_whole_link(tau, layout):
     rng = np.random.default_rng(4)
     z = rng.normal(size=(8, 3, 10)) * np.array([0, 0, 1e-3, 0.01, 0.02, 0.05, 0.3, 0.5, 1, 2])
@@ -318,14 +320,14 @@ def test_dormancy_knows_no_scale_and_its_mean_is_one():
     np.testing.assert_allclose(dormancy(statistics(relu, z)).mean(), 1.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("tau", [0.0, 0.025])
+@pytest.mark.parametrize("tau", first_fast([0.0, 0.025]))
 def test_every_unit_of_a_silent_layer_is_dormant(tau):
     stats = statistics(relu, -jnp.ones((3, 4)))
     assert dormancy(stats).tolist() == [0.0] * 4
     assert dormant_units(stats, tau).all()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", first_fast([float("nan"), float("inf"), -float("inf")]))
 def test_a_unit_that_is_not_finite_leaves_the_others_their_scores(bad):
     z = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.float32)
     spoilt = statistics(lk_relu, z.at[3, 1].set(bad))
@@ -347,7 +349,7 @@ def test_nan_is_no_verdict():
     assert np.isnan(stats.mean[0])
 
 
-@pytest.mark.parametrize("bad", [-0.1, float("nan")])
+@pytest.mark.parametrize("bad", first_fast([-0.1, float("nan")]))
 def test_negative_thresholds_are_refused(bad):
     stats = statistics(relu, DATA)
     with pytest.raises(ValueError, match=f"tau is at least 0, got {bad}"):

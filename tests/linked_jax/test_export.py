@@ -11,10 +11,11 @@ from flax import nnx
 from linked_jax.activations import lk_gelu, lk_relu, lk_swish
 from linked_jax.layers import LinkedConv, LinkedLinear, LinkedPReLU
 from linked_jax.linking import Link, fourier, min_max
+from tests.cases import first_fast
 
 LINKS = {"lk_relu": lk_relu, "lk_swish": lk_swish, "lk_gelu": lk_gelu, "min_max": min_max, "fourier": fourier}
-over_links = pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
-platforms = pytest.mark.parametrize("platform", ["cuda", "tpu"])
+over_links = pytest.mark.parametrize("link", first_fast(LINKS.values()), ids=LINKS)
+platforms = pytest.mark.parametrize("platform", first_fast(["cuda", "tpu"]))
 OPTIMIZER = optax.adam(1e-2)
 X, Y = jax.random.normal(jax.random.key(0), (4, 6, 6, 2)), jnp.arange(4) % 3
 
@@ -47,7 +48,7 @@ def training_step_of(net):
     return step, params, OPTIMIZER.init(params)
 
 
-@pytest.mark.parametrize("layout", ["blocked", "interleaved"])
+@pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
 @platforms
 @over_links
 def test_link_lowers_for_the_platform(link, platform, layout):

@@ -1,4 +1,5 @@
 import functools
+import inspect
 
 import flax.linen
 import jax
@@ -11,20 +12,32 @@ from flax import nnx
 
 from linked_jax.activations import ACTIVATIONS, lk_relu, lk_swish, relu
 from linked_jax.initializers import variance_preserving
-from linked_jax.layers import ChannelPReLU, LinkedConv, LinkedLinear, LinkedPReLU, get_activation
+from linked_jax.layers import (
+    ChannelPReLU,
+    ConvOptions,
+    ConvTransposeOptions,
+    LinearOptions,
+    LinkedConv,
+    LinkedConvTranspose,
+    LinkedLinear,
+    LinkedPReLU,
+    get_activation,
+)
 from linked_jax.linking import Link, fourier, linked, min_max
+from tests.cases import first_fast
 
 LINKS = {name: link for name, link in ACTIVATIONS.items() if isinstance(link, Link) and name != "crelu"}
 FEW = {"relu": relu, "lk_relu": lk_relu, "lk_swish": lk_swish, "fourier": fourier}
-over_links = pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
-over_few_links = pytest.mark.parametrize("link", FEW.values(), ids=FEW)
-layouts = pytest.mark.parametrize("layout", ["blocked", "interleaved"])
-precisions = pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.float64, 1e-12)])
+over_links = pytest.mark.parametrize("link", first_fast(LINKS.values()), ids=LINKS)
+over_few_links = pytest.mark.parametrize("link", first_fast(FEW.values()), ids=FEW)
+layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
+precisions = pytest.mark.parametrize(("dtype", "tolerance"), first_fast([(jnp.float32, 1e-6), (jnp.float64, 1e-12)]))
 LAYERS = {
     "linear": (functools.partial(LinkedLinear, 3, 5), (2, 3)),
     "conv": (functools.partial(LinkedConv, 3, 5, (3, 3)), (2, 6, 6, 3)),
+    "conv_transpose": (functools.partial(LinkedConvTranspose, 3, 5, (3, 3)), (2, 6, 6, 3)),
 }
-over_layers = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+over_layers = pytest.mark.parametrize(("make", "shape"), first_fast(LAYERS.values()), ids=LAYERS)
 
 
 def white(*shape, seed=0, dtype=jnp.float32):
@@ -92,8 +105,10 @@ def test_values_and_gradients_equal_flax_in_both_layouts_and_precisions(make, sh
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR", ((1, 0), (2, 1))], ids=str)
-@pytest.mark.parametrize(("kernel_size", "strides"), [((3, 2), (1, 2)), ((3, 3), 1)])
+@pytest.mark.parametrize(
+    "padding", first_fast(map(pytest.param, ["SAME", "VALID", "CIRCULAR", ((1, 0), (2, 1))])), ids=str
+)
+@pytest.mark.parametrize(("kernel_size", "strides"), first_fast([((3, 2), (1, 2)), ((3, 3), 1)]))
 def test_conv_passes_its_geometry_to_flax(kernel_size, strides, padding):
     options = {"strides": strides, "padding": padding}
     layer = LinkedConv(3, 5, kernel_size, link=lk_relu, rngs=nnx.Rngs(0), **options)
@@ -104,7 +119,7 @@ def test_conv_passes_its_geometry_to_flax(kernel_size, strides, padding):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("space", [1, 2, 3])
+@pytest.mark.parametrize("space", first_fast([1, 2, 3]))
 def test_conv_takes_any_number_of_spatial_axes(space):
     layer = LinkedConv(2, 3, (3,) * space, strides=2, rngs=nnx.Rngs(0))
     assert layer.conv.kernel.shape == (3,) * space + (4, 3)
@@ -115,7 +130,7 @@ def test_conv_with_an_integer_kernel_size_has_one_spatial_axis():
     assert LinkedConv(2, 3, 3, rngs=nnx.Rngs(0))(white(2, 5, 2)).shape == (2, 5, 3)
 
 
-@pytest.mark.parametrize("lead", [(), (4,), (2, 3)])
+@pytest.mark.parametrize("lead", first_fast(map(pytest.param, [(), (4,), (2, 3)])))
 @over_few_links
 def test_linear_takes_any_leading_axes(link, lead):
     layer = LinkedLinear(3, 5, link=link, rngs=nnx.Rngs(0))
@@ -152,9 +167,130 @@ def test_given_kernel_init_is_used_for_the_whole_kernel(make, shape):
     assert (plain_layer(layer).kernel[...] == 2).all()
 
 
+MASK = jnp.asarray(np.random.default_rng(7).integers(0, 2, (3, 3, 6, 5)), jnp.float32)
+
+
+def promote_to_float32(arrays, *, dtype=None, **_):
+    return tuple(None if x is None else x.astype(jnp.float32) for x in arrays)
+
+
+WEIGHT_OPTIONS = {
+    "use_bias": False,
+    "bias_init": nnx.initializers.constant(3.0),
+    "dtype": jnp.bfloat16,
+    "param_dtype": jnp.bfloat16,
+    "precision": "highest",
+    "promote_dtype": promote_to_float32,
+    "preferred_element_type": jnp.float32,
+    "kernel_metadata": {"note": "kernel"},
+    "bias_metadata": {"note": "bias"},
+}
+CONV_TRANSPOSE_OPTIONS = WEIGHT_OPTIONS | {"padding": ((1, 0), (2, 1)), "kernel_dilation": (1, 2), "mask": MASK}
+CONV_OPTIONS = CONV_TRANSPOSE_OPTIONS | {
+    "input_dilation": 2,
+    "feature_group_count": 1,
+    "conv_general_dilated": functools.partial(jax.lax.conv_general_dilated),
+}
+OPTIONS = {
+    LinkedLinear: (nnx.Linear, (), WEIGHT_OPTIONS | {"dot_general": jax.lax.dot_general}),
+    LinkedConv: (nnx.Conv, ((3, 3),), CONV_OPTIONS),
+    LinkedConvTranspose: (nnx.ConvTranspose, ((3, 3),), CONV_TRANSPOSE_OPTIONS),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("strides", [1, 2])
-@pytest.mark.parametrize("link", [min_max, Link(lk_swish.members, layout="interleaved")], ids=str)
+@pytest.mark.parametrize(
+    ("make", "name"), [(make, name) for make, (*_, options) in OPTIONS.items() for name in options]
+)
+def test_every_option_of_flax_goes_through(make, name):
+    flax_layer, size, given = OPTIONS[make]
+    options = {name: given[name]} | ({"padding": [(2, 2)] * 2} if name == "input_dilation" else {})
+    layer = make(3, 5, *size, link=lk_swish, rngs=nnx.Rngs(0), **options)
+    plain = flax_layer(6, 5, *size, rngs=nnx.Rngs(1), **options)
+    nnx.update(plain, nnx.state(plain_layer(layer)))
+    z = white(2, 6, 6, 3)
+    y = naive(plain, lk_swish)(z)
+    assert layer(z).dtype == y.dtype
+    close(layer(z).astype(jnp.float32), y.astype(jnp.float32), 0.02 if y.dtype == jnp.bfloat16 else 1e-5)
+    if name == "bias_init":
+        assert (plain.bias[...] == 3).all()
+    if name.endswith("metadata"):
+        assert getattr(plain_layer(layer), given[name]["note"]).note == given[name]["note"]
+
+
+def test_our_options_are_those_of_flax():
+    for typed, (flax_layer, _, options) in zip(
+        (LinearOptions, ConvOptions, ConvTransposeOptions), OPTIONS.values(), strict=True
+    ):
+        assert (
+            typed.__annotations__.keys() == options.keys() <= inspect.signature(flax_layer.__init__).parameters.keys()
+        )
+
+
+def test_an_option_that_flax_does_not_have_is_refused():
+    for make, (_, size, _) in OPTIONS.items():
+        with pytest.raises(TypeError, match="kernel_dilatation"):
+            make(3, 5, *size, kernel_dilatation=2, rngs=nnx.Rngs(0))
+
+
+def test_a_grouped_layer_is_a_layer_for_each_group():
+    link = Link(lk_swish.members, layout="interleaved")
+    layer = LinkedConv(4, 6, (3, 3), link=link, feature_group_count=2, rngs=nnx.Rngs(0))
+    z = white(2, 4, 4, 4)
+    parts = []
+    for group in range(2):
+        one = LinkedConv(2, 3, (3, 3), link=link, rngs=nnx.Rngs(0))
+        one.conv.kernel[...] = layer.conv.kernel[..., 3 * group : 3 * group + 3]
+        parts.append(one(z[..., 2 * group : 2 * group + 2]))
+    close(layer(z), jnp.concatenate(parts, -1), 1e-5)
+
+
+GROUPABLE = {
+    "relu": relu,
+    "lk_relu": Link(lk_relu.members, layout="interleaved"),
+    "lk_prelu": LinkedPReLU(4, layout="interleaved"),
+}
+
+
+@pytest.mark.parametrize("link", first_fast(GROUPABLE.values()), ids=GROUPABLE)
+def test_groups_fit_links_that_keep_a_unit_together(link):
+    layer = LinkedConv(4, 4, (3, 3), link=link, feature_group_count=4, rngs=nnx.Rngs(0))
+    assert layer.conv.kernel.shape == (3, 3, link.arity, 4)
+    assert layer(white(1, 5, 5, 4)).shape == (1, 5, 5, 4)
+
+
+def test_groups_that_do_not_fit_are_refused():
+    zeros = nnx.initializers.zeros
+    for link in (lk_relu, LinkedPReLU(4)):
+        with pytest.raises(ValueError, match="2 groups split a unit's members in the blocked layout"):
+            LinkedConv(4, 4, (3, 3), link=link, feature_group_count=2, kernel_init=zeros, rngs=nnx.Rngs(0))
+    for c_in, c_out in ((3, 4), (4, 3)):
+        with pytest.raises(ValueError, match=f"got 2 groups of {c_in} and {c_out}; change feature_group_count"):
+            LinkedConv(c_in, c_out, (3, 3), link=relu, feature_group_count=2, rngs=nnx.Rngs(0))
+
+
+def test_a_transposed_kernel_is_refused():
+    with pytest.raises(ValueError, match="leave out transpose_kernel"):
+        LinkedConvTranspose(4, 4, (3, 3), transpose_kernel=True, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("dilated", first_fast([False, True]))
+def test_a_layer_that_enlarges_an_image_starts_as_an_isometry_up_to_its_scale(dilated):
+    if dilated:  # the same as a convolution whose input has a zero after each pixel
+        layer = LinkedConv(4, 4, (4, 4), input_dilation=2, padding=[(2, 2)] * 2, rngs=nnx.Rngs(0))
+    else:
+        layer = LinkedConvTranspose(4, 4, (4, 4), strides=2, rngs=nnx.Rngs(0))
+    z = white(3, 4, 4, 4)
+    z = z.at[2].set(z[0] + z[1])
+    y = layer(z)
+    assert y.shape == (3, 8, 8, 4)
+    close(y[2], y[0] + y[1], 1e-5)
+    np.testing.assert_allclose(jnp.square(y).sum((1, 2, 3)), 4 * jnp.square(z).sum((1, 2, 3)), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strides", first_fast([1, 2]))
+@pytest.mark.parametrize("link", first_fast([min_max, Link(lk_swish.members, layout="interleaved")]), ids=str)
 def test_layer_starts_linear(link, strides):
     layer = LinkedConv(4, 4, (3, 3), link=link, strides=strides, rngs=nnx.Rngs(0))
     z = white(3, 6, 6, 4)
@@ -214,7 +350,7 @@ def test_second_call_does_not_retrace():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("link", [lk_relu, LinkedPReLU(4)], ids=["lk_relu", "lk_prelu"])
+@pytest.mark.parametrize("link", first_fast([lk_relu, LinkedPReLU(4)]), ids=["lk_relu", "lk_prelu"])
 def test_scan_over_stacked_layers_is_a_loop(link):
     @nnx.split_rngs(splits=3)
     @nnx.vmap
@@ -264,7 +400,7 @@ def test_orbax_checkpoint_restores_the_net(tmp_path):
 
 
 @over_layers
-@pytest.mark.parametrize("link", FEW.values(), ids=FEW)
+@pytest.mark.parametrize("link", first_fast(FEW.values()), ids=FEW)
 def test_hessian_and_jvp_go_through_a_layer(link, make, shape):
     layer = make(link=link, rngs=nnx.Rngs(0))
     z, tangent = white(*shape), white(*shape, seed=1)
@@ -356,8 +492,10 @@ def test_linked_net_needs_less_memory_than_a_naive_linked_and_a_plain_one():
 # --- PReLU --------------------------------------------------------------------------------------------------------
 
 SHARES = {"layer": (3, ()), "channel": (3, (3,)), "element": ((4, 4, 3), (4, 4, 3))}
-over_shares = pytest.mark.parametrize(("share", "features", "slopes"), [(k, *v) for k, v in SHARES.items()], ids=SHARES)
-over_modules = pytest.mark.parametrize("make", [ChannelPReLU, LinkedPReLU])
+over_shares = pytest.mark.parametrize(
+    ("share", "features", "slopes"), first_fast([(k, *v) for k, v in SHARES.items()]), ids=SHARES
+)
+over_modules = pytest.mark.parametrize("make", first_fast([ChannelPReLU, LinkedPReLU]))
 
 
 def with_random_slopes(module):
@@ -380,7 +518,7 @@ def test_slopes_start_at_a_quarter_in_the_shape_that_is_shared(make, share, feat
 
 
 @over_modules
-@pytest.mark.parametrize("slope", [0.0, 0.01, -0.5])
+@pytest.mark.parametrize("slope", first_fast([0.0, 0.01, -0.5]))
 def test_given_slope_is_the_start(make, slope):
     leaves = jax.tree.leaves(nnx.state(make(3, negative_slope=slope)))
     assert all((leaf == jnp.float32(slope)).all() for leaf in leaves)
@@ -430,7 +568,7 @@ def test_slope_gradients_are_finite_differences(make, share, features, slopes):
 
 @pytest.mark.slow
 @layouts
-@pytest.mark.parametrize("zero", [0.0, -0.0])
+@pytest.mark.parametrize("zero", first_fast([0.0, -0.0]))
 def test_jacobian_of_linked_prelu_at_zero_is_the_limit_from_the_right(layout, zero):
     module = with_random_slopes(LinkedPReLU(3, layout=layout))
     jacobian = jax.jacobian(module)(jnp.full(3, zero))
@@ -463,7 +601,7 @@ def test_linked_prelu_with_zero_slopes_starts_as_lk_relu():
 
 @pytest.mark.slow
 @layouts
-@pytest.mark.parametrize("slope", [0.0, 0.25, 0.9])
+@pytest.mark.parametrize("slope", first_fast([0.0, 0.25, 0.9]))
 def test_layer_after_linked_prelu_starts_linear_and_isometric(slope, layout):
     link = LinkedPReLU(4, negative_slope=slope, layout=layout)
     layer = LinkedConv(4, 4, (3, 3), link=link, rngs=nnx.Rngs(0))
@@ -475,8 +613,8 @@ def test_layer_after_linked_prelu_starts_linear_and_isometric(slope, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [ChannelPReLU, LinkedPReLU])
-@pytest.mark.parametrize("layer", [LinkedLinear, functools.partial(LinkedConv, kernel_size=(3, 3))])
+@pytest.mark.parametrize("module", first_fast([ChannelPReLU, LinkedPReLU]))
+@pytest.mark.parametrize("layer", first_fast([LinkedLinear, functools.partial(LinkedConv, kernel_size=(3, 3))]))
 def test_slopes_inside_a_layer_are_trained(layer, module):
     layer = layer(in_features=3, out_features=5, link=module(3), rngs=nnx.Rngs(0))
     z = white(2, 6, 6, 3)
@@ -486,7 +624,7 @@ def test_slopes_inside_a_layer_are_trained(layer, module):
     close(found, wanted, 1e-6)
 
 
-@pytest.mark.parametrize(("name", "module"), [("prelu", ChannelPReLU), ("lk_prelu", LinkedPReLU)])
+@pytest.mark.parametrize(("name", "module"), first_fast([("prelu", ChannelPReLU), ("lk_prelu", LinkedPReLU)]))
 def test_prelu_modules_have_names(name, module):
     assert isinstance(get_activation(name, 3), module)
 
@@ -494,23 +632,25 @@ def test_prelu_modules_have_names(name, module):
 # --- bad inputs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("c_in", "c_out"), [(0, 2), (2, 0), (-1, 2)])
+@pytest.mark.parametrize(("c_in", "c_out"), first_fast([(0, 2), (2, 0), (-1, 2)]))
 def test_layer_without_features_is_refused(c_in, c_out):
     with pytest.raises(ValueError, match=f"got {c_in} and {c_out}"):
         LinkedLinear(c_in, c_out, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=f"got {c_in} and {c_out}"):
         LinkedConv(c_in, c_out, (3, 3), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=f"got {c_in} and {c_out}"):
+        LinkedConvTranspose(c_in, c_out, (3, 3), rngs=nnx.Rngs(0))
 
 
 @over_layers
-@pytest.mark.parametrize("link", [jax.nn.relu, LinkedPReLU, "lk_relu"], ids=["function", "class", "name"])
+@pytest.mark.parametrize("link", first_fast([jax.nn.relu, LinkedPReLU, "lk_relu"]), ids=["function", "class", "name"])
 def test_what_is_not_a_built_link_is_refused(unchecked, link, make, shape):
     with pytest.raises(TypeError, match="link is a Link or a built module"):
         make(link=link, rngs=nnx.Rngs(0))
 
 
 @over_layers
-@pytest.mark.parametrize("axis", [0, 1, -2])
+@pytest.mark.parametrize("axis", first_fast([0, 1, -2]))
 def test_link_along_another_axis_is_refused(axis, make, shape):
     with pytest.raises(ValueError, match=f"axis={axis}"):
         make(link=linked(jax.nn.relu, axis=axis), rngs=nnx.Rngs(0))
@@ -532,7 +672,7 @@ def test_module_without_a_link_needs_a_kernel_init(make, shape):
 
 
 @over_layers
-@pytest.mark.parametrize("channels", [2, 6])
+@pytest.mark.parametrize("channels", first_fast([2, 6]))
 def test_z_with_other_channels_is_refused(channels, make, shape):
     with pytest.raises((ValueError, TypeError)):
         make(rngs=nnx.Rngs(0))(white(*shape[:-1], channels))
@@ -544,15 +684,15 @@ def test_strides_that_do_not_fit_the_kernel_are_refused():
 
 
 @over_modules
-@pytest.mark.parametrize("features", [0, -1])
-@pytest.mark.parametrize("share", ["layer", "channel"])
+@pytest.mark.parametrize("features", first_fast([0, -1]))
+@pytest.mark.parametrize("share", first_fast(["layer", "channel"]))
 def test_prelu_without_features_is_refused(make, features, share):
     with pytest.raises(ValueError, match="features is at least 1"):
         make(features, share=share)
 
 
 @over_modules
-@pytest.mark.parametrize("features", [(), (4, 0), (0,)])
+@pytest.mark.parametrize("features", first_fast(map(pytest.param, [(), (4, 0), (0,)])))
 def test_prelu_of_an_empty_element_shape_is_refused(make, features):
     with pytest.raises(ValueError, match="features is at least 1"):
         make(features, share="element")

@@ -10,6 +10,7 @@ import pytest
 
 from linked_jax.activations import ACTIVATIONS, prelu
 from linked_jax.linking import Link, Mirrored, linked
+from tests.cases import first_fast
 
 LINKS = {n: f for n, f in ACTIVATIONS.items() if isinstance(f, Link) and f.arity > 1 and n != "crelu"}  # lk_relu again
 
@@ -33,9 +34,9 @@ KINKED = {
 }
 AT_ZERO = {**LINKS, **KINKED}
 
-over_links = pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
+over_links = pytest.mark.parametrize("link", first_fast(LINKS.values()), ids=LINKS)
 ZEROS = jnp.array([0.0, -0.0])
-layouts = pytest.mark.parametrize("layout", ["blocked", "interleaved"])
+layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
 
 
 def for_all(links, f, *args):
@@ -78,22 +79,24 @@ def test_equal_partials_give_equal_links_and_mirrors():
 
 @pytest.mark.parametrize(
     "other",
-    [
-        linked(leaky(0.2)),
-        linked(functools.partial(jax.nn.elu, 0.1)),
-        Link((leaky(0.1),)),
-        linked(leaky(0.1), axis=1),
-        linked(leaky(0.1), layout="interleaved"),
-        Link(linked(leaky(0.1)).members[::-1]),
-        leaky(0.1),
-    ],
+    first_fast(
+        [
+            linked(leaky(0.2)),
+            linked(functools.partial(jax.nn.elu, 0.1)),
+            Link((leaky(0.1),)),
+            linked(leaky(0.1), axis=1),
+            linked(leaky(0.1), layout="interleaved"),
+            Link(linked(leaky(0.1)).members[::-1]),
+            leaky(0.1),
+        ]
+    ),
     ids=["slope", "function", "arity", "axis", "layout", "order", "not a link"],
 )
 def test_unequal_links_differ(other):
     assert linked(leaky(0.1)) != other
 
 
-@pytest.mark.parametrize("other", [Mirrored(leaky(0.2)), Mirrored(jnp.sin), leaky(0.1)])
+@pytest.mark.parametrize("other", first_fast([Mirrored(leaky(0.2)), Mirrored(jnp.sin), leaky(0.1)]))
 def test_unequal_mirrors_differ(other):
     assert Mirrored(leaky(0.1)) != other
 
@@ -137,7 +140,7 @@ def test_scalar_gives_one_value_a_member():
 
 
 @layouts
-@pytest.mark.parametrize("axis", [0, 1, 2, 3, -1, -2, -3, -4])
+@pytest.mark.parametrize("axis", first_fast([0, 1, 2, 3, -1, -2, -3, -4]))
 def test_axis_and_layout_match_numpy(axis, layout):
     z = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
     parts = [z**2, -z, np.abs(z)]
@@ -149,16 +152,18 @@ def test_axis_and_layout_match_numpy(axis, layout):
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        "blocked",
-        "interleaved",
-    ],
+    first_fast(
+        [
+            "blocked",
+            "interleaved",
+        ]
+    ),
 )
 def test_empty_batch_keeps_its_shape(layout):
     assert linked(jax.nn.relu, layout=layout)(jnp.zeros((0, 3))).shape == (0, 6)
 
 
-@pytest.mark.parametrize("arity", [1, 2, 3])
+@pytest.mark.parametrize("arity", first_fast([1, 2, 3]))
 def test_arity_is_the_number_of_members(arity):
     link = Link((jnp.sin,) * arity)
     assert link.arity == arity
@@ -188,17 +193,19 @@ def test_linked_unwraps_links_of_one_member():
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("build", "error", "words"),
-    [
-        (lambda: linked(linked(jax.nn.relu)), ValueError, "a link of 2"),
-        (lambda: linked(), ValueError, "at least one member"),
-        (lambda: Link(()), ValueError, "at least one member"),
-        (lambda: linked(3), TypeError, "got 3"),
-        (lambda: Link(("relu",)), TypeError, "got 'relu'"),
-        (lambda: linked(jnp.sin, axis=1.0), TypeError, "axis is an integer, got 1.0"),
-        (lambda: linked(jnp.sin, axis=True), TypeError, "axis is an integer, got True"),
-        (lambda: linked(jnp.sin, axis=None), TypeError, "axis is an integer, got None"),
-        (lambda: linked(jnp.sin, layout="rows"), ValueError, "'interleaved', got 'rows'"),
-    ],
+    first_fast(
+        [
+            (lambda: linked(linked(jax.nn.relu)), ValueError, "a link of 2"),
+            (lambda: linked(), ValueError, "at least one member"),
+            (lambda: Link(()), ValueError, "at least one member"),
+            (lambda: linked(3), TypeError, "got 3"),
+            (lambda: Link(("relu",)), TypeError, "got 'relu'"),
+            (lambda: linked(jnp.sin, axis=1.0), TypeError, "axis is an integer, got 1.0"),
+            (lambda: linked(jnp.sin, axis=True), TypeError, "axis is an integer, got True"),
+            (lambda: linked(jnp.sin, axis=None), TypeError, "axis is an integer, got None"),
+            (lambda: linked(jnp.sin, layout="rows"), ValueError, "'interleaved', got 'rows'"),
+        ]
+    ),
 )
 def test_a_bad_link_fails_when_built(build, error, words):
     with pytest.raises(error, match=words):
@@ -206,7 +213,7 @@ def test_a_bad_link_fails_when_built(build, error, words):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("z", [3, True, jnp.arange(3), jnp.array([True]), np.arange(3)], ids=str)
+@pytest.mark.parametrize("z", first_fast([3, True, jnp.arange(3), jnp.array([True]), np.arange(3)]), ids=str)
 def test_integer_z_is_refused_with_the_remedy(z):
     with pytest.raises(TypeError, match=re.escape("pass z.astype")):
         linked(jax.nn.relu)(z)
@@ -217,14 +224,16 @@ def test_integer_z_is_refused_by_the_type_checker_too():
         linked(jax.nn.relu)(jnp.arange(3))
 
 
-@pytest.mark.parametrize("arity", [1, 2])
-@pytest.mark.parametrize("axis", [2, -3])
+@pytest.mark.parametrize("arity", first_fast([1, 2]))
+@pytest.mark.parametrize("axis", first_fast([2, -3]))
 def test_axis_outside_z_is_refused(axis, arity):
     with pytest.raises(ValueError, match=f"axis {axis} is outside"):
         Link((jnp.sin,) * arity, axis=axis)(jnp.zeros((2, 3)))
 
 
-@pytest.mark.parametrize("member", [jnp.sum, lambda z: z[..., None], lambda z: jnp.concatenate([z[None], -z[None]])])
+@pytest.mark.parametrize(
+    "member", first_fast([jnp.sum, lambda z: z[..., None], lambda z: jnp.concatenate([z[None], -z[None]])])
+)
 def test_a_member_that_changes_the_shape_is_refused(member):
     with pytest.raises(ValueError, match="shape"):
         linked(member)(jnp.zeros((2, 3)))
@@ -250,7 +259,7 @@ def test_jacobian_at_zero_is_the_limit_from_the_right():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float64])
+@pytest.mark.parametrize("dtype", first_fast([jnp.float16, jnp.bfloat16, jnp.float64]))
 def test_jacobian_at_zero_is_that_of_the_members_next_to_it(dtype):
     def slopes(g, z):
         return jax.jvp(g, (z,), (jnp.ones_like(z),))[1].astype(jnp.float32).reshape(-1, z.size)
@@ -279,7 +288,7 @@ def test_second_derivatives_at_zero_are_finite():
         assert np.isfinite(hessian).all(), name
 
 
-@pytest.mark.parametrize(("g", "second"), [(jax.nn.silu, 0.5), (jax.nn.gelu, 0.7978846), (jnp.square, 2.0)])
+@pytest.mark.parametrize(("g", "second"), first_fast([(jax.nn.silu, 0.5), (jax.nn.gelu, 0.7978846), (jnp.square, 2.0)]))
 def test_smooth_second_derivatives_survive_at_zero(g, second):
     hessian = jax.jit(lambda z: jax.vmap(jax.hessian(linked(g)))(z))(ZEROS)
     np.testing.assert_allclose(hessian, np.full((2, 2), second), rtol=1e-6)
@@ -290,13 +299,13 @@ def power_1_5(z):
     return jnp.where(z == 0, 0, jnp.abs(safe) ** 1.5)
 
 
-@pytest.mark.parametrize("jacobian", [jax.jacfwd, jax.jacrev])
-@pytest.mark.parametrize("g", [jnp.square, jnp.cos, power_1_5])
+@pytest.mark.parametrize("jacobian", first_fast([jax.jacfwd, jax.jacrev]))
+@pytest.mark.parametrize("g", first_fast([jnp.square, jnp.cos, power_1_5]))
 def test_smooth_flat_mirrors_stay_dead_at_zero(g, jacobian):
     np.testing.assert_array_equal(jax.vmap(jacobian(linked(g)))(ZEROS), np.zeros((2, 2)))
 
 
-@pytest.mark.parametrize("g", [jax.nn.relu, jax.nn.relu6, where_relu, jnp.abs, lambda z: jnp.maximum(z, 0)])
+@pytest.mark.parametrize("g", first_fast([jax.nn.relu, jax.nn.relu6, where_relu, jnp.abs, lambda z: jnp.maximum(z, 0)]))
 def test_one_member_keeps_its_own_derivative_at_zero(g):
     assert jax.jacobian(Link((g,)))(0.0)[0] == jax.grad(g)(0.0)
 
@@ -315,7 +324,7 @@ def loss(link, z):
     return (link(z) * weights).sum()
 
 
-@pytest.mark.parametrize("slope", [0.25, -0.5])
+@pytest.mark.parametrize("slope", first_fast([0.25, -0.5]))
 def test_member_over_a_traced_value_has_both_gradients(slope):
     z = jnp.array([-2.0, -0.0, 0.0, 3.0])
     weights = np.arange(1.0, 9.0)
@@ -356,7 +365,7 @@ TRANSFORMS = {
     "shard_map": by_shard_map,
     "pmap": lambda f: jax.pmap(f),
 }
-over_transforms = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+over_transforms = pytest.mark.parametrize("transform", first_fast(TRANSFORMS.values()), ids=TRANSFORMS)
 ROWS = jnp.array([[-2.0, 0.0, 0.3], [1.0, -0.0, -0.4]])
 
 
@@ -390,7 +399,7 @@ def test_gradient_through_a_transformation(transform):
 
 
 @over_transforms
-@pytest.mark.parametrize("g", [where_relu, jnp.abs, jax.nn.silu])
+@pytest.mark.parametrize("g", first_fast([where_relu, jnp.abs, jax.nn.silu]))
 def test_gradient_inside_a_transformation_of_a_new_member(g, transform):
     link = linked(lambda z: g(z))  # a function not seen before: its derivative at zero is measured inside the trace
     gradient = transform(jax.grad(functools.partial(loss, link)))(ROWS)

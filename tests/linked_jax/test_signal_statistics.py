@@ -13,6 +13,7 @@ from linked_jax.signal_statistics import (
     mean_square,
     variance,
 )
+from tests.cases import first_fast
 
 # Compiled, as a probe uses them; the doctests call them as they are.
 UNIT_STATISTICS, ELIMINATION, DRIFT, RANK = map(
@@ -71,7 +72,7 @@ def test_nothing_drifts_from_itself():
     np.testing.assert_allclose(DRIFT(stats, stats), 0, atol=1e-6)  # compiled, a variance may differ from itself
 
 
-@pytest.mark.parametrize(("mean", "std"), [(3.0, 5.0), (-2.0, 1.0), (0.0, 0.25), (1.0, 0.0)])
+@pytest.mark.parametrize(("mean", "std"), first_fast([(3.0, 5.0), (-2.0, 1.0), (0.0, 0.25), (1.0, 0.0)]))
 def test_wasserstein_has_its_closed_form(mean, std):
     standard, other = statistics(with_moments([0.0], [1.0])), statistics(with_moments([mean], [std]))
     for drift in (DRIFT(standard, other), DRIFT(other, standard)):
@@ -112,7 +113,7 @@ def features(k=12, seed=0):
     return np.random.default_rng(seed).normal(size=(100, k)) * np.linspace(1, 0.05, k)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-3), (np.float64, 1e-9)])
+@pytest.mark.parametrize(("dtype", "tolerance"), first_fast([(np.float32, 1e-3), (np.float64, 1e-9)]))
 def test_effective_rank_is_that_of_the_singular_values_of_the_features(dtype, tolerance):
     h = features()
     with jax.enable_x64(dtype == np.float64):
@@ -121,7 +122,7 @@ def test_effective_rank_is_that_of_the_singular_values_of_the_features(dtype, to
     np.testing.assert_allclose(found, reference_rank(h), rtol=tolerance)
 
 
-@pytest.mark.parametrize("rank", [1, 3, 64])
+@pytest.mark.parametrize("rank", first_fast([1, 3, 64]))
 def test_effective_rank_of_an_isotropic_gram_is_its_dimension(rank):
     basis = np.linalg.qr(np.random.default_rng(1).normal(size=(64, 64)))[0][:, :rank]
     np.testing.assert_allclose(RANK(jnp.asarray(basis @ basis.T, jnp.float32)), rank, rtol=1e-3)
