@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from linked_jax.activations import ACTIVATIONS, SYNONYMS, linked_prelu, lk_relu, prelu
 from linked_jax.initializers import Initializer, check_groups, default_kernel_init
-from linked_jax.linking import Activation, Layout, Link, linked, marked
+from linked_jax.linking import Activation, Layout, Link, linked, scope
 
 Share = Literal["layer", "channel", "element"]
 
@@ -427,8 +427,10 @@ def apply_slopes(
                 f"slopes of shape {slope.shape} do not fit z of shape {z.shape}; build it with z's features"
             )
     if len(slopes) == 1:
-        return marked(lambda z: prelu(z, *slopes), z, f"1:{layout}:-1:ChannelPReLU(z)")
-    return marked(lambda z: linked_prelu(z, *slopes, layout=layout), z, f"2:{layout}:-1:LinkedPReLU(z)")
+        with scope("ChannelPReLU(z)"):
+            return prelu(z, *slopes)
+    with scope("LinkedPReLU(z)"):
+        return linked_prelu(z, *slopes, layout=layout)
 
 
 def check_share(share: Share) -> Share:

@@ -8,11 +8,11 @@ A plain activation is a link with one member, so no other file asks "linked or p
 
 import dataclasses
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, ArrayLike, Float
 
 from linked_jax.members import Member, Mirrored, formula, jumps_at_zero, member_key
@@ -95,8 +95,8 @@ class Link:
         z = jnp.asarray(z)
         if not jnp.issubdtype(z.dtype, jnp.floating):
             raise TypeError(f"a link needs a floating-point z, got {z.dtype}; pass z.astype(jnp.float32)")
-        label = f"{self.arity}:{self.layout}:{self.axis}:{self!r}"
-        return marked(lambda z: join([self._apply(g, z) for g in self.members], self.axis, self.layout), z, label)
+        with scope(", ".join(map(formula, self.members))):
+            return join([self._apply(g, z) for g in self.members], self.axis, self.layout)
 
     def _apply(self, member: Member, z: Array) -> Array:
         g = from_the_right(member) if self.arity > 1 and jumps_at_zero(member) else member
@@ -180,9 +180,9 @@ def join(parts: Sequence[Array], axis: int, layout: Layout) -> Array:
     return jnp.stack(parts, axis=axis + 1).reshape(*shape[:axis], len(parts) * shape[axis], *shape[axis + 1 :])
 
 
-def marked(f: Member, z: Array, label: str) -> Array:
-    """f(z), with both ends named in the jaxpr, so that `linked_jax.probe` sees one activation there. An identity."""
-    return checkpoint_name(f(checkpoint_name(z, f"linked_jax.z:{label}")), f"linked_jax.h:{label}")
+def scope(members: str) -> AbstractContextManager[Any]:
+    """A `jax.named_scope` that tells `linked_jax.probe` the names of a link's members. It computes nothing."""
+    return jax.named_scope(f"linked_jax:{members.replace('/', '|')}")
 
 
 def from_the_right(g: Member) -> Member:

@@ -1,6 +1,6 @@
 """A jaxpr as one flat list of operations, with what is known of each value before anything runs.
 
-Calls and remat are inlined, so a value is one object throughout, and equal elementwise operations on it are one. Scans,
+Calls and remat are inlined, so a value is one object throughout, and equal operations on it are one. Scans,
 conds, loops and custom rules keep a graph of their own inside.
 """
 
@@ -205,22 +205,20 @@ def _inline(
         if equation.primitive.name in CALLS:
             outputs = _inline(graph, inner[0], inner_more[0], args, here, seen)
         else:
-            key = _key(equation, args) if is_elementwise(equation) else None
-            outputs = seen.get(key) if key else None
+            key = _key(equation, args)
+            outputs = None if equation.effects else seen.get(key)
             if outputs is None:
                 op = _op(body, equation, same, args, here)
                 if not op.is_elementwise:
                     op.graphs = [_inner(op, *pair, here) for pair in zip(inner, inner_more, strict=True)]
                 graph.ops.append(op)
-                outputs = op.outputs
-                if key:
-                    seen[key] = outputs
+                outputs = seen[key] = op.outputs
         env |= dict(zip(equation.outvars, outputs, strict=True))
     return [x if isinstance(x, Literal) else env[x] for x in body.outvars]
 
 
 def _key(equation: JaxprEqn, operands: list[Atom]) -> Any:
-    """Equal for elementwise equations that compute the same of the same values."""
+    """Equal for equations that compute the same of the same values."""
     inner = inner_jaxprs(equation)
     params = {k: v for k, v in equation.params.items() if not callable(v) and not inner}
     atoms = [str(x) if isinstance(x, Literal) else id(x) for x in operands]
@@ -297,7 +295,7 @@ def _axes(op: Op) -> Axes | None:
     if kind in ("reshape", "squeeze", "expand_dims"):
         return _regrouped([factor for axis in first.axes for factor in axis], shape)
     if kind == "broadcast_in_dim":
-        places = {k: axis for k, axis in zip(params["broadcast_dimensions"], first.axes, strict=True)}
+        places = dict(zip(params["broadcast_dimensions"], first.axes, strict=True))
         return tuple(
             places[k] if k in places and math.prod(f.size for f in places[k]) == n else (Factor(n, k in places),)
             for k, n in enumerate(shape)

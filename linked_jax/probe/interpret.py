@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, graph_of
 from linked_jax.probe.models import merge, split
 from linked_jax.probe.names import named_calls, source_of
-from linked_jax.probe.recognise import evaluate_op, is_affine
+from linked_jax.probe.recognise import evaluate_op, is_affine, widest
 from linked_jax.probe.regions import Region, regions
 from linked_jax.probe.taps import Tap, all_times, is_tap, measure, nothing_yet, together
 
@@ -143,7 +143,7 @@ def read(x: Atom, env: Env) -> Any:
 
 def _activations(graph: Graph) -> list[Region]:
     if not hasattr(graph, "found"):
-        graph.found = [region for region in regions(graph) if not is_affine(region)]  # type: ignore[attr-defined]
+        graph.found = [widest(region) for region in regions(graph) if not is_affine(region)]  # type: ignore[attr-defined]
     return graph.found  # type: ignore[attr-defined]
 
 
@@ -192,10 +192,11 @@ def _cond(op: Op, operands: list[Any], probes: Mapping[Key, Any]) -> tuple[list[
 
     def evaluated(i: int, arguments: list[Any], probes: Any) -> tuple[list[Any], Taps]:
         inner = {key[1:]: probe for key, probe in probes.items() if key[0] == i}
-        outputs, taps = _evaluate(op.graphs[i], arguments, inner)
-        return outputs, jax.tree.map(lambda tap: tap, taps, is_leaf=is_tap)
+        return _evaluate(op.graphs[i], arguments, inner)
 
-    shapes = [jax.eval_shape(functools.partial(evaluated, i), arguments, dict(probes))[1] for i in range(len(op.graphs))]
+    shapes = [
+        jax.eval_shape(functools.partial(evaluated, i), arguments, dict(probes))[1] for i in range(len(op.graphs))
+    ]
 
     def branch(i: int) -> Callable[..., Any]:
         def taken(arguments: list[Any], probes: Any) -> Any:
@@ -204,7 +205,7 @@ def _cond(op: Op, operands: list[Any], probes: Mapping[Key, Any]) -> tuple[list[
 
         return taken
 
-    outputs, taps = jax.lax.switch(index, [branch(i) for i in range(len(op.graphs))], arguments, dict(probes))
+    outputs, taps = jax.lax.switch(index, [branch(i) for i in each], arguments, dict(probes))
     return outputs, {(i, *key): tap for i, inside in enumerate(taps) for key, tap in inside.items()}
 
 

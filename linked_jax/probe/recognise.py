@@ -69,9 +69,23 @@ def name_of(region: Region) -> str:
         return link
     key = _key(region)
     if key not in _names:
-        _names[key] = ", ".join(map(_name, _values(region))) if _values(region) is not None else UNKNOWN
+        values = _values(region)
+        _names[key] = UNKNOWN if values is None else ", ".join(map(_name, values))
     names = _names[key]
     return names.removesuffix("(z)") if len(region.members) == 1 else names
+
+
+def widest(region: Region) -> Region:
+    """The activation from where it has a plain name: hard_sigmoid(z) rather than relu6(z + 3) / 6.
+
+    Where no step back gives one, the region itself.
+    """
+    candidate: Region | None = region
+    while candidate is not None:
+        if name_of(candidate) in KNOWN:
+            return candidate
+        candidate = candidate.wider
+    return region
 
 
 _names: dict[Any, str] = {}
@@ -132,9 +146,9 @@ def _evaluated(region: Region, shape: tuple[int, ...]) -> np.ndarray:
     with jax.ensure_compile_time_eval():
         one = jax.jit(members)  # jit: a bare custom_jvp, as jax.nn.relu is, would still join a vmap around us
         found = [one(jnp.asarray(z, region.z.aval.dtype)) for z in flat]
-    return np.stack([np.concatenate([np.asarray(x, np.float64).ravel() for x in member]) for member in zip(*found, strict=True)])[
-        :, : len(_GRID)
-    ]
+    return np.stack(
+        [np.concatenate([np.asarray(x, np.float64).ravel() for x in member]) for member in zip(*found, strict=True)]
+    )[:, : len(_GRID)]
 
 
 def _operand(x: Atom, env: dict[int, Any], shape: tuple[int, ...]) -> Any:
@@ -153,8 +167,10 @@ def _constant(x: Value) -> Any:
     operands = [o.val if isinstance(o, Literal) else _constant(o) for o in x.op.operands]
     if x.op.kind == "broadcast_in_dim" and isinstance(x.op.operands[0], Literal):
         return operands[0]
-    if x.op.is_elementwise and all(isinstance(o, Literal) or _is_known(o) for o in x.op.operands):
-        return np.asarray(evaluate_op(x.op, [np.asarray(o, a.aval.dtype) for o, a in zip(operands, x.op.operands, strict=True)])[0])
+    if x.op.is_elementwise and all(map(_is_known, x.op.operands)):
+        op, arrays = x.op, [np.asarray(o, a.aval.dtype) for o, a in zip(operands, x.op.operands, strict=True)]
+        with jax.ensure_compile_time_eval():
+            return np.asarray(jax.jit(lambda arrays: evaluate_op(op, arrays)[0])(arrays))
     return True if x.aval.dtype == bool else _PARAMETER
 
 
@@ -167,10 +183,8 @@ def _is_known(x: Atom) -> bool:
 
 def evaluate_op(op: Op, operands: list[Any]) -> list[Any]:
     """The outputs of an operation."""
-    given = dict(zip(op.equation.invars, operands, strict=False)) if False else {}
-    for var, x in zip(op.equation.invars, operands, strict=True):
-        if not isinstance(var, Literal):
-            given[var] = x
+    pairs = zip(op.equation.invars, operands, strict=True)
+    given = {var: x for var, x in pairs if not isinstance(var, Literal)}
     return list(eval_jaxpr(op.jaxpr, (), *(given[var] for var in op.jaxpr.invars)))
 
 

@@ -15,7 +15,7 @@ from linked_jax.probe.graph import REDUCTIONS, Atom, Graph, Op, Value
 _AFFINE = {"add", "add_any", "sub", "neg", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint",
            "stop_gradient", "optimization_barrier"}  # fmt: skip
 _MOVEMENT = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose", "convert_element_type"}
-_STATISTICS = {"sqrt", "rsqrt", "log", "log1p", "pow", "integer_pow", "exp2"}
+_STATISTICS = {"sqrt", "rsqrt", "log", "log1p", "pow", "integer_pow", "square", "exp2"}
 
 
 @dataclasses.dataclass(eq=False)
@@ -27,12 +27,14 @@ class Region:
       members: each of the shape of z.
       ops: between the two, in order of execution.
       place: the number of the first of them in its graph.
+      wider: the same activation from a value before z, where the step between is a number: z + 3, say, or -z.
     """
 
     z: Value
     members: list[Value]
     ops: list[Op]
     place: int
+    wider: "Region | None" = None
 
 
 def regions(graph: Graph) -> list[Region]:
@@ -103,7 +105,8 @@ class _Finder:
         curved = [v for v in curved if not self._is_statistic(v, root)]
         if not curved:
             return None
-        z = self._pre_activation(root, values, curved)
+        ways = self._pre_activations(root, values, curved)
+        z = ways[-1]
         by_core: dict[int, list[Value]] = {}
         for v in curved:
             by_core.setdefault(id(self.core[id(v)]), []).append(v)
@@ -112,21 +115,25 @@ class _Finder:
         members.sort(key=lambda v: self.number.get(id(v.op), -1))
         if self._is_reduced(z, members, root):
             return None
-        ops = _between(z, members, values)
-        return Region(z, members, ops, self.number[id(ops[0])])
+        region = None
+        for z in ways:
+            ops = _between(z, members, values)
+            step_is_number = region is not None and all(_is_number(op, z) for op in _between(region.z, [z], values))
+            region = Region(z, members, ops, self.number[id(ops[0])], region if step_is_number else None)
+        return region
 
     def _is_outside(self, user: Op | None, root: Value) -> bool:
         return user is None or all(self.root[id(x)] is not root for x in user.outputs)
 
-    def _pre_activation(self, root: Value, values: list[Value], curved: list[Value]) -> Value:
-        """The last value that is affine in the root and on every way to what is not."""
+    def _pre_activations(self, root: Value, values: list[Value], curved: list[Value]) -> list[Value]:
+        """The values that are affine in the root and on every way to what is not; the last one is z."""
         on_all_ways: dict[int, set[int]] = {id(root): {id(root)}}
         for v in values[1:]:
             assert v.op is not None
             ways = [on_all_ways[id(x)] for x in v.op.data]
             on_all_ways[id(v)] = set.intersection(*ways) | {id(v)}
         common = set.intersection(*(on_all_ways[id(v)] for v in curved))
-        return [v for v in values if id(v) in common and self.core[id(v)] is root and _is_float(v)][-1]
+        return [v for v in values if id(v) in common and self.core[id(v)] is root and _is_float(v)]
 
     def _linear_members(self, exits: list[Value], curved: list[Value]) -> list[Value]:
         """What is affine and is concatenated with what is not: a member of the same link."""
@@ -168,9 +175,8 @@ class _Finder:
             if user is None or not user.outputs:
                 continue
             grows = len(user.outputs[0].shape) > 0 and _size(user.outputs[0]) > _size(value)
-            if user.kind == "broadcast_in_dim" or user.is_elementwise:
-                if grows:
-                    return True
+            if (user.kind == "broadcast_in_dim" or user.is_elementwise) and grows:
+                return True
             if user.kind in _MOVEMENT and self._is_broadcast(user.outputs[0]):
                 return True
         return False
@@ -205,6 +211,12 @@ def _between(z: Value, members: list[Value], values: list[Value]) -> list[Op]:
             ops.append(v.op)
             needed |= {id(x) for x in v.op.data if x is not z}
     return ops[::-1]
+
+
+def _is_number(op: Op, z: Value) -> bool:
+    """Whether an affine operation has numbers for its other operands, and no parameters."""
+    others = [x for x in op.operands if isinstance(x, Value) and x not in op.data]
+    return not others and op.outputs[0].aval.dtype == z.aval.dtype
 
 
 def _sums_up(user: Op, value: Value) -> bool:

@@ -116,7 +116,9 @@ def measure(region: Region, env: dict[int, Any]) -> Tap:
         return jnp.stack([inside[id(member)].astype(z.dtype) for member in region.members])
 
     z = jax.lax.stop_gradient(env[id(region.z)])
-    h, slopes = (jnp.concatenate([by_unit(x) for x in xs], axis=-1) for xs in jax.lax.stop_gradient(_with_slopes(f, z, region)))
+    h, slopes = (
+        jnp.concatenate([by_unit(x) for x in xs], axis=-1) for xs in jax.lax.stop_gradient(_with_slopes(f, z, region))
+    )
     features = h.astype(jnp.promote_types(h.dtype, jnp.float32))
     small = features.shape[-1] <= LARGEST_GRAM
     return Tap(
@@ -142,7 +144,7 @@ def rows_of(z: Value) -> Callable[[Array], Array]:
 
 
 def _with_slopes(f: Callable[[Array], Array], z: Array, region: Region) -> tuple[Array, Array]:
-    """The members f(z), (d, *shape), and their derivatives. What has a custom_vjp has no jvp: then it is pulled back."""
+    """The members f(z), (d, *shape), and their derivatives. A custom_vjp has no jvp: then each is pulled back."""
     if not any(_has_custom_vjp(op.equation) for op in region.ops):
         return jax.jvp(f, (z,), (jnp.ones_like(z),))
     h, pull = jax.vjp(f, z)
