@@ -1,4 +1,4 @@
-"""Many runs: each net of a table in a process of its own. What is finished is skipped, what was cut short goes on.
+"""Many runs: each net of a table in a process of its own. Finished nets are skipped, the others resumed.
 
     python -m experiments.sweep depth --seeds 5 -- --preset quick
     python -m experiments.sweep learning_rates --jobs 2 -- --dataset digits
@@ -10,16 +10,15 @@ python -m experiments.report runs/sweep-depth
 
 import contextlib
 import dataclasses
-import importlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from filelock import FileLock, Timeout
@@ -34,13 +33,12 @@ from experiments.report.groups import TABLES
 from experiments.report.stored import read_record
 
 _RATES = "--act swish lk_swish selu lk_selu lk_relu --lr 1e-2 1e-3 1e-4 1e-5 --init glorot auto"
-SWEEPS = {**{name: (name, "--act all") for name in TABLES}, "learning_rates": ("depth", _RATES)}
+SWEEPS = {**{name: (table, "--act all") for name, table in TABLES.items()}, "learning_rates": (TABLES["depth"], _RATES)}
 """Name -> its table, and the options that come before those of the command line."""
-_WHOLE = ("remedies", "headlines", "plasticity")
-"""Commands that run all their nets themselves, and go on with what is there when they are given again."""
+_STUDIES = {path.parent.name for path in Path(__file__).parent.glob("*/__main__.py")} - {"report"}
 _DIVERGED = 3  # the exit code of a run that diverged: a result
 _LOCK = ".sweep.lock"
-_LOOK_EVERY = 0.1  # seconds
+_POLL_EVERY = 0.1  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +63,17 @@ class Job:
 
     Attributes:
       folder: of its record.
-      command: that trains it, or goes on with it.
-      state: of its record, before the sweep.
+      command: that trains it, or resumes it.
+      finished: whether its record was, before the sweep.
     """
 
     folder: Path
     command: list[str]
-    state: Literal["new", "unfinished", "finished"]
+    finished: bool = False
 
     @property
     def log(self) -> Path:
-        """What the command says."""
+        """The file with all that the command prints."""
         return self.folder.with_name(self.folder.name + ".log")
 
     def __str__(self) -> str:
@@ -84,28 +82,22 @@ class Job:
 
 def main() -> None:
     """Read the command line and run the sweep; exit code 1 if a command failed."""
-    arguments, passed_on = sys.argv[1:], []
-    if "--" in arguments:
-        where = arguments.index("--")
-        arguments, passed_on = arguments[:where], arguments[where + 1 :]
-    sweep = tyro.cli(Sweep, args=arguments, prog="python -m experiments.sweep")
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    sweep, passed_on = tyro.cli(Sweep, args=sys.argv[1:end], prog="python -m experiments.sweep"), sys.argv[end + 1 :]
     out = Path(sweep.out or f"runs/sweep-{sweep.name}")
-    jobs = plan(sweep, passed_on, out)
-    console = Console()
+    jobs, console = plan(sweep, passed_on, out), Console()
     if sweep.dry_run:
         for job in jobs:
-            console.say(f"# finished: {job.folder}" if job.state == "finished" else str(job))
+            console.say(f"# finished: {job.folder}" if job.finished else str(job))
         return
     with _locked(out):
         jobs = plan(sweep, passed_on, out)  # another sweep may have ended since
         failed = run_all(jobs, sweep.jobs, console)
-    finished = len(jobs) - len(failed)
-    console.say(
-        f"{finished} of {len(jobs)} records are finished; python -m experiments.report {out} makes their tables"
-    )
+    done = f"{len(jobs) - len(failed)} of {len(jobs)} records are finished"
+    console.say(f"{done}; python -m experiments.report {out} makes their tables")
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
     if failed:
-        for line in failed:
-            print(f"failed: {line}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -115,9 +107,9 @@ def plan(sweep: Sweep, passed_on: Sequence[str], out: Path) -> list[Job]:
     Raises:
       UsageError: if there is no such table, an option is wrong, or the folder has records with other settings.
     """
-    if sweep.name in _WHOLE:
+    if sweep.name in _STUDIES:
         raise UsageError(
-            f"{sweep.name} runs all its nets by one command, which given again goes on with what is there; "
+            f"{sweep.name} runs all its nets by one command, which given again resumes what is there; "
             f"run python -m experiments.{sweep.name}"
         )
     if sweep.name not in SWEEPS:
@@ -125,8 +117,7 @@ def plan(sweep: Sweep, passed_on: Sequence[str], out: Path) -> list[Job]:
     for name in ("seeds", "jobs"):
         if getattr(sweep, name) < 1:
             raise UsageError(f"--{name} is at least 1, got {getattr(sweep, name)}")
-    module, before = SWEEPS[sweep.name]
-    table: Experiment = importlib.import_module(f"experiments.{module}").TABLE
+    table, before = SWEEPS[sweep.name]
     asked = table.parse([*before.split(), *passed_on])
     for option in ("--out", "--resume", "--seeds"):
         if any(argument.split("=")[0] == option for argument in passed_on):
@@ -144,29 +135,28 @@ def _job(table: Experiment, settings: Any, cell: Cell, out: Path) -> Job:
     folder = out / "-".join(str(values[0]) for values in own.values())
     start = [sys.executable, "-m", f"experiments.{table.name}"]
     if not folder.exists():
-        return Job(folder, [*start, *_options(settings, table.presets, list(own)), "--out", str(folder)], "new")
+        return Job(folder, [*start, *_options(settings, table.presets[settings.preset], own), "--out", str(folder)])
     _refuse_others(folder, table, settings)
     data = ["--data-dir", settings.data_dir] if settings.data_dir else []
-    state = "finished" if is_finished(folder) else "unfinished"
-    return Job(folder, [*start, "--resume", str(folder), *data], state)
+    return Job(folder, [*start, "--resume", str(folder), *data], is_finished(folder))
 
 
-def _options(settings: Any, presets: Any, always: Sequence[str]) -> list[str]:
-    """The options that lead from the preset to these settings; and those that are always said."""
+def _options(settings: Any, preset: Any, always: Container[str]) -> list[str]:
+    """The options that lead from the preset to these settings; and those that are always given."""
     options = [] if settings.preset == "auto" else ["--preset", settings.preset]
     for field in dataclasses.fields(settings):
-        name, value = field.name, getattr(settings, field.name)
-        if name == "preset" or (value == getattr(presets[settings.preset], name) and name not in always):
+        value, option = getattr(settings, field.name), field.name.replace("_", "-")
+        if field.name == "preset" or (value == getattr(preset, field.name) and field.name not in always):
             continue
         if isinstance(value, bool):
-            options.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+            options.append(f"--{'' if value else 'no-'}{option}")
         else:
-            options += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+            options += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
     return options
 
 
 def _refuse_others(folder: Path, table: Experiment, settings: Any) -> None:
-    """A folder with a record of other settings is neither skipped nor gone on with."""
+    """A folder with a record of other settings is neither skipped nor resumed."""
     try:
         config = records.read_config(folder)
         found = {"experiment": config["experiment"], **config["settings"]}
@@ -202,12 +192,12 @@ def run_all(jobs: Sequence[Job], at_once: int, console: Console) -> list[str]:
     Raises:
       InterruptedRunError: after Ctrl-C or SIGTERM, when all children have saved and ended.
     """
-    waiting = [job for job in jobs if job.state != "finished"]
+    for job in jobs:
+        if job.finished:
+            console.say(f"finished {job.folder}")
+    waiting = [job for job in jobs if not job.finished]
     running: list[tuple[Job, Any]] = []
     failed: list[str] = []
-    for job in jobs:
-        if job.state == "finished":
-            console.say(f"finished {job.folder}")
     with console.progress("nets", len(jobs)) as advance, Interrupts() as interrupts:
         advance(len(jobs) - len(waiting))
         try:
@@ -216,21 +206,20 @@ def run_all(jobs: Sequence[Job], at_once: int, console: Console) -> list[str]:
                     job = waiting.pop(0)
                     console.say(f"run      {job}")
                     running.append((job, start(job)))
-                time.sleep(_LOOK_EVERY)
-                for job, process in [pair for pair in running if pair[1].poll() is not None]:
-                    running.remove((job, process))
+                time.sleep(_POLL_EVERY)
+                ended = [(job, process) for job, process in running if process.poll() is not None]
+                running = [pair for pair in running if pair not in ended]
+                for job, process in ended:
                     advance(1)
                     why = _failure(job, process.returncode)
                     failed += [why] if why else []
                     how = "FAILED" if why else "diverged" if process.returncode == _DIVERGED else "done"
                     console.say(f"{how:<8} {job.folder}")
         finally:
-            _end(running)
+            _end([process for _, process in running])
     if interrupts.signum is not None:
         left = sum(not is_finished(job.folder) for job in jobs)
-        raise InterruptedRunError(
-            interrupts.signum, f"{left} nets are not finished; the same command goes on with them"
-        )
+        raise InterruptedRunError(interrupts.signum, f"{left} nets are not finished; the same command resumes them")
     return failed
 
 
@@ -239,7 +228,7 @@ def start(job: Job) -> subprocess.Popen[bytes]:
     with job.log.open("ab") as log:
         log.write(f"$ {job}\n".encode())
         log.flush()
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # the last line of the log is then the last that was said
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # the log ends with the last line that was printed
         return subprocess.Popen(job.command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
@@ -252,15 +241,15 @@ def _failure(job: Job, code: int) -> str | None:
     return f"{job.folder}: {how}: {last.strip()} (log: {job.log})"
 
 
-def _end(running: Sequence[tuple[Job, Any]]) -> None:
+def _end(processes: Sequence[Any]) -> None:
     """Ask the children to save and end, and wait; a second signal kills them."""
     try:
-        for _, process in running:
+        for process in processes:
             process.terminate()
-        for _, process in running:
+        for process in processes:
             process.wait()
     except BaseException:
-        for _, process in running:
+        for process in processes:
             process.kill()
         raise
 

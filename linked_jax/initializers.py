@@ -33,11 +33,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from linked_jax.linking import Activation, Link, join
-from linked_jax.members import evaluate
+from linked_jax.members import weights_of_z
 from linked_jax.moments import mean_square
 
 Initializer = Callable[..., Array]
@@ -136,15 +135,7 @@ def read_out(link: Link) -> tuple[float, ...]:
       >>> [round(a, 6) for a in read_out(lk_swish)]
       [1.0, -1.0]
     """
-    size = np.geomspace(1e-3, 1e3, 601)
-    z = np.concatenate([-size[::-1], size])
-    scale = np.maximum(np.abs(z), 1)  # absolute errors below 1, relative ones above
-    members = np.stack([evaluate(member, z) for member in link.members], axis=1) / scale[:, None]
-    deviation = np.inf
-    coefficients = np.zeros(link.arity)
-    if np.isfinite(members).all():
-        coefficients = np.linalg.lstsq(members, z / scale, rcond=1e-9)[0]
-        deviation = float(np.abs(members @ coefficients - z / scale).max())
+    coefficients, deviation = weights_of_z(link.members)
     if deviation > _READ_OUT_TOLERANCE:
         raise ValueError(
             f"looks_linear needs a link whose members sum to z with some weights; the best weights of {link} miss z by "

@@ -1,7 +1,7 @@
-"""What can be asked of one member of a link: its name, its slopes, its mirror, its derivative at 0.
+"""What can be asked of a member of a link: its name, its slopes, its derivative at 0, and how members sum to z.
 
     slopes          (a, b) with g(z) = a max(z, 0) + b min(z, 0)
-    linear_mirror   c with g(z) - g(-z) = c z
+    weights_of_z    a_i with sum_i a_i g_i(z) = z
 
 A member is any elementwise function of z, so answers come from numbers: from g at many z, in float64. No other file
 measures a member. What cannot be measured (see `_UNMEASURABLE`) gets the answer that is safe where it is not known.
@@ -10,7 +10,7 @@ measures a member. What cannot be measured (see `_UNMEASURABLE`) gets the answer
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -176,30 +176,35 @@ def _slopes(member: Member, *, rtol: float, atol: float) -> tuple[float, float] 
     return (a, b) if close(positive, a * z) and close(negative, -b * z) else None
 
 
-@_measured(otherwise=None)
-def linear_mirror(member: Member) -> float | None:
-    """The constant c of a member whose odd part is linear: it and its mirror image differ by a line.
+def weights_of_z(members: Sequence[Member]) -> tuple[Float[np.ndarray, " d"], float]:
+    """The weights that read z back from its members, and by how much the best weights miss z.
 
-        g(z) - g(-z) = c z,   tried from |z| = 1e-3 to 1e3
+        sum_i a_i g_i(z) = z
 
-    relu, swish, gelu, softplus: 1; leaky_relu: 1 + negative_slope; an even function: 0. elu, selu and tanh have none.
+    Minimum-norm least squares over |z| from 1e-3 to 1e3, so that members that saturate miss z. A member and its mirror
+    image have weights (1, -1) / c where g(z) - g(-z) = c z.
 
     Args:
-      member: a function of z.
+      members: d functions of z.
 
     Returns:
-      c, or None if there is none or g cannot be measured.
+      d weights, and the largest deviation: absolute where |z| < 1, else relative; infinite if a member is not finite.
 
     Example:
       >>> import jax
-      >>> from linked_jax.members import linear_mirror
-      >>> linear_mirror(jax.nn.leaky_relu), linear_mirror(jax.nn.elu)
-      (1.01, None)
+      >>> from linked_jax.members import Mirrored, weights_of_z
+      >>> weights, deviation = weights_of_z((jax.nn.silu, Mirrored(jax.nn.silu)))
+      >>> weights.round(6).tolist(), deviation < 1e-6
+      ([1.0, -1.0], True)
     """
-    z = np.concatenate([[1.0], np.geomspace(1e-3, 1e3, 601)])
-    difference = evaluate(member, z) - evaluate(member, -z)
-    c = float(difference[0])
-    return round(c, 12) if np.allclose(difference, c * z, rtol=1e-6, atol=1e-6) else None
+    size = np.geomspace(1e-3, 1e3, 601)
+    z = np.concatenate([-size[::-1], size])
+    scale = np.maximum(np.abs(z), 1)
+    values = np.stack([evaluate(member, z) for member in members], axis=1) / scale[:, None]
+    if not np.isfinite(values).all():
+        return np.zeros(len(members)), np.inf
+    weights = np.linalg.lstsq(values, z / scale, rcond=1e-9)[0]
+    return weights, float(np.abs(values @ weights - z / scale).max())
 
 
 @_measured(otherwise=True)

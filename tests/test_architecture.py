@@ -2,6 +2,8 @@
 
 import ast
 import doctest
+import inspect
+import itertools
 import re
 import subprocess
 import sys
@@ -14,15 +16,18 @@ from linked_jax import probe, remedies, revive
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
-    "members", "linking", "activations", "moments", "initializers", "schedules", "diagnostics",
-    "signal_statistics", "layers", "certificates", "remedies", "probe", "revive",
+    "members", "linking", "activations", "moments", "initializers", "schedules", "diagnostics", "signal_statistics",
+    "layers", "linen", "certificates", "remedies", "probe", "revive",
 ]  # fmt: skip
 """From the ground up: a room imports from rooms before it only."""
 ALLOWED = {"jax", "numpy", "flax", "optax", "jaxtyping", "linked_jax"}
-FLAX_ROOMS = {"layers", "remedies", "probe", "revive"}
+FLAX_ROOMS = {"layers", "linen", "remedies", "probe", "revive"}
 LAZY = {"probe": {"rich", "matplotlib"}}
 """What a room imports when it is asked to show something."""
 PACKAGES = {"linked_jax": linked_jax, "probe": probe, "remedies": remedies, "revive": revive}
+SOURCES = sorted(path for root in ("linked_jax", "experiments", "benchmarks") for path in (ROOT / root).rglob("*.py"))
+SHARED = ("engine", "models")
+"""The folders of experiments/ that studies share; every other file or folder there is a study."""
 
 
 def imports(path: Path) -> set[str]:
@@ -37,7 +42,10 @@ def imports(path: Path) -> set[str]:
 
 
 def test_every_file_of_the_library_is_a_room_of_the_map():
-    assert sorted(ROOMS) == sorted(path.stem for path in (ROOT / "linked_jax").iterdir() if path.stem[0] != "_")
+    found = {
+        path.stem for path in (ROOT / "linked_jax").iterdir() if path.suffix in ("", ".py") and path.stem[0] != "_"
+    }
+    assert found == set(ROOMS)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     places = [readme.index(f"\n  {room}") for room in ROOMS]
     assert places == sorted(places)
@@ -60,19 +68,47 @@ def test_the_library_does_not_need_the_experiments():
         assert not {"experiments", "benchmarks", "tests"} & {name.split(".")[0] for name in imports(path)}
 
 
+def run_python(code):
+    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
 def test_the_core_imports_without_the_extras():
     extras = ["chex", "tensorflow_datasets", "sklearn", "matplotlib", "tyro", "hypothesis", "beartype", "PIL"]
-    rooms = "linked_jax.probe, linked_jax.revive"
-    code = f"import sys; [sys.modules.__setitem__(m, None) for m in {extras}]; import {rooms}"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+    rooms = "linked_jax.linen, linked_jax.probe, linked_jax.remedies, linked_jax.revive"
+    run_python(f"import sys; [sys.modules.__setitem__(m, None) for m in {extras}]; import {rooms}")
+
+
+def test_the_library_imports_only_its_core_and_the_rest_when_it_is_used():
+    run_python("""
+import sys
+import flax.nnx, jax, jaxtyping, optax
+before = set(sys.modules)
+import linked_jax
+core = "members linking activations moments initializers schedules diagnostics layers".split()
+new = {module for module in set(sys.modules) - before if not module.startswith("jax.")}
+assert new == {"linked_jax", *(f"linked_jax.{room}" for room in core)}, new
+assert {*linked_jax.__all__} <= {*dir(linked_jax)}
+assert linked_jax.certify is linked_jax.certificates.certify
+assert linked_jax.linen.LinkedDense and linked_jax.remedies and linked_jax.revive
+assert linked_jax.probe.probe
+from linked_jax import *
+try:
+    linked_jax.nothing
+except AttributeError as error:
+    assert str(error) == "module 'linked_jax' has no attribute 'nothing'"
+else:
+    raise AssertionError
+""")
 
 
 @pytest.mark.parametrize("package", PACKAGES.values(), ids=PACKAGES)
 def test_all_agrees_with_what_is_imported(package):
     tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
-    imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    imported = {alias.name for node in froms if str(node.module).startswith("linked_jax") for alias in node.names}
     assert imported == set(package.__all__)
     assert package.__all__ == sorted(package.__all__)
+    assert all(hasattr(package, name) for name in package.__all__)
 
 
 @pytest.mark.parametrize(
@@ -82,19 +118,103 @@ def test_public_callables_have_an_example_that_runs(thing):
     package, name = thing.split(".")
     found = getattr(PACKAGES[package], name)
     made_by_others = {"linked_jax.Certificate", "remedies.Moments", "probe.LayerReport", "probe.Report"}
-    if thing in made_by_others or not callable(found) or isinstance(found, linked_jax.Link):
+    if thing in made_by_others or not callable(found) or inspect.ismodule(found) or isinstance(found, linked_jax.Link):
         return  # made by certify, the calculus, probe; the links are one line each, explained at the top of their file
     assert doctest.DocTestFinder(recurse=False).find(found)[0].examples, f"{thing} has no example"
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted({*ROOT.glob("linked_jax/**/*.py"), *ROOT.glob("experiments/**/*.py")}),
-    ids=lambda path: path.relative_to(ROOT).as_posix(),
-)
-def test_no_file_holds_two_concepts(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
-    assert "from __future__ import annotations" not in path.read_text(encoding="utf-8")
+# --- the size of things ---------------------------------------------------------------------------------------------
+
+
+def length(node) -> int:
+    return node.end_lineno - min(part.lineno for part in (node, *node.decorator_list)) + 1
+
+
+def test_no_function_has_over_80_lines_and_no_class_over_200():
+    too_long = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            limit = 200 if isinstance(node, ast.ClassDef) else 80
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and length(node) > limit:
+                too_long.append(f"{path.relative_to(ROOT)} {node.name}: {length(node)} lines, at most {limit}")
+    assert not too_long, "\n".join(too_long)
+
+
+def test_files_of_over_300_lines_are_named(capsys):
+    """Advice: near 300 lines ask whether a file holds two concepts."""
+    sizes = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    with capsys.disabled():
+        for path, size in sizes.items():
+            if size > 300:
+                print(f"\n{path.relative_to(ROOT)} has {size} lines; is it two concepts?", end="")
+
+
+def test_annotations_are_evaluated():
+    for path in SOURCES:
+        assert "from __future__ import annotations" not in path.read_text(encoding="utf-8"), path
+
+
+# --- the import graph of the experiments ------------------------------------------------------------------------------
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+EXPERIMENTS = {module_of(path): path for path in SOURCES if path.is_relative_to(ROOT / "experiments")}
+
+
+def by_string(path: Path) -> set[str]:
+    """What a file imports by its name, import_module(f"experiments.{name}"), and the studies that it names in full."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    by_name = [node for node in calls if ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__")]
+    arguments = {node.value for call in by_name for node in ast.walk(call) if isinstance(node, ast.Constant)}
+    named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)} & EXPERIMENTS.keys()
+    return {str(text) for text in arguments if str(text).startswith("experiments.")} | {m for m in named if study_of(m)}
+
+
+GRAPH = {module: imports(path) & EXPERIMENTS.keys() for module, path in EXPERIMENTS.items()}
+
+
+def reached_from(modules: set[str]) -> set[str]:
+    reached: set[str] = set()
+    while modules:
+        reached |= modules
+        modules = set().union(*(GRAPH[module] for module in modules)) - reached
+    return reached
+
+
+def study_of(module: str) -> str | None:
+    """ "depth" for experiments.depth, "report" for experiments.report.page, None for shared rooms."""
+    name = (*module.split("."), "")[1]
+    return None if name in ("", *SHARED) else name
+
+
+STUDIES = {name: {m for m in EXPERIMENTS if study_of(m) == name} for name in {study_of(m) for m in EXPERIMENTS} if name}
+
+
+def in_room(room: str) -> list[str]:
+    return [module for module in EXPERIMENTS if module.startswith(f"experiments.{room}.")]
+
+
+def test_no_shared_room_of_the_experiments_knows_a_study():
+    found = []
+    for module in itertools.chain(*map(in_room, SHARED)):
+        found += [f"{module} imports {other}" for other in GRAPH[module] if study_of(other)]
+        found += [f"{module} names {other}" for other in by_string(EXPERIMENTS[module])]
+    assert not found, "\n".join(found)
+
+
+def test_a_room_with_one_owner_stands_in_its_owners_folder():
+    reached = {name: reached_from(modules) for name, modules in STUDIES.items()}
+    owners = {module: sorted(name for name in reached if module in reached[name]) for module in EXPERIMENTS}
+    found = [f"{module} is of {owners[module]} alone" for module in in_room("engine") if len(owners[module]) < 2]
+    found += [f"{module} is used by no table" for module in in_room("models") if not owners[module]]
+    assert not found, "\n".join(found)
+
+
+# --- the pages --------------------------------------------------------------------------------------------------------
 
 
 def test_local_links_of_the_pages_exist():

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.engine.plots import _COLOURS
+from experiments.engine.plots import COLOURS
 from linked_jax import Certificate, Link, LinkedPReLU, certify
 from linked_jax.activations import ACTIVATIONS
 
-_UNITS = _COLOURS[:6]  # black and grey are the surface's
+_UNITS = COLOURS[:6]  # black and grey are the surface's
 _DASHES = ("-", "--", ":", "-.")
 _GRID = 121  # points along each side of a surface
 _RANGE = 6.0  # of z in the pictures of links
@@ -154,18 +154,18 @@ def links_picture(path: Path, on_link: Callable[[int], None] = lambda _: None) -
         members, derivatives = part.subplots(2, 1, sharex=True)
         for axes, curves in zip((members, derivatives), jax.jvp(link, (z,), (jnp.ones_like(z),)), strict=True):
             for number, curve in enumerate(np.asarray(curves).T):
-                axes.plot(z[:, 0], curve, color=_COLOURS[1 - number], linestyle=_DASHES[number])
+                axes.plot(z[:, 0], curve, color=COLOURS[1 - number], linestyle=_DASHES[number])
             for low, high in certificate.dead_intervals:
                 axes.axvspan(max(low, -_RANGE), min(high, _RANGE), color="0.85", lw=0)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
         members.set_title(f"{name}{paper.get(name, '')}", fontsize=12)
         members.set_ylabel("$g_i(z)$")
-        derivatives.set_title(verdict(certificate), fontsize=9, color="black" if certificate.linked else _COLOURS[0])
+        derivatives.set_title(verdict(certificate), fontsize=9, color="black" if certificate.linked else COLOURS[0])
         derivatives.set(xlabel="z", ylabel="$g_i'(z)$", xlim=(-_RANGE, _RANGE))
         on_link(1)
     handles: list[Any] = [
-        Line2D([], [], color=_COLOURS[1 - number], linestyle=_DASHES[number], label=f"member {number + 1}")
+        Line2D([], [], color=COLOURS[1 - number], linestyle=_DASHES[number], label=f"member {number + 1}")
         for number in range(2)
     ]
     handles.append(Patch(color="0.85", label="dead: every derivative is 0"))

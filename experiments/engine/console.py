@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import rich.box
 import rich.console
 import rich.table
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 _WIDE = 180  # columns, where the output goes to a file
 
@@ -16,19 +16,31 @@ class Console:
     """Lines and tables on standard output; the bar only where that is a terminal."""
 
     def __init__(self):
-        self._console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+        width = None if sys.stdout.isatty() else _WIDE
+        self._console = rich.console.Console(
+            file=sys.stdout, highlight=False, width=width
+        )  # also while it is redirected
 
     def say(self, text: str) -> None:
         """Print plain text, never wrapped or styled."""
         self._console.print(text, soft_wrap=True, markup=False)
 
     @contextlib.contextmanager
-    def progress(self, description: str, steps: int) -> Iterator[Callable[[int], None]]:
-        """A bar over a number of steps; call what it gives with the steps just done."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
-        hidden = not self._console.is_terminal
-        with Progress(*columns, TimeRemainingColumn(), console=self._console, transient=True, disable=hidden) as bar:
-            task = bar.add_task(description, total=steps)
+    def progress(self, description: str, total: int, *columns: ProgressColumn) -> Iterator[Callable[[int], None]]:
+        """A bar that is gone at the end; call what it gives with what was done since the last call.
+
+        Args:
+          description: stands before it.
+          total: steps; or what the columns count.
+          columns: how the count is shown; by default in steps.
+        """
+        shown = columns or (MofNCompleteColumn(), TextColumn("steps"))
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), *shown, TimeRemainingColumn(), console=self._console,
+            transient=True, disable=not self._console.is_terminal,
+        )  # fmt: skip
+        with bar:
+            task = bar.add_task(description, total=total)
             yield lambda done: bar.advance(task, done)
 
     def table(self, title: str, rows: list[dict[str, str]]) -> None:

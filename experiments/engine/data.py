@@ -12,7 +12,6 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
-from rich.progress import track
 
+from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, first_line
 
 DIGITS_TEST_SIZE = 360
 _READ_AT_ONCE = 1000
-_PIXELS = {"c955d4fefffbec93": "JPEG pixels"}  # fingerprint of a CIFAR-10 whose pixels went through JPEG once
+_PIXELS = {"cdc4741f6c5081ef": "original pixels", "c955d4fefffbec93": "JPEG pixels"}
+"""Fingerprints of two copies of CIFAR-10; another order of the same images has another fingerprint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Dataset:
       train_labels: (N,) int32.
       test_images: (M, H, W, C) uint8.
       test_labels: (M,) int32.
-      fingerprint: SHA-256 over shapes and decoded pixels and labels, 16 hexadecimal digits. Two copies of a set whose
-        pixels differ, such as one that went through JPEG, have different fingerprints.
+      fingerprint: SHA-256 over shapes, decoded pixels and labels, 16 hexadecimal digits. Copies of a set that differ
+        in one pixel, or in the order of images, have different fingerprints.
     """
 
     name: str
@@ -84,7 +84,7 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
       >>> print(data.load("digits"))
       digits: 1,437 train and 360 test images of 8x8x1, 10 classes
     """
-    folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    folder = tfds_folder(data_dir)
     if name == "auto":
         name = "cifar10" if any(folder.glob("cifar10/*/dataset_info.json")) else "digits"
         if name == "digits":
@@ -94,6 +94,21 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     return Dataset(
         name, classes, **{key: jnp.asarray(value) for key, value in arrays.items()}, fingerprint=_fingerprint(arrays)
     )
+
+
+def tfds_folder(data_dir: str | None) -> Path:
+    """Where TensorFlow Datasets' sets are: by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def tensorflow_datasets() -> Any:
+    """The package, without its advice and its bars."""
+    absl.logging.set_verbosity(absl.logging.FATAL)  # its advice: install OpenCV, prepare the set in other groups
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tensorflow_datasets as tfds
+    tfds.disable_progress_bar()  # its bars have no total
+    return tfds
 
 
 def first(data: Dataset, count: int) -> Dataset:
@@ -149,13 +164,9 @@ def _cached_tfds(name: str, folder: Path) -> tuple[int, dict[str, np.ndarray]]:
     arrays = _read_tfds(builder, name)
     try:
         cache_root.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache_root, suffix=".tmp", delete=False) as partial:
-            try:
-                np.savez(partial, allow_pickle=False, **arrays)
-                partial.flush()
-                Path(partial.name).replace(cache)
-            finally:
-                Path(partial.name).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_root) as scratch:
+            np.savez(Path(scratch) / cache.name, allow_pickle=False, **arrays)
+            (Path(scratch) / cache.name).replace(cache)
     except OSError as error:
         print(f"no cache written ({error.strerror}): the next start will be as slow", file=sys.stderr)
     return classes, arrays
@@ -170,17 +181,13 @@ def _how_to_prepare(name: str) -> str:
 def _tfds_builder(name: str, folder: Path) -> Any:
     if not folder.is_dir():
         raise UsageError(f"the data folder {folder} does not exist; pass --data-dir, or use --dataset digits")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import tensorflow_datasets as tfds
-
-        try:
-            builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
-        except Exception as error:
-            raise UsageError(
-                f"cannot open the data set {name!r} ({first_line(error)}); use --dataset digits or a TFDS name such "
-                "as cifar10, or prepare the set again"
-            ) from error
+    try:
+        builder = tensorflow_datasets().builder(name, data_dir=str(folder), file_format="array_record")
+    except Exception as error:
+        raise UsageError(
+            f"cannot open the data set {name!r} ({first_line(error)}); use --dataset digits or a TFDS name such as "
+            "cifar10, or prepare the set again"
+        ) from error
     if not (Path(builder.data_path) / "dataset_info.json").is_file():
         raise UsageError(f"{name} is not prepared in {folder}; {_how_to_prepare(name)} with --data-dir")
     features: Any = builder.info.features
@@ -192,29 +199,25 @@ def _tfds_builder(name: str, folder: Path) -> Any:
 
 
 def _read_tfds(builder: Any, name: str) -> dict[str, np.ndarray]:
-    absl.logging.set_verbosity(absl.logging.ERROR)  # it advises to install OpenCV
-    arrays = {}
+    arrays, console = {}, Console()
     try:
         for split in ("train", "test"):
-            source = builder.as_data_source(split=split)
-            expected = builder.info.splits[split].num_examples
-            if len(source) != expected:
-                raise ValueError(f"{len(source)} of {expected} {split} examples")
-            bar = {"description": f"reading {name} {split}", "total": len(source), "transient": True}
-            examples = list(track(_examples(source), **bar, disable=not sys.stdout.isatty()))
-            arrays[f"{split}_images"] = np.stack([image for image, _ in examples])
-            arrays[f"{split}_labels"] = np.asarray([label for _, label in examples], np.int32)
+            source, images, labels = builder.as_data_source(split=split), [], []
+            size = builder.info.splits[split].num_examples
+            if len(source) != size:
+                raise ValueError(f"{len(source)} of {size} {split} examples")
+            with console.progress(f"reading {name} {split}", size) as advance:
+                for start in range(0, size, _READ_AT_ONCE):
+                    examples = source.__getitems__(range(start, min(start + _READ_AT_ONCE, size)))
+                    images += [example["image"] for example in examples]
+                    labels += [example["label"] for example in examples]
+                    advance(len(examples))
+            arrays |= {f"{split}_images": np.stack(images), f"{split}_labels": np.asarray(labels, np.int32)}
     except Exception as error:  # array_record, Pillow and protobuf raise whatever they like on a damaged file
         raise UsageError(
             f"{name} in {builder.data_path} cannot be read ({first_line(error)}); delete it and prepare it again"
         ) from error
     return arrays
-
-
-def _examples(source: Any) -> Iterator[tuple[np.ndarray, int]]:
-    for start in range(0, len(source), _READ_AT_ONCE):
-        batch: Iterable[Any] = source.__getitems__(range(start, min(start + _READ_AT_ONCE, len(source))))
-        yield from ((example["image"], int(example["label"])) for example in batch)
 
 
 def _fingerprint(arrays: dict[str, np.ndarray]) -> str:

@@ -1,5 +1,6 @@
 """Pictures, made from metrics lines alone: lines are means over seeds, runs that diverged are not drawn."""
 
+import collections
 import dataclasses
 import io
 import itertools
@@ -12,8 +13,8 @@ import numpy as np
 
 from experiments.engine.tables import HEADINGS, Run, by_net, numbers, text, varying
 
-# Okabe and Ito's colours, told apart by colour-blind readers.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
+"""Okabe and Ito's, which colour-blind readers can tell apart; then black and grey."""
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (8, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 _NETS_IN_A_PANEL = 12
 _BANDS_IN_A_PANEL = 6  # with more they hide the lines
@@ -30,36 +31,47 @@ class _Curve:
     band: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class _Panel:
+    """What is drawn of a run, as values at 1, 2, ..., and how its axes are set."""
+
+    values: Callable[[Run], Sequence[float]]
+    axes: dict[str, Any]
+    least_top: float | None = None  # of an axis whose greatest value may be 0
+
+
 Facet = tuple[str, list[_Curve]]
-
-
-def _accuracy(panel: Any, curve: _Curve) -> None:
-    _by_epoch(panel, curve, lambda line: line["test_accuracy"])
-    panel.set(xlabel="epoch", ylabel="test accuracy", ylim=(0, 1))
-
-
-def _dead_by_epoch(panel: Any, curve: _Curve) -> None:
-    _by_epoch(panel, curve, lambda line: 100 * line["dead_units"] / max(line["units"], 1))
-    panel.set(xlabel="epoch", ylabel="dead units, %", ylim=(-2, 102))
-
-
-def _dead_by_layer(panel: Any, curve: _Curve) -> None:
-    _by_layer(panel, curve, "dead_by_layer", 0)
-    panel.set(xlabel="layer", ylabel="dead units of the layer")
-    panel.set_ylim(-0.1, max(1.0, panel.get_ylim()[1]))
-
-
-def _signal_by_layer(panel: Any, curve: _Curve) -> None:
-    _by_layer(panel, curve, "signal_by_layer", _TINY)
-    panel.set(xlabel="layer", ylabel="mean square of pre-activations", yscale="log")
-
-
-_PANELS: dict[str, Callable[[Any, _Curve], None]] = {
-    "Test accuracy by epoch": _accuracy,
-    "Dead units by epoch": _dead_by_epoch,
-    "Dead units by layer, after training": _dead_by_layer,
-    "Signal by layer, after training": _signal_by_layer,
+_PANELS = {
+    "Test accuracy by epoch": _Panel(
+        lambda run: [line["test_accuracy"] for line in run],
+        {"xlabel": "epoch", "ylabel": "test accuracy", "ylim": (0, 1)},
+    ),
+    "Dead units by epoch": _Panel(
+        lambda run: [100 * line["dead_units"] / max(line["units"], 1) for line in run],
+        {"xlabel": "epoch", "ylabel": "dead units, %", "ylim": (-2, 102)},
+    ),
+    "Dead units by layer, after training": _Panel(
+        lambda run: run[-1]["dead_by_layer"], {"xlabel": "layer", "ylabel": "dead units of the layer"}, least_top=1
+    ),
+    "Signal by layer, after training": _Panel(
+        lambda run: np.maximum(run[-1]["signal_by_layer"], _TINY).tolist(),
+        {"xlabel": "layer", "ylabel": "mean square of pre-activations", "yscale": "log"},
+    ),
 }
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty figure of a size in inches, which lays itself out and needs no display."""
+    from matplotlib.figure import Figure  # takes a while: only who draws imports it
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def png(figure: Any) -> bytes:
+    """The picture's file; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def accuracy_picture(lines: Sequence[Mapping[str, Any]], axes: Sequence[str], path: Path, *, title: str) -> Path:
@@ -76,14 +88,14 @@ def accuracy_picture(lines: Sequence[Mapping[str, Any]], axes: Sequence[str], pa
       The path.
     """
     facets = _facets(lines, axes)
-    figure = _figure(15, 0.8 + 2.9 * len(facets))
-    grid = figure.subplots(len(facets), len(_PANELS), squeeze=False)
-    for row, facet in zip(grid, facets, strict=True):
-        for panel, (name, draw) in zip(row, _PANELS.items(), strict=True):
-            _draw(panel, facet, draw, ": ".join(filter(None, (name, facet[0]))))
-    _legend(figure, grid[:, 0], "outside right center", columns=1)
-    figure.suptitle(f"{title}{'; ' * bool(caption(lines, axes))}{caption(lines, axes)}", fontsize=11)
-    path.write_bytes(_png(figure))
+    whole = figure(15, 0.8 + 2.9 * len(facets))
+    grid = whole.subplots(len(facets), len(_PANELS), squeeze=False)
+    for row, (named, curves) in zip(grid, facets, strict=True):
+        for panel, (name, what) in zip(row, _PANELS.items(), strict=True):
+            _draw(panel, curves, what, ": ".join(filter(None, (name, named))))
+    _legend(whole, grid[:, 0], "outside right center", columns=1)
+    whole.suptitle("; ".join(filter(None, (title, caption(lines, axes)))), fontsize=11)
+    path.write_bytes(png(whole))
     return path
 
 
@@ -93,13 +105,13 @@ def panel_pictures(lines: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> d
     labels = {curve.style["label"] for _, curves in facets for curve in curves}
     columns = max(1, min(3, 56 // max(10 + len(label) for label in labels)))
     pictures = {}
-    for name, draw in _PANELS.items():
-        figure = _figure(4.4, 2.4 * len(facets) + 0.4 + 0.19 * -(-len(labels) // columns))
-        panels = figure.subplots(len(facets), squeeze=False)[:, 0]
-        for panel, facet in zip(panels, facets, strict=True):
-            _draw(panel, facet, draw, facet[0])
-        _legend(figure, panels, "outside lower center", columns=columns)
-        pictures[name] = _png(figure)
+    for name, what in _PANELS.items():
+        one = figure(4.4, 2.4 * len(facets) + 0.4 + 0.19 * -(-len(labels) // columns))
+        panels = one.subplots(len(facets), squeeze=False)[:, 0]
+        for panel, (named, curves) in zip(panels, facets, strict=True):
+            _draw(panel, curves, what, named)
+        _legend(one, panels, "outside lower center", columns=columns)
+        pictures[name] = png(one)
     return pictures
 
 
@@ -123,38 +135,33 @@ def table_picture(experiment: str, lines: Sequence[Mapping[str, Any]], axes: Seq
       title: stands above.
     """
     rows = numbers(experiment, lines, axes)
-    shown = varying(rows, axes)
-    figure = _figure(5.6, 1.6 + 0.24 * len(rows))
-    panel = figure.subplots()
-    y = np.arange(len(rows))
-    means = [float(np.mean(row["last"])) for row in rows]
+    shown, y = varying(rows, axes), np.arange(len(rows))
+    whole = figure(5.6, 1.6 + 0.24 * len(rows))
+    panel = whole.subplots()
+    means, best = ([float(np.mean(row[key])) for row in rows] for key in ("last", "best"))
     deviations = [float(np.std(row["last"], ddof=1)) if len(row["last"]) > 1 else 0.0 for row in rows]
     seeds = [(value, place) for place, row in zip(y, rows, strict=True) for value in row["last"]]
     keys = [
-        panel.errorbar(means, y, xerr=deviations, fmt="o", color=_COLOURS[1], ms=5, capsize=2.5, lw=1.2, zorder=3),
-        *panel.plot(*zip(*seeds, strict=True), "|", color=_COLOURS[1], ms=8, alpha=0.6),
-        *panel.plot(
-            [float(np.mean(row["best"])) for row in rows], y, "o", mfc="none", mec=_COLOURS[1], ms=8, alpha=0.7
-        ),
+        panel.errorbar(means, y, xerr=deviations, fmt="o", color=COLOURS[1], ms=5, capsize=2.5, lw=1.2, zorder=3),
+        *panel.plot(*zip(*seeds, strict=True), "|", color=COLOURS[1], ms=8, alpha=0.6),
+        *panel.plot(best, y, "o", mfc="none", mec=COLOURS[1], ms=8, alpha=0.7),
     ]
     labels = ["last epoch, mean ± deviation", "last epoch, each seed", "best epoch, mean"]
-    for edition, marker, colour in (("paper", "x", _COLOURS[0]), ("later", "+", _COLOURS[2])):
+    for edition, marker, colour in (("paper", "x", COLOURS[0]), ("later", "+", COLOURS[2])):
         found = [(row[edition], place) for place, row in zip(y, rows, strict=True) if row[edition] is not None]
         if found:
             keys += panel.plot(*zip(*found, strict=True), marker, color=colour, ms=7, mew=1.6)
             labels.append(f"{edition} edition: CIFAR-10, best epoch")
     panel.set_yticks(y, [_name(row, shown) for row in rows])
-    panel.tick_params(labelsize=8)
     panel.set(xlabel="test accuracy", xlim=(-0.02, 1.02), ylim=(len(rows) - 0.4, -0.6))
-    panel.grid(alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(keys, labels, frameon=False, loc="outside lower center", ncols=2, fontsize=7.5)
-    figure.suptitle(textwrap.fill(title, 70), fontsize=9)
-    return _png(figure)
+    _plain(panel)
+    whole.legend(keys, labels, frameon=False, loc="outside lower center", ncols=2, fontsize=7.5)
+    whole.suptitle(textwrap.fill(title, 70), fontsize=9)
+    return png(whole)
 
 
 def mean_band(panel: Any, x: np.ndarray, values: np.ndarray, colour: str, line: str, label: str) -> None:
-    """The mean over seeds, values being (seeds, x), and a band of one sample standard deviation."""
+    """Draw the mean over seeds, values being (seeds, x), and a band of one sample standard deviation."""
     mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1 if len(values) > 1 else 0)
     panel.plot(x, mean, line, color=colour, label=label, lw=1.6)
     panel.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.13, lw=0)
@@ -168,84 +175,71 @@ def _facets(lines: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[Fac
     """
     nets = by_net(lines, axes)
     shown = varying([net for net, _ in nets], axes)
-    values = {axis: list(dict.fromkeys(net[axis] for net, _ in nets)) for axis in shown}
+
+    def distinct(axes: Sequence[str]) -> list[tuple[Any, ...]]:
+        return list(dict.fromkeys(tuple(net[axis] for axis in axes) for net, _ in nets))
+
+    def largest(rows: Sequence[str]) -> int:
+        return max(collections.Counter(tuple(net[axis] for axis in rows) for net, _ in nets).values())
+
+    by_base = len(distinct(["act"])) > len(COLOURS)
     inside, rows = [axis for axis in shown if axis != "act"], []
-    acts = values["act"]
-    by_base = len(acts) > len(_COLOURS)
-    while inside and (
-        len({tuple(net[a] for a in inside) for net, _ in nets}) > (1 if by_base else len(_DASHES))
-        or _largest(nets, rows) > _NETS_IN_A_PANEL
-    ):
-        widest = max(inside, key=lambda axis: len(values[axis]))
-        inside.remove(widest)
-        rows = [axis for axis in shown if axis != "act" and axis not in inside]
-    bases = list(dict.fromkeys(_base(act) for act in acts))
-    variants = list(dict.fromkeys(act.replace(_base(act), "") for act in acts))
-    dashes = list(dict.fromkeys(tuple(net[axis] for axis in inside) for net, _ in nets))
+    while inside and (len(distinct(inside)) > (1 if by_base else len(_DASHES)) or largest(rows) > _NETS_IN_A_PANEL):
+        inside.remove(max(inside, key=lambda axis: len(distinct([axis]))))
+        rows = [axis for axis in shown if axis not in ("act", *inside)]
+
+    def kinds(net: Mapping[str, Any]) -> tuple[Any, Any]:
+        """What the colour tells, and what the dashes tell."""
+        base = net["act"].removeprefix("lk_").removesuffix("_bn").removesuffix("_sqrt2")
+        others = tuple(net[axis] for axis in inside)
+        return (base, net["act"].replace(base, "")) if by_base else (net["act"], others)
+
+    colours, dashes = (list(dict.fromkeys(found)) for found in zip(*(kinds(net) for net, _ in nets), strict=True))
     facets: dict[str, list[_Curve]] = {}
-    few = _largest(nets, rows) <= _BANDS_IN_A_PANEL
     for net, runs in nets:
-        act, other = net["act"], tuple(net[axis] for axis in inside)
-        colour = bases.index(_base(act)) if by_base else acts.index(act)
-        dash = variants.index(act.replace(_base(act), "")) if by_base else dashes.index(other)
+        colour, dash = kinds(net)
         style = {
-            "color": _COLOURS[colour % len(_COLOURS)],
-            "linestyle": _DASHES[dash % len(_DASHES)],
+            "color": COLOURS[colours.index(colour) % len(COLOURS)],
+            "linestyle": _DASHES[dashes.index(dash) % len(_DASHES)],
             "label": _name(net, ["act", *inside]),
         }
         whole = [run for run in runs if "diverged" not in run[-1]]
+        band = largest(rows) <= _BANDS_IN_A_PANEL and len(whole) > 1
         facet = ", ".join(f"{HEADINGS.get(axis, axis)} {text(net[axis])}" for axis in rows)
-        facets.setdefault(facet, []).append(_Curve(whole, style, few and len(whole) > 1))
+        facets.setdefault(facet, []).append(_Curve(whole, style, band))
     return list(facets.items())
-
-
-def _largest(nets: Sequence[tuple[Mapping[str, Any], Any]], rows: Sequence[str]) -> int:
-    of_row = [tuple(net[axis] for axis in rows) for net, _ in nets]
-    return max(of_row.count(row) for row in set(of_row))
-
-
-def _base(act: str) -> str:
-    return act.removeprefix("lk_").removesuffix("_bn").removesuffix("_sqrt2")
 
 
 def _name(net: Mapping[str, Any], axes: Sequence[str]) -> str:
     return ", ".join(text(net[axis]) for axis in axes)
 
 
-def _by_epoch(panel: Any, curve: _Curve, value: Callable[[Mapping[str, Any]], float]) -> None:
-    columns = [[value(line) for line in lines] for lines in zip(*curve.runs, strict=False)]
-    _band(panel, columns, curve)
-
-
-def _by_layer(panel: Any, curve: _Curve, key: str, least: float) -> None:
-    columns = list(zip(*(np.maximum(run[-1][key], least) for run in curve.runs), strict=True))
-    _band(panel, columns, curve)
-
-
-def _band(panel: Any, columns: Sequence[Sequence[float]], curve: _Curve) -> None:
-    """The mean line by 1, 2, ..., and a band from the least to the greatest value; a single point gets a dot."""
-    x, means = range(1, len(columns) + 1), [float(np.mean(values)) for values in columns]
-    panel.plot(x, means, lw=1.4, marker="." if len(x) == 1 else "", **curve.style)
-    if len(x) == 1:
-        panel.set_xlim(0.5, 1.5)
-    if curve.band:
-        colour = curve.style["color"]
-        panel.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.13, lw=0)
-
-
-def _draw(panel: Any, facet: Facet, draw: Callable[[Any, _Curve], None], title: str) -> None:
-    for curve in facet[1]:
-        if curve.runs:
-            draw(panel, curve)
-        else:
-            panel.plot([], [], **curve.style)  # for the legend
+def _draw(panel: Any, curves: Sequence[_Curve], what: _Panel, title: str) -> None:
+    """For each net the mean line, and a band from the least to the greatest value; a single point gets a dot."""
+    for curve in curves:
+        columns = list(zip(*map(what.values, curve.runs), strict=False))
+        x = range(1, len(columns) + 1)
+        panel.plot(x, [float(np.mean(values)) for values in columns], lw=1.4, marker="." if len(x) == 1 else "",
+                   **curve.style)  # fmt: skip
+        if len(x) == 1:
+            panel.set_xlim(0.5, 1.5)
+        if curve.band:
+            colour = curve.style["color"]
+            panel.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.13, lw=0)
+    panel.set(**what.axes)
+    if what.least_top is not None:
+        panel.set_ylim(-0.1, max(what.least_top, panel.get_ylim()[1]))
     panel.set_title(title, fontsize=9)
     panel.xaxis.label.set_size(8.5)
     panel.yaxis.label.set_size(8.5)
+    panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    _plain(panel)
+
+
+def _plain(panel: Any) -> None:
     panel.grid(alpha=0.25)
     panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def _legend(figure: Any, panels: Sequence[Any], place: str, *, columns: int) -> None:
@@ -254,18 +248,3 @@ def _legend(figure: Any, panels: Sequence[Any], place: str, *, columns: int) -> 
     handles = {label: handle for handle, label in itertools.chain.from_iterable(found)}
     figure.legend(list(handles.values()), list(handles), frameon=False, loc=place, fontsize=7.5, ncols=columns,
                   handlelength=3.2)  # fmt: skip
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    return buffer.getvalue()

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-EDITIONS = {"paper": "paper", "later": "repository"}
-"""Our name -> the key of published.json; "later" is the edition in the authors' repository."""
+EDITIONS = ("paper", "later")
+"""The paper, and its edition in the authors' repository."""
 
 
 @functools.cache
@@ -32,38 +32,10 @@ def published(experiment: str, cell: Mapping[str, Any]) -> dict[str, float | Non
       >>> published("depth", {"act": "gelu", "depth": 50})
       {'paper': None, 'later': None}
     """
-    find = _FIND.get(experiment, lambda *_: None)
-    return {ours: find(theirs, cell) for ours, theirs in EDITIONS.items()}
-
-
-def _width(edition: str, cell: Mapping[str, Any]) -> float | None:
-    return _tables()["width"][edition].get(str(cell["width"]), {}).get(cell["act"])
-
-
-def _depth(edition: str, cell: Mapping[str, Any]) -> float | None:
-    act = "bn" if cell["act"] == "relu_bn" else cell["act"]
-    return _tables()["depth"][f"{edition}_max"].get(act) if cell["depth"] == 50 else None
-
-
-def _parameters(edition: str, cell: Mapping[str, Any]) -> float | None:
-    plain = cell["act"].removeprefix("lk_").removesuffix("_sqrt2")
-    kind = {plain: "single", f"{plain}_sqrt2": "sqrt2", f"lk_{plain}": "linked"}.get(cell["act"])
-    return _tables()["parameters"][edition].get(plain, {}).get(kind)
-
-
-def _allcnn(edition: str, cell: Mapping[str, Any]) -> float | None:
-    return _tables()["allcnn"][edition].get(cell["act"])
-
-
-def _resnet50(edition: str, cell: Mapping[str, Any]) -> float | None:
-    act, bn = cell["act"].removesuffix("_bn"), cell["act"].endswith("_bn")
-    if cell.get("link", "inside") != "inside":  # the authors linked nothing but the insides of bottlenecks
-        return None
-    with_bn = _tables()["resnet50"][edition].get(act)
-    return with_bn if bn else _tables()["no_batchnorm"][edition].get(act, {}).get("accuracy")
-
-
-_FIND = {"width": _width, "depth": _depth, "parameters": _parameters, "allcnn": _allcnn, "resnet50": _resnet50}
+    for nets in _tables().get(experiment, {"nets": []})["nets"]:
+        if all(cell[axis] == nets[axis] for axis in nets if axis not in EDITIONS):
+            return {edition: nets[edition].get(cell["act"]) for edition in EDITIONS}
+    return dict.fromkeys(EDITIONS)
 
 
 def published_time(act: str) -> dict[str, float | None]:
@@ -73,5 +45,5 @@ def published_time(act: str) -> dict[str, float | None]:
     >>> published_time("lk_relu_bn")
     {'paper': 2.302884, 'later': 2.09}
     """
-    table = _tables()["no_batchnorm"]
-    return {ours: table[theirs].get(act, {}).get("time") for ours, theirs in EDITIONS.items()}
+    times = _tables()["resnet50"]["times"]
+    return {edition: times[edition].get(act) for edition in EDITIONS}

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.engine.published import published, published_time
+from experiments.engine.published import EDITIONS, published, published_time
 
 HEADINGS = {"depth": "layers", "width": "units", "lr": "learning rate"}
 """Column headings of axes whose names do not speak for themselves."""
@@ -30,14 +30,14 @@ def summary(
     """
     found = numbers(experiment, lines, axes, nets)
     shown = varying(found, axes)
-    printed = any(row[edition] is not None for row in found for edition in ("paper", "later"))
+    printed = any(row[edition] is not None for row in found for edition in EDITIONS)
     rows = []
     for row in found:
         texts = {HEADINGS.get(axis, axis): text(row[axis]) for axis in shown}
         texts |= {"last epoch": spread(row["last"]), "best": spread(row["best"])}
         texts["seeds"] = f"{len(row['seeds'])}{'*' if len(row['seeds']) < FEW else ''}"
         if printed:
-            texts |= {f"{edition} (best)": text(row[edition]) for edition in ("paper", "later")}
+            texts |= {f"{edition} (best)": text(row[edition]) for edition in EDITIONS}
         if any(other["diverged"] for other in found):
             texts["diverged"] = str(row["diverged"])
         if "parameters" in row:
@@ -51,20 +51,17 @@ def summary(
 def legend(rows: Sequence[Mapping[str, str]]) -> str:
     """What the columns of `summary` mean, of those that it has."""
     columns = rows[0]
-    said = ["Test accuracy, mean ± sample standard deviation over seeds: of the last epoch, and of each run's best."]
-    if "paper (best)" in columns:
-        said.append("paper, later: the paper's two editions: CIFAR-10, one run, its best epoch.")
-    if any(row["seeds"].endswith("*") for row in rows):
-        said.append(f"* fewer than {FEW} seeds: too few to compare.")
-    if "diverged" in columns:
-        said.append(f"diverged: runs whose loss did; their last epoch counts as chance, {CHANCE}.")
-    if "MFLOP" in columns:
-        said.append("MFLOP, activation KiB: of one image, the forward pass and what it keeps for the backward pass.")
-    said.append(
-        "dead: units that are zero on all test images, of all units; from: the first layer with one in any seed."
-    )
-    said.append("signal: mean square of the pre-activations, first to last layer. time: of a run.")
-    return " ".join(said)
+    few, costs = any(row["seeds"].endswith("*") for row in rows), "MFLOP" in columns
+    said = {
+        "Test accuracy, mean ± sample standard deviation over seeds: of the last epoch, and of each run's best.": True,
+        "paper, later: the paper's two editions: CIFAR-10, one run, its best epoch.": "paper (best)" in columns,
+        f"* fewer than {FEW} seeds: too few to compare.": few,
+        f"diverged: runs whose loss did; their last epoch counts as chance, {CHANCE}.": "diverged" in columns,
+        "MFLOP, activation KiB: of one image, the forward pass and what it keeps for the backward pass.": costs,
+        "dead: units that are zero on all test images, of all units; from: the first layer with one in any seed.": True,
+        "signal: mean square of the pre-activations, first to last layer. time: of a run.": True,
+    }
+    return " ".join(text for text, holds in said.items() if holds)
 
 
 def numbers(
@@ -78,16 +75,19 @@ def numbers(
       first_signal, last_signal and seconds (means). The last five are None if no epoch was evaluated.
     """
     counts = {tuple(net[axis] for axis in axes): {k: v for k, v in net.items() if k not in axes} for net in nets}
-    rows = []
-    for net, runs in by_net(lines, axes):
-        row = {**net, **counts.get(tuple(net.values()), {})}
-        row["seeds"] = [run[0]["seed"] for run in runs]
-        row["last"] = [last_accuracy(run) for run in runs]
-        row["best"] = [best_accuracy(run) for run in runs]
-        row |= published(experiment, net)
-        row["diverged"] = sum("diverged" in run[-1] for run in runs)
-        rows.append(row | _layers(runs))
-    return rows
+    return [
+        {
+            **net,
+            **counts.get(tuple(net.values()), {}),
+            "seeds": [run[0]["seed"] for run in runs],
+            "last": [last_accuracy(run) for run in runs],
+            "best": [best_accuracy(run) for run in runs],
+            **published(experiment, net),
+            "diverged": sum("diverged" in run[-1] for run in runs),
+            **_layers(runs),
+        }
+        for net, runs in by_net(lines, axes)
+    ]
 
 
 def _layers(runs: Sequence[Run]) -> dict[str, Any]:

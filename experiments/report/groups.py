@@ -1,17 +1,18 @@
 """Which records may be averaged together. Pure functions of records."""
 
 import dataclasses
-import importlib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
-from experiments.report.stored import Line, NetKey, StoredRecord
+from experiments import allcnn, covariate_shift, depth, parameters, resnet50, width
+from experiments.report.stored import Line, Run, StoredRecord
 
-TABLES = ("width", "depth", "parameters", "allcnn", "resnet50", "covariate_shift")
-"""The experiments that train nets with axes, in the paper's order."""
+TABLES = {module.TABLE.name: module.TABLE for module in (width, depth, parameters, allcnn, resnet50, covariate_shift)}
+"""Name -> the experiment that trains the nets of a table, in the paper's order."""
 _CODE = ("jax", "jaxlib", "flax", "optax", "linked_jax")  # what computes; numpy and Python only carry it
-Run = tuple[NetKey, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +66,9 @@ def groups(records: Iterable[StoredRecord]) -> list[Group]:
     Returns:
       The groups; their names differ.
     """
-    together: dict[str, list[StoredRecord]] = {}
+    together: dict[frozenset[tuple[str, str]], list[StoredRecord]] = {}
     for record in records:
-        together.setdefault(repr(sorted(_identity(record).items())), []).append(record)
+        together.setdefault(frozenset(_identity(record).items()), []).append(record)
     alike: dict[str, list[list[StoredRecord]]] = {}
     for members in together.values():
         config = members[0].config
@@ -77,12 +78,7 @@ def groups(records: Iterable[StoredRecord]) -> list[Group]:
         for members in namesakes:
             own = _free(name if len(namesakes) == 1 else _folder_name(members), found)
             found[own] = _group(own, members, _differences(members, namesakes))
-    return sorted(found.values(), key=lambda group: (_rank(group.experiment, TABLES), group.name))
-
-
-def named(net: Sequence[Any]) -> str:
-    """A net's axes' values in one line."""
-    return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in net)
+    return sorted(found.values(), key=lambda group: (_rank(group.experiment, list(TABLES)), group.name))
 
 
 def _identity(record: StoredRecord) -> dict[str, str]:
@@ -99,7 +95,8 @@ def _identity(record: StoredRecord) -> dict[str, str]:
 
 
 def _differences(members: list[StoredRecord], namesakes: list[list[StoredRecord]]) -> dict[str, str]:
-    own, others = _identity(members[0]), [_identity(others[0]) for others in namesakes]
+    others = [_identity(other[0]) for other in namesakes]
+    own = _identity(members[0])
     differs = {what: text for what, text in own.items() if any(other.get(what) != text for other in others)}
     if "commit" in differs:
         differs["commit"] = re.sub(r"^([0-9a-f]{7})[0-9a-f]+", r"\1", differs["commit"])
@@ -108,12 +105,9 @@ def _differences(members: list[StoredRecord], namesakes: list[list[StoredRecord]
 
 def _folder_name(members: list[StoredRecord]) -> str:
     """The record's folder; of several, the folder that they share, or the first one's if that is the searched one."""
-    shared = []
-    for parts in zip(*(record.place.split("/")[:-1] for record in members), strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return shared[-1] if shared and len(members) > 1 else members[0].place.rpartition("/")[2]
+    places = [PurePosixPath(member.place) for member in members]
+    shared = PurePosixPath(os.path.commonpath([place.parent for place in places])).name
+    return shared if shared and len(members) > 1 else places[0].name
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:
@@ -124,29 +118,35 @@ def _free(name: str, taken: Mapping[str, Any]) -> str:
 
 def _group(name: str, members: list[StoredRecord], differs: dict[str, str]) -> Group:
     config = members[0].config
+    table = TABLES.get(config["experiment"])
     runs: dict[Run, tuple[StoredRecord, list[Line]]] = {}
     notes = []
     for record in members:
         again: dict[str, list[str]] = {}
         if record.unfinished:
-            which = "; ".join(f"{named(net)} seed {seed} ({record.progress((net, seed))})"
-                              for net, seed in record.unfinished)  # fmt: skip
+            which = "; ".join(f"{_named(run)} ({record.progress(run)})" for run in record.unfinished)
             notes.append(f"{record.place}: runs that are not finished, and are left out: {which}.")
         for run, lines in record.runs.items():
             if record.is_finished(run) and run in runs:
-                again.setdefault(_twice(*runs[run], lines), []).append(f"{named(run[0])} seed {run[1]}")
+                again.setdefault(_twice(*runs[run], lines), []).append(_named(run))
             elif record.is_finished(run):
                 runs[run] = (record, lines)
         notes += [f"{record.place}: runs that {why}: {'; '.join(which)}." for why, which in again.items()]
     if not re.fullmatch("[0-9a-f]+", config["commit"]):
         unsure = "The code had changes that no commit has, so it cannot be checked"
         notes.append(unsure + (", nor whether it was the same for all records." if len(members) > 1 else "."))
-    title, acts = _paper(config["experiment"])
+    in_order = _in_order(list(runs), config["axes"].index("act"), table.rows if table else ())
     return Group(
-        name, config["experiment"], title, differs, members, tuple(config["axes"]),
-        [line for run in _in_order(list(runs), config["axes"].index("act"), acts) for line in runs[run][1]],
+        name, config["experiment"], table.title if table else config["experiment"], differs, members,
+        tuple(config["axes"]), [line for run in in_order for line in runs[run][1]],
         [net for record in members for net in record.config["nets"]], notes,
     )  # fmt: skip
+
+
+def _named(run: Run) -> str:
+    """A net's axes' values and the seed, in one line."""
+    net, seed = run
+    return " ".join([*(f"{value:g}" if isinstance(value, float) else str(value) for value in net), f"seed {seed}"])
 
 
 def _twice(first: StoredRecord, one: list[Line], other: list[Line]) -> str:
@@ -156,26 +156,18 @@ def _twice(first: StoredRecord, one: list[Line], other: list[Line]) -> str:
     return f"{first.place} has too, with {same}, and that comes first"
 
 
-def _paper(experiment: str) -> tuple[str, Sequence[str]]:
-    """The title of a table, and its rows in the paper's order."""
-    if experiment not in TABLES:
-        return experiment, ()
-    table = importlib.import_module(f"experiments.{experiment}").TABLE
-    return table.title, table.rows
-
-
 def _in_order(runs: list[Run], act: int, acts: Sequence[str]) -> list[Run]:
     """Activations in the paper's order, numbers rising, other values as they come."""
     seen = [list(dict.fromkeys(values)) for values in zip(*(net for net, _ in runs), strict=True)]
 
-    def key(run: Run) -> list[Any]:
+    def place(run: Run) -> list[Any]:
         ranks = []
         for axis, (value, values) in enumerate(zip(run[0], seen, strict=True)):
             numeric = all(isinstance(other, int | float) for other in values)
             ranks += [_rank(value, acts if axis == act else ()), value if numeric else values.index(value)]
         return [*ranks, run[1]]
 
-    return sorted(runs, key=key)
+    return sorted(runs, key=place)
 
 
 def _rank(value: Any, order: Sequence[str]) -> int:

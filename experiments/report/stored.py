@@ -14,15 +14,20 @@ from experiments.engine.published import published
 
 Line = dict[str, Any]
 NetKey = tuple[Any, ...]
+Run = tuple[NetKey, int]
+"""A net, as its axes' values, and a seed."""
 
+# What a report needs of the files: a dict has at least these keys, a list has at least one item, a float may be an int.
 _CONFIG = {
-    "experiment": str, "command": str, "settings": dict, "protocol": dict, "data": dict, "nets": list,
-    "versions": dict, "hardware": dict, "commit": str, "time": str,
+    "experiment": str, "command": str, "axes": [str], "settings": {"seed": int, "seeds": int, "epochs": int},
+    "protocol": {}, "data": {"name": str, "fingerprint": str, "description": str},
+    "nets": [{"act": str, "parameters": int}], "versions": {}, "hardware": {}, "commit": str, "time": str,
 }  # fmt: skip
 _LINE = {
-    "train_loss": float, "test_accuracy": float, "units": int, "dead_units": int, "dead_by_layer": list,
-    "signal_by_layer": list, "seconds": float,
+    "train_loss": float, "test_accuracy": float, "units": int, "dead_units": int, "dead_by_layer": [float],
+    "signal_by_layer": [float], "seconds": float,
 }  # fmt: skip
+_TIMES = {"steps": int, "medians": [{"act": str, "step_seconds": float}]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,27 +37,27 @@ class StoredRecord:
     Attributes:
       place: its folder below the searched one, with slashes; its own name if that was the one.
       config: of config.json.
-      runs: (net, seed) -> its lines, in the order of config.json; a net is its axes' values. None is missing, but a
-        run that has not begun has no lines.
+      runs: (net, seed) -> its lines, in the order of config.json. None is missing, but a run that has not begun has no
+        lines.
       times: of times.json, or None.
     """
 
     place: str
     config: dict[str, Any]
-    runs: dict[tuple[NetKey, int], list[Line]]
+    runs: dict[Run, list[Line]]
     times: dict[str, Any] | None
 
-    def is_finished(self, run: tuple[NetKey, int]) -> bool:
+    def is_finished(self, run: Run) -> bool:
         """Whether a run has its last epoch, or diverged."""
         lines = self.runs[run]
         return bool(lines) and ("diverged" in lines[-1] or lines[-1]["epoch"] == self.config["settings"]["epochs"])
 
-    def progress(self, run: tuple[NetKey, int]) -> str:
+    def progress(self, run: Run) -> str:
         """How far a run has come."""
         return f"epoch {len(self.runs[run])} of {self.config['settings']['epochs']}"
 
     @property
-    def unfinished(self) -> list[tuple[NetKey, int]]:
+    def unfinished(self) -> list[Run]:
         """The runs that ended early, or have not begun."""
         return [run for run in self.runs if not self.is_finished(run)]
 
@@ -85,7 +90,7 @@ def read_records(folders: Iterable[str | Path]) -> tuple[list[StoredRecord], lis
     return found, problems
 
 
-def _record_folders(root: Path, problems: list[str]) -> Iterable[Path]:
+def _record_folders(root: Path, problems: list[str]) -> Iterator[Path]:
     def unreadable(error: OSError) -> None:
         problems.append(f"{Path(str(error.filename)).name}: the folder cannot be read ({error.strerror})")
 
@@ -108,24 +113,32 @@ def read_record(folder: Path, place: str) -> StoredRecord:
         kind = config.get("experiment", "an unknown experiment")
         raise UsageError(f"no table is made of it: it is of {kind}, and its config.json has no axes")
     with _explained("config.json"):
-        _check_config(config)
+        _check(config, _CONFIG)
+        first, axes = config["settings"]["seed"], config["axes"]
+        seeds = range(first, first + config["settings"]["seeds"])
+        runs: dict[Run, list[Line]] = {(_key(net, axes), seed): [] for net in config["nets"] for seed in seeds}
+        for net in config["nets"]:
+            published(config["experiment"], {axis: net[axis] for axis in axes})  # it looks up the table's own axes
+        if "act" not in axes:
+            raise ValueError(f"axes is {axes}, without act")
     with _explained("metrics.jsonl"):
         lines = records.read_lines(folder)
     if not lines:
         raise UsageError("metrics.jsonl has no lines: no epoch is finished")
-    seeds = range(config["settings"]["seed"], config["settings"]["seed"] + config["settings"]["seeds"])
-    runs: dict[tuple[NetKey, int], list[Line]] = {(_key(net, config), s): [] for net in config["nets"] for s in seeds}
     for number, line in enumerate(lines, start=1):
         with _explained(f"metrics.jsonl, line {number}"):
-            _add(line, runs, config)
+            _add(line, runs, axes, config["settings"]["epochs"])
     with _explained("times.json"):
         times = records.read_times(folder)
-        _check_times(times)
+        if times is not None:
+            _check(times, _TIMES)
+            if min(net["step_seconds"] for net in times["medians"]) <= 0:
+                raise ValueError("a step took no time")
     return StoredRecord(place, config, runs, times)
 
 
-def _key(net: Mapping[str, Any], config: Mapping[str, Any]) -> NetKey:
-    return tuple(net[axis] for axis in config["axes"])
+def _key(net: Mapping[str, Any], axes: Iterable[str]) -> NetKey:
+    return tuple(net[axis] for axis in axes)
 
 
 @contextlib.contextmanager
@@ -133,58 +146,48 @@ def _explained(what: str) -> Iterator[None]:
     """Turn what a garbled file raises into one line that names it."""
     try:
         yield
+    except UsageError:
+        raise
     except KeyError as error:
         raise UsageError(f"{what} has no {error.args[0]}") from error
-    except (TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise UsageError(f"{what} is garbled ({error})") from error
-    except ValueError as error:
-        raise error if isinstance(error, UsageError) else UsageError(f"{what} is garbled ({error})") from error
 
 
-def _typed(values: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
-    for name, kind in kinds.items():
-        if not isinstance(values[name], (int, float) if kind is float else kind) or isinstance(values[name], bool):
-            raise ValueError(f"{name} is {values[name]!r:.60}")
+def _check(value: Any, kind: Any, name: str = "it") -> None:
+    """Refuse a value that is not of a kind: a type; a dict of kinds by key; or [the kind of a list's items]."""
+    if not _is(value, type(kind) if isinstance(kind, dict | list) else kind):
+        raise ValueError(f"{name} is {value!r:.60}")
+    if isinstance(kind, dict):
+        for key, inner in kind.items():
+            _check(value[key], inner, key)
+    elif isinstance(kind, list):
+        for item in value:
+            _check(item, kind[0], name)
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
-    _typed(config, {**_CONFIG, "axes": list})
-    _typed(config["settings"], {"seed": int, "seeds": int, "epochs": int})
-    _typed(config["data"], {"name": str, "fingerprint": str, "description": str})
-    if not config["nets"] or "act" not in config["axes"]:
-        raise ValueError("it names no nets")
-    for net in config["nets"]:
-        _typed(net, {"act": str, "parameters": int})
-        hash(_key(net, config))
-        published(config["experiment"], net)
+def _is(value: Any, kind: type) -> bool:
+    """An int is a float too; but NaN and infinity are none, True is no int, and a list has items."""
+    if isinstance(value, bool) or value == [] or (isinstance(value, float) and not math.isfinite(value)):
+        return False
+    return isinstance(value, int | float if kind is float else kind)
 
 
-def _add(line: Line, runs: dict[tuple[NetKey, int], list[Line]], config: Mapping[str, Any]) -> None:
+def _add(line: Line, runs: dict[Run, list[Line]], axes: Iterable[str], epochs: int) -> None:
     """Check a line and add it to its run."""
-    _typed(line, {"seed": int, "epoch": int})
-    run = (_key(line, config), line["seed"])
+    _check(line, {"seed": int, "epoch": int})
+    net, seed = run = (_key(line, axes), line["seed"])
     if run not in runs:
-        raise ValueError(f"config.json knows no {' '.join(map(str, run[0]))} with seed {run[1]}")
+        raise ValueError(f"config.json knows no {' '.join(map(str, net))} with seed {seed}")
     before = runs[run]
-    if line["epoch"] != len(before) + 1 or line["epoch"] > config["settings"]["epochs"]:
-        raise ValueError(f"epoch {line['epoch']} follows {len(before)} of {config['settings']['epochs']}")
+    if line["epoch"] != len(before) + 1 or line["epoch"] > epochs:
+        raise ValueError(f"epoch {line['epoch']} follows {len(before)} of {epochs}")
     if before and "diverged" in before[-1]:
         raise ValueError("the run has diverged before it")
     if "diverged" not in line:
-        _typed(line, _LINE)
-        if len(line["dead_by_layer"]) != len(line["signal_by_layer"]) or not line["dead_by_layer"]:
+        _check(line, _LINE)
+        if len(line["dead_by_layer"]) != len(line["signal_by_layer"]):
             raise ValueError("dead_by_layer and signal_by_layer differ in length")
         if not 0 <= line["test_accuracy"] <= 1:
             raise ValueError(f"test_accuracy is {line['test_accuracy']}")
-        if not all(map(math.isfinite, [line["train_loss"], *line["dead_by_layer"], *line["signal_by_layer"]])):
-            raise ValueError("a number is not finite")
     before.append(line)
-
-
-def _check_times(times: Any) -> None:
-    if times is not None:
-        _typed(times, {"steps": int, "medians": list})
-        for net in times["medians"]:
-            _typed(net, {"act": str, "step_seconds": float})
-        if not times["medians"] or min(net["step_seconds"] for net in times["medians"]) <= 0:
-            raise ValueError("it has no times")

@@ -1,9 +1,9 @@
 """The table of a group of records, as rows, Markdown and CSV, with all that a sceptic needs to check it."""
 
-import csv
-import io
 import statistics
 from typing import Any
+
+import pandas
 
 from experiments.engine import tables
 from experiments.report.groups import Group
@@ -51,16 +51,10 @@ def csv_of(group: Group) -> str:
             found[f"{key}_deviation"] = statistics.stdev(row[key]) if len(row[key]) > 1 else None
         found |= {key: value for key, value in row.items() if not isinstance(value, list)}
         of_seeds = {"seed_numbers": row["seeds"], "last_by_seed": row["last"], "best_by_seed": row["best"]}
-        rows.append(found | {key: " ".join(map(_digits, values)) for key, values in of_seeds.items()})
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0] if rows else same), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: _digits(value) for key, value in row.items()} for row in rows)
-    return file.getvalue()
-
-
-def _digits(value: Any) -> str:
-    return f"{value:.10g}" if isinstance(value, float) else "" if value is None else str(value)
+        rows.append(found | {key: " ".join(f"{value:.10g}" for value in values) for key, values in of_seeds.items()})
+    return pandas.DataFrame(rows, columns=None if rows else list(same)).to_csv(
+        index=False, float_format="%.10g", lineterminator="\n"
+    )
 
 
 def commands(group: Group) -> list[str]:

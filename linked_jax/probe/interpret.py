@@ -62,7 +62,7 @@ def observe(f: Callable[[Any, Any], Any], parameters: Any, inputs: Any) -> tuple
       Array(1, dtype=int32)
     """
     outputs, taps = Trace.of(f, parameters, inputs).evaluate()
-    return outputs, [dataclasses.replace(tap, gradient_square_sum=None) for tap in taps.values() if is_tap(tap)]
+    return outputs, [tap for tap in with_gradients(taps, {}).values() if is_tap(tap)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +102,15 @@ class Trace:
         """
         leaves, taps = _evaluate(self.graph, self.arguments, probes or {})
         return jax.tree.unflatten(self.structure, leaves), taps
+
+
+def with_gradients(taps: Taps, square_sums: Mapping[Key, Any]) -> Taps:
+    """The taps with these sums of squares, by their keys; None where there is none."""
+
+    def with_sum(key: Key, entry: Any) -> Any:
+        return dataclasses.replace(entry, gradient_square_sum=square_sums.get(key)) if is_tap(entry) else entry
+
+    return Taps((key, with_sum(key, entry)) for key, entry in taps.items())
 
 
 def _twice(x: Any) -> Any:

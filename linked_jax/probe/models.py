@@ -1,61 +1,46 @@
-"""Any model as arrays, which are its parameters, and the rest, which is static."""
+"""Any model as its arrays, which are parameters, and the rest, which is static; and what is refused as a model."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen
 import jax
-import numpy as np
 from flax import nnx
 
 
-class Static(NamedTuple):
-    """What of a model is no array: hashable, so that `jax.jit` takes it as a static argument.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+    """A Linen module that is bound to its variables, as a pytree."""
 
-    Attributes:
-      kind: how the model is put together again.
-      structure: the graph of an NNX module, a Linen module, or the structure of a pytree.
-      leaves: of a pytree, those that are no arrays, and None for each array.
-    """
-
-    kind: str
-    structure: Any
-    leaves: tuple[Any, ...] = ()
+    module: Any = dataclasses.field(metadata={"static": True})
+    variables: Any
 
 
-def split(model: Any) -> tuple[Static, Any]:
+def split(model: Any) -> tuple[nnx.GraphDef[Any], Any]:
     """The static part and the arrays of an NNX module, a bound Linen module, a `functools.partial` or a pytree.
 
     Example:
-      >>> import functools, numpy as np
+      >>> import functools, jax.numpy as jnp
       >>> from linked_jax.probe.models import merge, split
-      >>> static, arrays = split(functools.partial(pow, np.arange(3.0)))
-      >>> arrays, merge(static, [10 * arrays[0]])(2)
-      ([array([0., 1., 2.])], array([  0., 100., 400.]))
+      >>> static, arrays = split(functools.partial(pow, jnp.array([1.0, 3.0])))
+      >>> merge(static, jax.tree.map(lambda x: 10 * x, arrays))(2)
+      Array([100., 900.], dtype=float32)
     """
-    if isinstance(model, nnx.Module):
-        graph, state = nnx.split(model)
-        return Static("nnx", graph), state
     if isinstance(model, flax.linen.Module) and model.scope is not None:
-        module, variables = model.unbind()
-        return Static("linen", module), variables
+        model = _Bound(*model.unbind())
     if isinstance(model, functools.partial):
         model = jax.tree_util.Partial(model.func, *model.args, **model.keywords)
-    leaves, structure = jax.tree.flatten(model)
-    arrays = [leaf for leaf in leaves if _is_array(leaf)]
-    return Static("pytree", structure, tuple(None if _is_array(leaf) else leaf for leaf in leaves)), arrays
+    return nnx.split([model])  # it takes any pytree, with modules in it and without
 
 
-def merge(static: Static, arrays: Any) -> Any:
+def merge(static: nnx.GraphDef[Any], arrays: Any) -> Any:
     """The model of `split`, with other arrays; a copy."""
-    if static.kind == "nnx":
-        return nnx.merge(static.structure, arrays)
-    if static.kind == "linen":
-        return static.structure.bind(arrays)
-    rest = iter(arrays)
-    return jax.tree.unflatten(static.structure, [next(rest) if leaf is None else leaf for leaf in static.leaves])
+    (model,) = nnx.merge(static, arrays)
+    return model.module.bind(model.variables) if isinstance(model, _Bound) else model
 
 
 def check_model(model: Any, call: Callable[[Any, Any], Any] | None) -> None:
@@ -98,7 +83,3 @@ def kind_of(x: Any) -> str:
     if isinstance(x, (tuple, list, dict)):
         return f"a {type(x).__name__} of {len(x)}"
     return f"{type(x).__name__} {x!r:.60}"
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))

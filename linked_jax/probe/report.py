@@ -1,4 +1,4 @@
-"""What a probe saw: a table, a JSON file, a plot."""
+"""What `probe` measured, as a table, a JSON file and a picture."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ class LayerReport:
       dormancy: the mean output, relative to the mean over the layer's finite units, (C,).
       dormant: dormancy at most tau, (C,).
       linearised: alive, and z never changes sign, (C,). A relu or its link is then linear; a smooth activation is
-        seen on one side only.
+        evaluated on one side only.
       saturated: no member is steeper than 0.01 for any sample, (C,).
       mean: of z, (C,).
       std: of z, (C,).
@@ -47,8 +47,8 @@ class LayerReport:
       spread_of_std: that of their std.
       least_active: the least of `active`.
       mean_square: of z.
-      gradient_mean_square: of the gradient of one sample's loss for z; None without a loss, or where a function with
-        a custom derivative hides it.
+      gradient_mean_square: of the gradient of one sample's loss for z, by all that is computed from z; None without a
+        loss, or inside a function with a custom derivative.
       effective_rank: of the outputs h; None for more than 4,096 features.
     """
 
@@ -79,9 +79,9 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Report:
-    """What `probe` saw, layer by layer in order of execution. `str(report)` is a table.
+    """What `probe` measured, layer by layer in order of execution. `str(report)` is a table.
 
-    Its columns count units that are dead, have no gradient (no grad: `dead_link`), saw NaN or infinity (NaN/inf), are
+    Its columns count units that are dead, have no gradient (no grad: `dead_link`), had NaN or infinity (NaN/inf), are
     dormant, never change the sign of z (linear: `linearised`) and are saturated (satur.); and show the shift
     (`activation_shift`), the mean squares of z (z²) and of the gradient for it (grad²), and the effective rank of the
     outputs (rank). An activation that is a lambda has no better name: make a `Link` of a function with a name.
@@ -89,7 +89,7 @@ class Report:
     Attributes:
       layers: the activations.
       tau: the threshold of dormancy.
-      not_seen: what has activations inside and was not looked into: cond, while and the like.
+      not_seen: what has activations inside and was not entered: cond, while and the like.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -171,20 +171,9 @@ class Report:
 
 
 _COLUMNS = (
-    "name",
-    "activation",
-    "units",
-    "dead",
-    "no grad",
-    "NaN/inf",
-    "dormant",
-    "linear",
-    "satur.",
-    "shift",
-    "z²",
-    "grad²",
+    "name", "activation", "units", "dead", "no grad", "NaN/inf", "dormant", "linear", "satur.", "shift", "z²", "grad²",
     "rank",
-)
+)  # fmt: skip
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:

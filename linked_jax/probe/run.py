@@ -1,6 +1,5 @@
 """Observe any model on a data set: once, or again and again during its training."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from linked_jax.probe.interpret import NotSeen, Taps, Trace
+from linked_jax.probe.interpret import NotSeen, Taps, Trace, with_gradients
 from linked_jax.probe.models import check_model, kind_of, merge, split
 from linked_jax.probe.report import LayerReport, Report, make_report
 from linked_jax.probe.taps import is_tap, together
@@ -34,9 +33,9 @@ def probe(
     The model is traced to a jaxpr, and its activations are found there: links of this library; calls to jax.nn and
     flax activations; and written out tanh, sigmoid, relu by maximum, where or clip, clip(z, 0, a), leaky relu,
     Flax's PReLU, z * sigmoid(a * z), mish, and the usual ways to write gelu.
-    So in relu(conv(h) + h) the pre-activation is the sum. Remat, scan and calls are looked into. Softmax and the like,
+    So in relu(conv(h) + h) the pre-activation is the sum. Remat, scan and calls are entered. Softmax and the like,
     and links of one affine member, are not treated as activations. Other formulas are not known: one that has a tanh
-    or sigmoid inside is seen as that, with the verdicts of that. Mark it as `Link((my_function,))`, a link with one
+    or sigmoid inside is taken for that, with the verdicts of that. Mark it as `Link((my_function,))`, a link with one
     member, which bears the function's name. An activation that is applied twice to one z is one layer.
 
     A unit is one channel of the operation that made z: along the link's axis, or the last axis that does not grow with
@@ -170,6 +169,10 @@ class _Probe:
     def __call__(self, model: Any, batches: Iterable[Any]) -> Report:
         check_model(model, self.call)
         static, arrays = split(model)
+        try:
+            hash(static)
+        except TypeError as error:
+            raise ValueError(f"what is no array in a model is hashable, got {error}; close over it in call") from None
         total = None
         for batch in _checked(batches, self.has_loss):
             taps = self.taps(static, arrays, batch)
@@ -186,18 +189,18 @@ class _Probe:
         if not taps:
             raise ValueError(
                 "no activation was found in the model's jaxpr, neither a link nor one of jax.nn or flax"
-                f"{f', and these were not looked into: {not_seen}' if not_seen else ''}; "
+                f"{f', and these were not entered: {not_seen}' if not_seen else ''}; "
                 "write an activation of your own as linked_jax.Link((my_function,))"
             )
         return make_report(taps, not_seen, self.tau)
 
 
 def _taps_of_batch(call: Any, loss_fn: Any, static: Any, arrays: Any, batch: Any) -> Taps:
-    """The taps of one batch; with a loss, and the square sums of its gradients for each z, of a sample's own loss."""
+    """The taps of one batch; with a loss they have its gradients, of each sample's own loss."""
     inputs, labels = batch if loss_fn else (batch, None)
     trace = Trace.of(call, merge(static, arrays), inputs)
     if loss_fn is None:
-        return _with_gradients(trace.evaluate()[1], {})
+        return with_gradients(trace.evaluate()[1], {})
 
     def loss(probes: Any) -> tuple[Any, Any]:
         outputs, taps = trace.evaluate(probes)
@@ -211,16 +214,7 @@ def _taps_of_batch(call: Any, loss_fn: Any, static: Any, arrays: Any, batch: Any
     zeros = {key: jnp.zeros(sum_.shape) for key, sum_ in sums.items() if sum_ is not None}
     gradients, taps = jax.grad(loss, has_aux=True)(zeros)
     n = jax.tree.leaves(inputs)[0].shape[0]
-    return _with_gradients(taps, {key: n**2 * square_sum for key, square_sum in gradients.items()})
-
-
-def _with_gradients(taps: Taps, square_sums: dict[Any, Any]) -> Taps:
-    with_gradient = {
-        key: dataclasses.replace(tap, gradient_square_sum=square_sums.get(key))
-        for key, tap in taps.items()
-        if is_tap(tap)
-    }
-    return Taps((key, with_gradient.get(key, entry)) for key, entry in taps.items())
+    return with_gradients(taps, {key: n**2 * square_sum for key, square_sum in gradients.items()})
 
 
 @jax.jit

@@ -35,6 +35,14 @@ class Tap:
       source: the file and line.
       activation: its name.
       arity: the link's number of members d.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax import lk_relu
+      >>> from linked_jax.probe import observe
+      >>> _, (tap,) = observe(lambda w, x: lk_relu(w * x), jnp.array([1.0, 0.0]), jnp.ones((5, 2)))
+      >>> tap.activation, tap.stats.live.tolist(), tap.gram.shape
+      ('relu(z), relu(-z)', [True, False], (4, 4))
     """
 
     stats: Any  # JAX rebuilds pytrees with other things than arrays in them: no types here

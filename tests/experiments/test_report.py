@@ -293,6 +293,10 @@ def change_config(change):
     return garble
 
 
+def write_times(text):
+    return lambda folder: (folder / "times.json").write_text(text)
+
+
 @pytest.mark.parametrize(
     ("garble", "reason"),
     [
@@ -306,6 +310,9 @@ def change_config(change):
         (change_config(replaced(nets=[1])), "config.json is garbled"),
         (change_config(replaced(axes=[1])), "config.json"),
         (change_config(replaced(axes=["act"], nets=[{"act": "relu", "parameters": 1}])), "config.json has no depth"),
+        (change_config(replaced(axes=["depth", "init", "lr"])), "config.json has no act"),
+        (change_config(replaced(axes=["act", "init", "lr"])), "config.json has no depth"),
+        (change_config(replaced(settings={"seed": True, "seeds": 3, "epochs": 2})), "garbled (seed is True)"),
         (change_config(without("axes")), "no table is made of it: it is of depth"),
         (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl, line 0 cannot be read"),
         (lambda folder: (folder / "metrics.jsonl").write_text(""), "no epoch is finished"),
@@ -321,11 +328,12 @@ def change_config(change):
         (garble_line(4, replaced(seed=7)), "with seed 7"),
         (garble_line(4, replaced(test_accuracy=1.5)), "line 5 is garbled (test_accuracy is 1.5)"),
         (garble_line(4, replaced(test_accuracy="0.5")), "line 5 is garbled (test_accuracy is '0.5')"),
-        (garble_line(4, replaced(signal_by_layer=[float("nan")] * LAYERS)), "line 5 is garbled (a number is not"),
+        (garble_line(4, replaced(signal_by_layer=[float("nan")] * LAYERS)), "(signal_by_layer is nan)"),
         (garble_line(4, replaced(dead_by_layer=[1])), "line 5 is garbled (dead_by_layer and signal_by_layer"),
         (garble_line(4, replaced(diverged="nan")), "line 6 is garbled (the run has diverged before it)"),
-        (lambda folder: (folder / "times.json").write_text("{"), "times.json cannot be read"),
-        (lambda folder: (folder / "times.json").write_text('{"steps": 3, "medians": []}'), "times.json is garbled"),
+        (write_times("{"), "times.json cannot be read"),
+        (write_times('{"steps": 3, "medians": []}'), "times.json is garbled (medians is [])"),
+        (write_times('{"steps": 3, "medians": [{"act": "relu", "step_seconds": 0}]}'), "(a step took no time)"),
     ],
 )
 def test_a_damaged_record_is_named_with_the_reason_and_skipped(tmp_path, garble, reason):
@@ -562,3 +570,11 @@ def test_many_nets_are_drawn_in_rows_that_tell_them_apart(acts, axes, rows):
         if len({act.removeprefix("lk_").removesuffix("_bn") for act in acts}) <= 8:
             looks = {(curve.style["color"], curve.style["linestyle"]) for curve in curves}
             assert len(looks) == len(curves)
+
+
+def test_dead_units_of_a_later_net_are_not_cut_off():
+    lines = [{**line, "dead_by_layer": [0, 0, 3 * number]} for number, line in enumerate(many(["relu", "selu"])[0])]
+    ((_, curves),) = plots._facets(lines, ["act"])
+    panel = plots.figure(4, 3).subplots()
+    plots._draw(panel, curves, plots._PANELS["Dead units by layer, after training"], "")
+    assert panel.get_ylim()[1] >= 3

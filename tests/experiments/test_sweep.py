@@ -1,4 +1,4 @@
-"""Sweeps: which commands run, what is skipped, gone on with and named as failed; one with a real process."""
+"""Sweeps: which commands run, what is skipped, resumed and named as failed; one with a real process."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def ran(monkeypatch):
         return Process(code)
 
     monkeypatch.setattr(sweep, "start", start)
-    monkeypatch.setattr(sweep, "_LOOK_EVERY", 0)
+    monkeypatch.setattr(sweep, "_POLL_EVERY", 0)
     start.commands, start.codes = commands, codes
     return start
 
@@ -148,6 +148,8 @@ def test_learning_rates(command):
     ("arguments", "why"),
     [
         (["dpeth"], "no table dpeth; take one of width, depth, .*learning_rates"),
+        (["revive"], "run python -m experiments.revive"),
+        (["report"], "no table report"),
         (["remedies"], "remedies runs all its nets by one command.*; run python -m experiments.remedies"),
         (["depth", "--jobs", "0"], "--jobs is at least 1, got 0"),
         (["depth", "--seeds", "0"], "--seeds is at least 1, got 0"),
@@ -344,7 +346,7 @@ def test_a_signal_lets_the_children_save(command, monkeypatch, tmp_path, signum)
     real_start = sweep.start
 
     def start(job):
-        job = sweep.Job(job.folder, [sys.executable, "-c", SLEEPER, str(saved), str(ready)], job.state)
+        job = sweep.Job(job.folder, [sys.executable, "-c", SLEEPER, str(saved), str(ready)])
         process = real_start(job)
         assert os.getpgid(process.pid) != os.getpgid(0)  # Ctrl-C at the terminal does not reach it
         while not ready.exists():
@@ -356,14 +358,14 @@ def test_a_signal_lets_the_children_save(command, monkeypatch, tmp_path, signum)
     code, _, error = command(*tiny(["relu", "lk_relu"]))
     assert code == 128 + signum
     assert error == (
-        f"interrupted by {signal.Signals(signum).name}. 2 nets are not finished; the same command goes on with them\n"
+        f"interrupted by {signal.Signals(signum).name}. 2 nets are not finished; the same command resumes them\n"
     )
     assert saved.read_text() == "saved"
 
 
 def test_the_last_line_of_the_log_is_what_was_said_last(tmp_path):
     code = "import sys; print('out'); print('error: why', file=sys.stderr); sys.exit(2)"
-    job = sweep.Job(tmp_path / "net", [sys.executable, "-c", code], "new")
+    job = sweep.Job(tmp_path / "net", [sys.executable, "-c", code])
     process = sweep.start(job)
     assert process.wait() == 2
     assert sweep._failure(job, 2) == f"{tmp_path / 'net'}: exit code 2: error: why (log: {tmp_path / 'net'}.log)"

@@ -82,7 +82,7 @@ def test_auto_takes_digits_and_says_how_to_get_cifar10(tmp_path, capsys):
         assert part in said
 
 
-# --- pixels and batches
+# --- pixels and orders
 
 
 def test_scale_divides_by_255_inside_jit():
@@ -94,25 +94,22 @@ def test_scale_divides_by_255_inside_jit():
     assert (scaled.min(), scaled.max()) == (0, 1)
 
 
-@given(
-    size_and_seed=st.tuples(st.integers(1, 200), st.none())
-    | st.tuples(st.sampled_from((1, 2, 33)), st.integers(0, 5)),  # jax.random compiles for each size
-    batch_size=st.integers(1, 220),
-)
-def test_an_epoch_has_every_index_once_and_only_its_last_batch_is_smaller(size_and_seed, batch_size):
-    size, seed = size_and_seed
-    batches = data.batches(None if seed is None else jax.random.key(seed), size, batch_size)
-    indices = np.concatenate(batches).tolist()
-    assert sorted(indices) == list(range(size))
-    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (-(-size // batch_size) - 1)
-    assert 0 < len(batches[-1]) <= batch_size
-    assert {batch.dtype for batch in batches} == {np.dtype(np.int32)}
-    if seed is None:
-        assert indices == list(range(size))
+@given(size=st.integers(1, 200))
+def test_the_stored_order_is_every_index_once(size):
+    order = data.order(None, size)
+    assert order.tolist() == list(range(size))
+    assert order.dtype == np.int32
+
+
+@given(size=st.sampled_from((1, 2, 33)), seed=st.integers(0, 5))  # jax.random compiles for each size
+def test_a_shuffled_order_has_every_index_once(size, seed):
+    order = data.order(jax.random.key(seed), size)
+    assert sorted(order.tolist()) == list(range(size))
+    assert order.dtype == np.int32
 
 
 def test_the_key_is_the_order():
-    orders = [np.concatenate(data.batches(jax.random.key(seed), 50, 8)).tolist() for seed in (0, 0, 1)]
+    orders = [data.order(jax.random.key(seed), 50).tolist() for seed in (0, 0, 1)]
     assert orders[0] == orders[1]
     assert orders[0] != orders[2]
     assert orders[0] != sorted(orders[0])
@@ -121,7 +118,7 @@ def test_the_key_is_the_order():
 # --- TensorFlow Datasets
 
 
-def prepare(root: Path, name: str = "tiny", *, label: str = "label", label_kind: str = "class", splits=SPLITS):
+def prepare(root: Path, name: str = "tiny", *, label: str = "label", label_kind: str = "class", splits=SPLITS, group=1):
     """Write a prepared set; returns its folder and split -> (images, labels)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -136,7 +133,7 @@ def prepare(root: Path, name: str = "tiny", *, label: str = "label", label_kind:
     for split, size in splits.items():
         images = random.integers(0, 256, (size, *SHAPE), dtype=np.uint8)
         labels = random.integers(0, 3, size)
-        writer = ArrayRecordWriter(str(folder / f"{name}-{split}.array_record-00000-of-00001"), "group_size:1")
+        writer = ArrayRecordWriter(str(folder / f"{name}-{split}.array_record-00000-of-00001"), f"group_size:{group}")
         for image, number in zip(images, labels, strict=True):
             png = io.BytesIO()
             Image.fromarray(image).save(png, "png")
@@ -210,6 +207,12 @@ def test_a_prepared_set_is_read_exactly_and_the_second_time_from_the_cache(tmp_p
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_set_prepared_in_groups_is_read_without_advice(tmp_path, caplog):
+    _, truth = prepare(tmp_path / "tfds", group=64)
+    assert_equals(data.load("tiny", str(tmp_path / "tfds")), truth)
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("damage", ["empty", "half", "noise", "text", "flipped"])
 def test_a_damaged_cache_is_read_again_and_repaired(damage, tmp_path, own_cache, capsys):
     _, truth = prepare(tmp_path / "tfds")
@@ -249,7 +252,7 @@ def test_a_full_disk_leaves_no_partial_cache(tmp_path, own_cache, monkeypatch, c
     _, truth = prepare(tmp_path / "tfds")
 
     def savez(file, **_):
-        file.write(b"PK")
+        file.write_bytes(b"PK")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", savez)
@@ -331,7 +334,12 @@ def test_the_real_cifar10_if_it_is_there():
     assert cifar10.test_images.shape == (10_000, 32, 32, 3)
     assert np.bincount(np.asarray(cifar10.train_labels)).tolist() == [5000] * 10
     assert np.bincount(np.asarray(cifar10.test_labels)).tolist() == [1000] * 10
-    assert ("JPEG" in str(cifar10)) == (cifar10.fingerprint in data._PIXELS)
+    means = np.asarray(cifar10.train_images, np.float64).mean(axis=(0, 1, 2))
+    original = bool(np.allclose(means, [125.307, 122.950, 113.865], atol=1e-3, rtol=0))
+    assert not ("JPEG pixels" in str(cifar10) and original)
+    assert not ("original pixels" in str(cifar10) and not original)
+    if cifar10.fingerprint in data._PIXELS:
+        assert str(cifar10).startswith(f"cifar10 ({data._PIXELS[cifar10.fingerprint]}): ")
 
 
 def test_the_first_training_images_only():

@@ -19,22 +19,12 @@ def paper_nets(name):
     return table.cells(table.check(table.parse(["--preset", "paper", "--act", "all"])))
 
 
-def printed(name, edition):
-    table = TABLES[name]
-    if name == "depth":
-        return list(table[f"{edition}_max"].values())
-    if name == "resnet50":  # table 6 repeats the rows of table 5 with batch norm
-        without = {act: row["accuracy"] for act, row in TABLES["no_batchnorm"][edition].items() if act[-3:] != "_bn"}
-        return [*table[edition].values(), *without.values()]
-    rows = table[edition]
-    return list(rows.values()) if name == "allcnn" else [x for row in rows.values() for x in row.values()]
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_each_printed_number_has_its_net(name):
-    for ours, theirs in (("paper", "paper"), ("later", "repository")):
-        found = [published(name, net)[ours] for net in paper_nets(name)]
-        assert sorted(x for x in found if x is not None) == sorted(printed(name, theirs))
+    for edition in ("paper", "later"):
+        printed = [accuracy for nets in TABLES[name]["nets"] for accuracy in nets[edition].values()]
+        found = [published(name, net)[edition] for net in paper_nets(name)]
+        assert sorted(x for x in found if x is not None) == sorted(printed)
         assert found.count(None) == (5 if name == "resnet50" else 0)  # ReLU, PReLU and Swish without batch norm
 
 

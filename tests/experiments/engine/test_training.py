@@ -1,6 +1,7 @@
 """The training loop and the network of table 2, against the same network written out in NumPy."""
 
 import dataclasses
+import functools
 import math
 import re
 

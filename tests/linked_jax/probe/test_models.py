@@ -222,6 +222,15 @@ def test_a_scan_over_layers_numbers_them_and_one_over_the_data_is_one_layer():
 
 
 @pytest.mark.slow
+def test_a_custom_derivative_hides_the_gradients_inside_and_not_that_for_its_argument():
+    batches, hidden = [(white(8, 4), None)], custom(lambda z, w: jax.nn.relu(jax.nn.relu(z) @ w))
+    report = probe(lambda x: hidden(x @ WEIGHTS[0], WEIGHTS[1]), batches, loss_fn=mean_of_squares)
+    wanted = probe(lambda x: mlp(WEIGHTS[:2], x), batches, loss_fn=mean_of_squares).layers[0].gradient_mean_square
+    assert report.layers[1].gradient_mean_square is None
+    np.testing.assert_allclose(report.layers[0].gradient_mean_square, wanted, rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_the_gradient_is_that_of_one_sample():
     x, y = white(8, 4), white(8, 4, seed=9)
 

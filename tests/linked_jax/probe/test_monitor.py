@@ -77,7 +77,7 @@ X = white(8, 4)
 BAD = {
     "no activation": (lambda: probe(WEIGHTS[0], [X], call=lambda w, x: jnp.sin(x @ w)), "no activation was found"),
     "hidden activation": (
-        lambda: probe(lambda x: jax.lax.cond(True, jnp.tanh, jnp.sin, x), [X]), "not looked into.*cond",
+        lambda: probe(lambda x: jax.lax.cond(True, jnp.tanh, jnp.sin, x), [X]), "not entered.*cond",
     ),
     "no batch": (lambda: probe(WEIGHTS, [], call=mlp), "no batch"),
     "no sample": (lambda: probe(WEIGHTS, [X[:0]], call=mlp), "N at least 1"),
@@ -100,6 +100,7 @@ BAD = {
     "no function": (lambda: probe("a", [X]), "without call the model is called as"),
     "call is no function": (lambda: probe(WEIGHTS, [X], call="a"), "call is a function"),
     "call of one argument": (lambda: probe(WEIGHTS, [X], call=jnp.tanh), r"call is called as call\(model, inputs\)"),
+    "not hashable": (lambda: probe(functools.partial(lambda s, x: jnp.tanh(x), {1}), [X]), "unhashable type: 'set'"),
     "class": (lambda: probe(nnx.Linear, [X]), "the model is an instance"),
     "link along the samples": (lambda: probe(lambda x: lk_relu(x[:, 0]), [X]), "along the axis of the samples"),
     "other units": (

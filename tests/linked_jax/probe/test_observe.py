@@ -190,6 +190,22 @@ def test_two_layers_that_share_their_link_and_z_are_one_with_the_whole_gradient(
 
 
 @pytest.mark.slow
+def test_a_call_that_returns_its_argument_does_not_count_its_gradient_twice():
+    batches = [(white(8, 4), None)]
+    activate = jax.jit(lambda z: (jax.nn.relu(z), z))
+
+    def through(x):
+        h, z = activate(x @ WEIGHTS[0])
+        return h + jax.nn.relu(z)
+
+    def plain(x):
+        return 2 * jax.nn.relu(x @ WEIGHTS[0])
+
+    (found,), (wanted,) = (probe(f, batches, loss_fn=mean_of_squares).layers for f in (through, plain))
+    np.testing.assert_allclose(found.gradient_mean_square, wanted.gradient_mean_square, rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_other_activations_of_one_z_are_other_layers():
     slopes = [lambda z: jnp.where(z > 0, z, 0.1 * z), lambda z: jnp.where(z > 0, z, 0.2 * z)]
     first, second = (Link((g,)) for g in slopes)
