@@ -188,7 +188,7 @@ def scope(members: str) -> AbstractContextManager[Any]:
 def from_the_right(g: Member) -> Member:
     """The function g with the same values, whose derivatives at z = 0 are the limits z -> 0+.
 
-    The derivative is taken at z + where(z == 0, 2 tiny, 0). The shift is added, not substituted, so that the chain
+    The derivative is taken at z + 2 tiny [z == 0]. The shift is added, not substituted, so that the chain
     rule still sees z and second derivatives survive. Denormals count as zero, since compilers may flush them to zero
     in g and not here; not those of float16, which are computed as ordinary float32 numbers.
     """
@@ -196,7 +196,7 @@ def from_the_right(g: Member) -> Member:
     def shifted(z: Array) -> Array:
         tiny = jnp.finfo(z.dtype).tiny
         is_zero = z == 0 if z.dtype == jnp.float16 else jnp.abs(z) < tiny
-        return _value_of_derivative_of(g(z), g(z + jnp.where(is_zero, 2 * tiny, 0).astype(z.dtype)))
+        return _value_of_derivative_of(g(z), g(z + 2 * float(tiny) * is_zero.astype(z.dtype)))
 
     return shifted
 

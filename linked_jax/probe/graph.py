@@ -115,14 +115,17 @@ class Graph:
 
     Attributes:
       inputs: of the jaxpr.
+      activations: regions, once `recognise.activations` has looked for them.
       constants: values with their arrays.
       ops: the operations.
       outputs: values, and literals.
-      knows_samples: whether `Value.samples` were found by a trace of a larger batch, or are a guess.
+      has_samples: whether some data has an axis of samples, as a trace of a larger batch tells. Else it is not known,
+        or they come one by one.
     """
 
     inputs: list[Value]
-    knows_samples: bool
+    has_samples: bool
+    activations: list[Any] | None = None
     constants: list[tuple[Value, Any]] = dataclasses.field(default_factory=list)
     ops: list[Op] = dataclasses.field(default_factory=list)
     outputs: list[Atom] = dataclasses.field(default_factory=list)
@@ -181,7 +184,7 @@ def is_elementwise(equation: JaxprEqn) -> bool:
 
 
 def _graph(jaxpr: Any, larger: Any, inputs: list[Value], scope: str) -> Graph:
-    graph = Graph(inputs, knows_samples=larger is not None)
+    graph = Graph(inputs, larger is not None and any(x.from_data and x.samples for x in inputs))
     graph.outputs = _inline(graph, jaxpr, larger, list(inputs), scope, {})
     return graph
 
@@ -205,10 +208,10 @@ def _inline(
         if equation.primitive.name in CALLS:
             outputs = _inline(graph, inner[0], inner_more[0], args, here, seen)
         else:
-            key = _key(equation, args)
-            outputs = None if equation.effects else seen.get(key)
+            op = _op(body, equation, same, args, here)
+            key = _key(equation, args) if not equation.effects and (op.is_elementwise or not inner) else op
+            outputs = seen.get(key)
             if outputs is None:
-                op = _op(body, equation, same, args, here)
                 if not op.is_elementwise:
                     op.graphs = [_inner(op, *pair, here) for pair in zip(inner, inner_more, strict=True)]
                 graph.ops.append(op)
@@ -219,10 +222,15 @@ def _inline(
 
 def _key(equation: JaxprEqn, operands: list[Atom]) -> Any:
     """Equal for equations that compute the same of the same values."""
-    inner = inner_jaxprs(equation)
-    params = {k: v for k, v in equation.params.items() if not callable(v) and not inner}
     atoms = [str(x) if isinstance(x, Literal) else id(x) for x in operands]
-    return equation.primitive.name, str(sorted(params.items())), str(inner), *atoms
+    return *params_of(equation), *atoms
+
+
+def params_of(equation: JaxprEqn) -> tuple[str, ...]:
+    """What an equation does, in words, without its operands."""
+    inner = inner_jaxprs(equation)
+    params = {} if inner else {k: v for k, v in equation.params.items() if not callable(v)}
+    return equation.primitive.name, str(sorted(params.items())), str(inner)
 
 
 def _op(body: Jaxpr, equation: JaxprEqn, same: JaxprEqn | None, operands: list[Atom], scope: str) -> Op:
@@ -282,9 +290,8 @@ def _axes(op: Op) -> Axes | None:
     """The axes of the output where the operation says which of them are units; None if it does not."""
     kind, params, output, data = op.kind, op.equation.params, op.outputs[0], op.data
     shape, first = output.shape, data[0]
-    if op.is_elementwise:
-        alike = [x for x in data if x.shape == shape]
-        return alike[0].axes if alike else None
+    if op.is_elementwise or kind in ELEMENTWISE:
+        return _axes_of_broadcast([x for x in data if len(x.shape) == len(shape)], shape)
     if kind == "dot_general" and len(data) == 1:
         return _axes_of_product(op)
     if kind == "conv_general_dilated" and len(data) == 1:
@@ -292,6 +299,9 @@ def _axes(op: Op) -> Axes | None:
         return tuple((Factor(n, k == channel),) for k, n in enumerate(shape))
     if kind == "transpose":
         return tuple(first.axes[k] for k in params["permutation"])
+    if kind == "stack":
+        place = params["axis"]
+        return (*first.axes[:place], (Factor(len(op.operands), False),), *first.axes[place:])
     if kind in ("reshape", "squeeze", "expand_dims"):
         return _regrouped([factor for axis in first.axes for factor in axis], shape)
     if kind == "broadcast_in_dim":
@@ -307,6 +317,14 @@ def _axes(op: Op) -> Axes | None:
         pairs = zip(first.axes, first.shape, shape, strict=True)
         return tuple(axis if n == m else (Factor(m, any(f.is_unit for f in axis)),) for axis, n, m in pairs)
     return None
+
+
+def _axes_of_broadcast(data: list[Value], shape: tuple[int, ...]) -> Axes | None:
+    """The axes of the data; those that parameters alone have (a vmap over them broadcasts axes of size 1) are units."""
+    if not data:
+        return None
+    found = [next((x.axes[k] for x in data if x.shape[k] == n), (Factor(n, True),)) for k, n in enumerate(shape)]
+    return tuple(found)
 
 
 def _axes_of_product(op: Op) -> Axes:
@@ -325,14 +343,27 @@ def _axes_of_product(op: Op) -> Axes:
 
 
 def _regrouped(factors: list[Factor], shape: tuple[int, ...]) -> Axes | None:
-    """The factors in groups of the sizes of a shape; None if one of them would be split, or there are more of them."""
+    """The factors in groups of the sizes of a shape, split where they must be; None if they do not fit."""
     left = [factor for factor in factors if factor.size > 1 or factor.is_unit]
     groups = []
-    for size in shape:
+    for need in shape:
         group: list[Factor] = []
-        while left and math.prod(factor.size for factor in [*group, left[0]]) <= size:
-            group.append(left.pop(0))
-        if math.prod(factor.size for factor in group) != size:
-            return None
+        while left and need and (need > 1 or left[0].size == 1):
+            factor = left.pop(0)
+            if factor.size > need:  # it goes on in the next axis
+                factor, rest = factor._replace(size=need), factor._replace(size=factor.size // need)
+                left.insert(0, rest)
+            need //= factor.size
+            group.append(factor)
         groups.append(tuple(group))
-    return None if left else tuple(groups)
+    fits = not left and all(math.prod(f.size for f in group) == n for group, n in zip(groups, shape, strict=True))
+    return tuple(groups) if fits else None
+
+
+def is_number(x: Atom) -> bool:
+    """Whether it is made of numbers alone, and the same for each element."""
+    if isinstance(x, Literal):
+        return True
+    if x.op is None or x.from_data or not (x.op.is_elementwise or x.op.kind == "broadcast_in_dim"):
+        return False
+    return all(map(is_number, x.op.operands))

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, graph_of
 from linked_jax.probe.models import merge, split
 from linked_jax.probe.names import named_calls, source_of
-from linked_jax.probe.recognise import evaluate_op, is_affine, widest
-from linked_jax.probe.regions import Region, regions
+from linked_jax.probe.recognise import activations, evaluate_op
+from linked_jax.probe.regions import Region
 from linked_jax.probe.taps import Tap, all_times, is_tap, measure, nothing_yet, together
 
 Key = tuple[int, ...]
@@ -88,8 +88,11 @@ class Trace:
         from_data = [False] * len(parts[0]) + [True] * len(parts[1])
         try:
             larger = jax.make_jaxpr(forward)(arrays, jax.tree.map(_twice, inputs))
-            graph = graph_of(jaxpr, larger, from_data)
         except Exception:  # whatever a model made for one size of batch raises: its samples are along the first axis
+            larger = None
+        try:
+            graph = graph_of(jaxpr, larger, from_data)
+        except ValueError:  # it does other things for another size
             graph = graph_of(jaxpr, None, from_data)
         return cls(graph, [*parts[0], *parts[1]], jax.tree.structure(outputs))
 
@@ -120,13 +123,14 @@ def _twice(x: Any) -> Any:
 
 def _evaluate(graph: Graph, arguments: list[Any], probes: Mapping[Key, Any]) -> tuple[list[Any], Taps]:
     """The outputs of a graph and the taps inside."""
-    found = _activations(graph)
-    probe_of = {id(region.z): probes[region.place,] for region in found if (region.place,) in probes}
+    found = activations(graph)
     env: Env = {}
+    watched = [((region.place,), region.z) for region in found] + _arguments_of_custom(graph)
 
     def define(value: Value, x: Any) -> None:
-        probe = probe_of.get(id(value))
-        env[id(value)] = x if probe is None else _measured(x, probe)
+        for key, z in watched:
+            x = _measured(x, probes[key]) if z is value and key in probes else x
+        env[id(value)] = x
 
     for value, x in [*zip(graph.inputs, arguments, strict=True), *graph.constants]:
         define(value, x)
@@ -150,14 +154,8 @@ def read(x: Atom, env: Env) -> Any:
     return x.val if isinstance(x, Literal) else env[id(x)]
 
 
-def _activations(graph: Graph) -> list[Region]:
-    if not hasattr(graph, "found"):
-        graph.found = [widest(region) for region in regions(graph) if not is_affine(region)]  # type: ignore[attr-defined]
-    return graph.found  # type: ignore[attr-defined]
-
-
 def _has_activation(graph: Graph) -> bool:
-    return bool(_activations(graph)) or any(_has_activation(inner) for op in graph.ops for inner in op.graphs)
+    return bool(activations(graph)) or any(_has_activation(inner) for op in graph.ops for inner in op.graphs)
 
 
 def _enter(op: Op, operands: list[Any], probes: Mapping[Key, Any]) -> tuple[list[Any], dict[Key, Any]]:
@@ -169,14 +167,31 @@ def _enter(op: Op, operands: list[Any], probes: Mapping[Key, Any]) -> tuple[list
     if op.kind == "while":
         return _while(op, operands)
     outputs = evaluate_op(op, operands)
-    if op.kind in CUSTOM:  # its own derivative hides what is inside
+    if op.kind in CUSTOM:  # its own derivative hides what is inside, but not the gradient for its arguments
         inside = _evaluate(op.graphs[0], jax.lax.stop_gradient(operands), {})[1]
-        return outputs, jax.tree.map(_without_gradient, inside, is_leaf=is_tap)
+        shown = {(region.place,) for region, _ in _of_arguments(op)}
+        return outputs, {key: tap if key in shown else _without_gradient(tap) for key, tap in inside.items()}
     return outputs, {(0,): NotSeen(f"{op.kind} in {op.scope or source_of(op.equation) or 'the model'}")}
 
 
-def _without_gradient(tap: Tap) -> Tap:
-    return dataclasses.replace(tap, gradient_square_sum=None)
+def _without_gradient(tap: Any) -> Any:
+    return dataclasses.replace(tap, gradient_square_sum=None) if is_tap(tap) else tap
+
+
+def _of_arguments(op: Op) -> list[tuple[Region, Atom]]:
+    """The activations of a function's own arguments, with the operands that these are."""
+    inner = op.graphs[0]
+    pairs = list(zip(inner.inputs, op.operands, strict=True))
+    return [(region, x) for region in activations(inner) for z, x in pairs if region.z is z]
+
+
+def _arguments_of_custom(graph: Graph) -> list[tuple[Key, Atom]]:
+    return [
+        ((i, region.place), x)
+        for i, op in enumerate(graph.ops)
+        if op.kind in CUSTOM and op.graphs
+        for region, x in _of_arguments(op)
+    ]
 
 
 def _scan(op: Op, operands: list[Any], probes: Mapping[Key, Any]) -> tuple[list[Any], Taps]:
@@ -203,9 +218,8 @@ def _cond(op: Op, operands: list[Any], probes: Mapping[Key, Any]) -> tuple[list[
         inner = {key[1:]: probe for key, probe in probes.items() if key[0] == i}
         return _evaluate(op.graphs[i], arguments, inner)
 
-    shapes = [
-        jax.eval_shape(functools.partial(evaluated, i), arguments, dict(probes))[1] for i in range(len(op.graphs))
-    ]
+    each = range(len(op.graphs))
+    shapes = [jax.eval_shape(functools.partial(evaluated, i), arguments, dict(probes))[1] for i in each]
 
     def branch(i: int) -> Callable[..., Any]:
         def taken(arguments: list[Any], probes: Any) -> Any:

@@ -52,14 +52,21 @@ def scope_of(equation: Any, outer: str = "") -> str:
     >>> scope_of(jaxpr.eqns[0], "model")
     'model/net.conv'
     """
-    parts = [part for part in f"{outer}/{equation.source_info.name_stack}".split("/") if part]
-    parts = [part for part in parts if not re.fullmatch(r"(\w+\()+\)+", part)]  # a transform of no scope: vmap(jvp())
+    parts = [_untransformed(part) for part in f"{outer}/{equation.source_info.name_stack}".split("/")]
+    parts = [part for part in parts if part]
     kept = [a for a, b in itertools.pairwise([*parts, ""]) if b != a and not b.startswith(f"{a}.")]
     return "/".join(kept)
 
 
+def _untransformed(part: str) -> str:
+    """A scope without the transforms around it: vmap(jvp(net)) is net."""
+    while match := re.fullmatch(r"(?:vmap|jvp|transpose|remat|checkpoint|rematted_computation)\((.*)\)", part):
+        part = match[1]
+    return part
+
+
 def link_of(scope: str) -> str:
-    """The members of the link whose call a scope is inside; empty if it is in none. See `linking.scoped`."""
+    """The members of the link whose call a scope is inside; empty if it is in none. See `linking.scope`."""
     return next((part.removeprefix(LINK) for part in reversed(scope.split("/")) if part.startswith(LINK)), "")
 
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import eval_jaxpr
-from jax.extend.core import Literal
+from jax.extend.core import JaxprEqn, Literal
 
-from linked_jax.probe.graph import Atom, Op, Value, inner_jaxprs
+from linked_jax.probe.graph import Atom, Graph, Op, Value, inner_jaxprs, is_number, open_jaxpr, params_of
 from linked_jax.probe.names import link_of
-from linked_jax.probe.regions import Region
+from linked_jax.probe.regions import Region, regions
 
 KNOWN: dict[str, Callable[[Any], Any]] = {
     "relu": jax.nn.relu,
@@ -51,6 +51,13 @@ _GRID = np.concatenate([np.linspace(-6, 6, 97), [-19.0, -8.5, 8.5, 19.0]])  # od
 _PARAMETER = 0.3  # in the place of one: a slope, a scale
 
 
+def activations(graph: Graph) -> list[Region]:
+    """The activations of a graph, each from where it has a plain name; those that are affine in fact are none."""
+    if graph.activations is None:
+        graph.activations = [_widest(region) for region in regions(graph) if not _is_affine(region)]
+    return graph.activations
+
+
 def name_of(region: Region) -> str:
     """The name of a link, or of the function that its members are; "unknown" if no function that has one fits.
 
@@ -65,17 +72,12 @@ def name_of(region: Region) -> str:
       ['silu', 'silu', 'leaky_relu']
     """
     links = {link_of(op.scope) for op in region.ops}
-    if len(links) == 1 and (link := links.pop()):
-        return link
-    key = _key(region)
-    if key not in _names:
-        values = _values(region)
-        _names[key] = UNKNOWN if values is None else ", ".join(map(_name, values))
-    names = _names[key]
+    names = links.pop() if len(links) == 1 else ""
+    names = names or _judge(region)[0]
     return names.removesuffix("(z)") if len(region.members) == 1 else names
 
 
-def widest(region: Region) -> Region:
+def _widest(region: Region) -> Region:
     """The activation from where it has a plain name: hard_sigmoid(z) rather than relu6(z + 3) / 6.
 
     Where no step back gives one, the region itself.
@@ -88,17 +90,28 @@ def widest(region: Region) -> Region:
     return region
 
 
-_names: dict[Any, str] = {}
+def _is_affine(region: Region) -> bool:
+    """Whether all members are affine, as far as numbers can tell."""
+    return _judge(region)[1]
 
 
-def is_affine(region: Region) -> bool:
-    """Whether all members are affine, as far as numbers can tell; such a region is no activation."""
-    values = _values(region)
-    if values is None:
-        return False
+_judged: dict[Any, tuple[str, bool]] = {}
+
+
+def _judge(region: Region) -> tuple[str, bool]:
+    """The name, and whether all members are affine; regions that compute the same are evaluated once."""
+    key = _key(region)
+    if key not in _judged:
+        values = _values(region)
+        names = UNKNOWN if values is None else ", ".join(map(_name, values))
+        _judged[key] = names, values is not None and bool(np.isfinite(values).all()) and _fits_a_line(region, values)
+    return _judged[key]
+
+
+def _fits_a_line(region: Region, values: np.ndarray) -> bool:
     slope, offset = np.polyfit(_GRID, values.T, 1)
-    fitted = slope[:, None] * _GRID + offset[:, None]
-    return bool(np.allclose(values, fitted, rtol=1e-3, atol=1e-3, equal_nan=False))
+    tolerance = max(1e-3, 4 * float(jnp.finfo(region.z.aval.dtype).eps))
+    return np.allclose(values, slope[:, None] * _GRID + offset[:, None], rtol=tolerance, atol=tolerance)
 
 
 def _key(region: Region) -> Any:
@@ -106,79 +119,65 @@ def _key(region: Region) -> Any:
     numbers = {id(region.z): 0}
 
     def atom(x: Atom) -> Any:
-        if isinstance(x, Literal):
-            return str(x)
-        constant = _constant(x)
-        return numbers.get(id(x), f"{constant}:{x.aval.dtype}")
+        return str(x) if isinstance(x, Literal) else numbers.get(id(x), f"{_constant(x)}:{x.aval.dtype}")
 
     found = [str(region.z.aval.dtype)]
     for op in region.ops:
-        inner = inner_jaxprs(op.equation)
-        params = {k: v for k, v in op.equation.params.items() if not callable(v) and not inner and k != "shape"}
-        found.append((op.kind, str(sorted(params.items())), str(inner), *map(atom, op.operands)))
-        for output in op.outputs:
-            numbers[id(output)] = len(numbers)
+        found.append((*params_of(op.equation), *map(atom, op.operands)))
+        numbers |= {id(output): len(numbers) + i for i, output in enumerate(op.outputs)}
     return (*found, *(numbers[id(v)] for v in region.members))
 
 
 def _values(region: Region) -> np.ndarray | None:
     """The members on the grid, (d, grid); None if they cannot be evaluated."""
-    for shape in ((len(_GRID),), region.z.shape):
-        try:
-            return _evaluated(region, shape)
-        except Exception:  # an operation that asks for one shape, or has no rule here
-            continue
-    return None
+    try:
+        with jax.ensure_compile_time_eval():
+            env: dict[int, Any] = {id(region.z): jnp.asarray(_GRID, region.z.aval.dtype)}
+            for op in region.ops:
+                operands = [_operand(x, env) for x in op.operands]
+                env |= zip(map(id, op.outputs), _on_grid(op.equation, operands), strict=True)
+            return np.stack([np.asarray(env[id(v)], np.float64) for v in region.members])
+    except Exception:  # an operation that asks for one shape, or has no rule here
+        return None
 
 
-def _evaluated(region: Region, shape: tuple[int, ...]) -> np.ndarray:
-    size = max(1, int(np.prod(shape)))
-    rounds = -(-len(_GRID) // size)
-    flat = np.resize(_GRID, rounds * size).reshape(rounds, *shape)
-
-    def members(z: Any) -> list[Any]:
-        env: dict[int, Any] = {id(region.z): z}
-        for op in region.ops:
-            operands = [_operand(x, env, shape) for x in op.operands]
-            env |= zip(map(id, op.outputs), evaluate_op(op, operands), strict=True)
-        return [jnp.broadcast_to(env[id(v)], shape) for v in region.members]
-
-    with jax.ensure_compile_time_eval():
-        one = jax.jit(members)  # jit: a bare custom_jvp, as jax.nn.relu is, would still join a vmap around us
-        found = [one(jnp.asarray(z, region.z.aval.dtype)) for z in flat]
-    return np.stack(
-        [np.concatenate([np.asarray(x, np.float64).ravel() for x in member]) for member in zip(*found, strict=True)]
-    )[:, : len(_GRID)]
-
-
-def _operand(x: Atom, env: dict[int, Any], shape: tuple[int, ...]) -> Any:
+def _operand(x: Atom, env: dict[int, Any]) -> Any:
     if isinstance(x, Literal):
         return x.val
     if id(x) in env:
         return env[id(x)]
-    value = np.asarray(_constant(x), x.aval.dtype)
-    return np.broadcast_to(value, shape) if x.shape and len(shape) == len(x.shape) else value
+    value = jnp.asarray(_constant(x), x.aval.dtype)
+    return jnp.broadcast_to(value, _GRID.shape) if x.shape else value
+
+
+def _on_grid(equation: JaxprEqn, operands: list[Any]) -> list[Any]:
+    """The outputs of an elementwise equation where all arrays are grids."""
+    if equation.primitive.name == "broadcast_in_dim":
+        return [jnp.broadcast_to(operands[0], _GRID.shape)]
+    if equation.primitive.name == "transpose":
+        return operands
+    if inner := inner_jaxprs(equation):
+        body, constants = open_jaxpr(inner[0])
+        env = dict(zip([*body.constvars, *body.invars], [*constants, *operands], strict=True))
+        for eqn in body.eqns:
+            outputs = _on_grid(eqn, [x.val if isinstance(x, Literal) else env[x] for x in eqn.invars])
+            env |= zip(eqn.outvars, outputs, strict=True)
+        return [x.val if isinstance(x, Literal) else env[x] for x in body.outvars]
+    outputs = equation.primitive.bind(*operands, **equation.params)
+    return list(outputs) if equation.primitive.multiple_results else [outputs]
 
 
 def _constant(x: Value) -> Any:
     """A number in the place of what is no data: its own if it is one number throughout, else a parameter's."""
-    if x.op is None or x.from_data:
+    if not is_number(x):
         return True if x.aval.dtype == bool else _PARAMETER
+    assert x.op is not None
     operands = [o.val if isinstance(o, Literal) else _constant(o) for o in x.op.operands]
-    if x.op.kind == "broadcast_in_dim" and isinstance(x.op.operands[0], Literal):
+    if x.op.kind == "broadcast_in_dim":
         return operands[0]
-    if x.op.is_elementwise and all(map(_is_known, x.op.operands)):
-        op, arrays = x.op, [np.asarray(o, a.aval.dtype) for o, a in zip(operands, x.op.operands, strict=True)]
-        with jax.ensure_compile_time_eval():
-            return np.asarray(jax.jit(lambda arrays: evaluate_op(op, arrays)[0])(arrays))
-    return True if x.aval.dtype == bool else _PARAMETER
-
-
-def _is_known(x: Atom) -> bool:
-    if isinstance(x, Literal):
-        return True
-    made = x.op is not None and not x.from_data and (x.op.is_elementwise or x.op.kind == "broadcast_in_dim")
-    return made and x.op is not None and all(map(_is_known, x.op.operands))
+    with jax.ensure_compile_time_eval():
+        arrays = [jnp.asarray(o, a.aval.dtype) for o, a in zip(operands, x.op.operands, strict=True)]
+        return np.asarray(_on_grid(x.op.equation, arrays)[0]).ravel()[0]
 
 
 def evaluate_op(op: Op, operands: list[Any]) -> list[Any]:
@@ -190,6 +189,8 @@ def evaluate_op(op: Op, operands: list[Any]) -> list[Any]:
 
 def _name(values: np.ndarray) -> str:
     """Of one member, as a function of z."""
+    if not np.isfinite(values).all():
+        return UNKNOWN
     for name, known in _known().items():
         for mirrored, wanted in ((False, known), (True, known[_mirror()])):
             scale = float(values @ wanted / (wanted @ wanted))

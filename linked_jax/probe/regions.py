@@ -2,20 +2,22 @@
 
 A region begins at a value that a linear operation, a sum, a norm or another operation made of more than one element,
 and has all that is computed of it element by element. Its affine beginning (a bias, a scale) still belongs to the
-pre-activation z; what leaves it and is not affine in z is a member of the activation. A link leaves several members.
+pre-activation z. What leaves it and is not affine in z is an activation; a link leaves several members.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 import jax.numpy as jnp
+from jax.extend.core import Literal
 
-from linked_jax.probe.graph import REDUCTIONS, Atom, Graph, Op, Value
+from linked_jax.probe.graph import ELEMENTWISE, REDUCTIONS, Atom, Graph, Op, Value, is_number
 
 _AFFINE = {"add", "add_any", "sub", "neg", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint",
-           "stop_gradient", "optimization_barrier"}  # fmt: skip
+           "stop_gradient", "optimization_barrier", "transpose"}  # fmt: skip
 _MOVEMENT = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose", "convert_element_type"}
-_STATISTICS = {"sqrt", "rsqrt", "log", "log1p", "pow", "integer_pow", "square", "exp2"}
+_TERMS = {"square", "integer_pow", "abs", "exp", "exp2"}
 
 
 @dataclasses.dataclass(eq=False)
@@ -24,14 +26,16 @@ class Region:
 
     Attributes:
       z: the pre-activation.
-      members: each of the shape of z.
+      members: each of the shape of z, but for the order of its axes.
+      orders: of the axes of each member, to have those of z. A vmap transposes where it likes.
       ops: between the two, in order of execution.
-      place: the number of the first of them in its graph.
+      place: the number of the last of them in its graph.
       wider: the same activation from a value before z, where the step between is a number: z + 3, say, or -z.
     """
 
     z: Value
     members: list[Value]
+    orders: list[tuple[int, ...]]
     ops: list[Op]
     place: int
     wider: "Region | None" = None
@@ -55,13 +59,25 @@ def regions(graph: Graph) -> list[Region]:
 
 
 class _Finder:
+    """Attributes, by the `id` of a value.
+
+    users: the operations that read it; None where it leaves the graph.
+    root: the first value of its region.
+    core: the last value before it that is not affine in others of its region.
+    order: of its axes, where it is a transpose of the root.
+    values: those of the region of a root, in order.
+    averaged: whether all that is made of it ends in a sum over samples.
+    """
+
     def __init__(self, graph: Graph):
         self.graph = graph
         self.number = {id(op): i for i, op in enumerate(graph.ops)}
-        self.users: dict[int, list[Op | None]] = {}  # None: it leaves the graph
+        self.users: dict[int, list[Op | None]] = {}
         self.root: dict[int, Value] = {}
-        self.core: dict[int, Value] = {}  # the last value that is not affine in the ones before it
-        self.grown: dict[int, list[Value]] = {}  # by root, in order
+        self.core: dict[int, Value] = {}
+        self.values: dict[int, list[Value]] = {}
+        self.order: dict[int, tuple[int, ...]] = {}
+        self.averaged: dict[int, bool] = {}
         for value in [*graph.inputs, *(value for value, _ in graph.constants)]:
             self._begin(value)
         for op in graph.ops:
@@ -73,8 +89,8 @@ class _Finder:
             self._use(x, None)
 
     def found(self) -> list[Region]:
-        all_of_them = [self._region(values[0], values) for values in self.grown.values() if len(values) > 1]
-        return sorted((region for region in all_of_them if region), key=lambda region: region.place)
+        every = [region for values in self.values.values() for region in self._regions(values[0], values)]
+        return sorted(every, key=lambda region: region.place)
 
     def _use(self, x: Atom, op: Op | None) -> None:
         if isinstance(x, Value):
@@ -82,124 +98,197 @@ class _Finder:
 
     def _begin(self, value: Value) -> None:
         self.root[id(value)] = self.core[id(value)] = value
-        self.grown[id(value)] = [value]
+        self.values[id(value)] = [value]
+        self.order[id(value)] = tuple(range(len(value.shape)))
 
     def _place(self, op: Op, output: Value) -> None:
         """Put an output into the region of its operands, or let a new one begin."""
         data = op.data
-        roots = {id(self.root[id(x)]) for x in data}
-        if not op.is_elementwise or len(roots) != 1 or any(x.shape != output.shape for x in data):
+        roots, orders = {id(self.root[id(x)]) for x in data}, {self.order[id(x)] for x in data}
+        moves = op.kind == "transpose" or (op.is_elementwise and all(x.shape == output.shape for x in data))
+        if not moves or len(roots) != 1 or len(orders) != 1:
             self._begin(output)
             return
-        root = self.root[id(data[0])]
+        root, (order,) = self.root[id(data[0])], orders
+        if _is_float(output) and not _is_float(root):  # pixels, labels
+            self._begin(output)
+            return
+        self.order[id(output)] = (
+            tuple(order[k] for k in op.equation.params["permutation"]) if op.kind == "transpose" else order
+        )
         cores = {id(self.core[id(x)]): self.core[id(x)] for x in data}
         self.root[id(output)] = root
         self.core[id(output)] = next(iter(cores.values())) if len(cores) == 1 and _is_affine(op) else output
-        self.grown[id(root)].append(output)
+        self.values[id(root)].append(output)
 
-    def _region(self, root: Value, values: list[Value]) -> Region | None:
-        if not root.from_data:
-            return None
-        exits = [v for v in values if any(self._is_outside(user, root) for user in self.users.get(id(v), []))]
-        curved = [v for v in exits if self.core[id(v)] is not root and _is_float(v)]
-        curved = [v for v in curved if not self._is_statistic(v, root)]
-        if not curved:
-            return None
-        ways = self._pre_activations(root, values, curved)
-        z = ways[-1]
-        by_core: dict[int, list[Value]] = {}
-        for v in curved:
-            by_core.setdefault(id(self.core[id(v)]), []).append(v)
-        members = [same[0] if len(same) == 1 else self.core[id(same[0])] for same in by_core.values()]
-        members += self._linear_members(exits, curved)
+    def _regions(self, root: Value, values: list[Value]) -> Iterable[Region]:
+        if not root.from_data or len(values) == 1:
+            return
+        exits = [v for v in values if _is_float(v) and any(True for _ in self._outside(v))]
+        curved = [v for v in exits if self.core[id(v)] is not root and not self._is_of_a_sum(v)]
+        for group in self._links(curved):
+            members = list(dict.fromkeys(map(self._member, group)))
+            by_core: dict[int, list[Value]] = {}
+            for v in members:
+                by_core.setdefault(id(self.core[id(v)]), []).append(v)
+            members = [same[0] if len(same) == 1 else self.core[id(same[0])] for same in by_core.values()]
+            region = self._region(root, values, [*members, *self._linear_members(exits, group)])
+            if region is not None:
+                yield region
+
+    def _region(self, root: Value, values: list[Value], members: list[Value]) -> Region | None:
         members.sort(key=lambda v: self.number.get(id(v.op), -1))
-        if self._is_reduced(z, members, root):
-            return None
         region = None
-        for z in ways:
+        for z in self._pre_activations(root, values, [v for v in members if self.core[id(v)] is not root]):
             ops = _between(z, members, values)
-            step_is_number = region is not None and all(_is_number(op, z) for op in _between(region.z, [z], values))
-            region = Region(z, members, ops, self.number[id(ops[0])], region if step_is_number else None)
-        return region
+            step = _between(region.z, [z], values) if region is not None else []
+            wider = region if all(_adds_numbers(op) for op in step) else None
+            orders = [tuple(self.order[id(v)].index(k) for k in self.order[id(z)]) for v in members]
+            region = Region(z, members, orders, ops, self.number[id(ops[-1])], wider)
+        return None if region is None or self._is_statistic(region) else region
 
-    def _is_outside(self, user: Op | None, root: Value) -> bool:
-        return user is None or all(self.root[id(x)] is not root for x in user.outputs)
+    def _outside(self, value: Value) -> Iterable[Op | None]:
+        """What reads the value and is not of its region."""
+        for user in self.users.get(id(value), []):
+            if user is None or all(self.root[id(x)] is not self.root[id(value)] for x in user.outputs):
+                yield user
+
+    def _links(self, curved: list[Value]) -> list[list[Value]]:
+        """Those of one link are concatenated, or affine in the same value; the others are alone."""
+        groups: list[tuple[set[int], list[Value]]] = []
+        for v in curved:
+            marks = {id(self.core[id(v)]), *map(id, self._concatenations(v))}
+            same = [group for group in groups if group[0] & marks]
+            groups = [group for group in groups if group not in same]
+            groups.append((marks.union(*(group[0] for group in same)), [x for group in same for x in group[1]] + [v]))
+        return [values for _, values in groups]
+
+    def _linear_members(self, exits: list[Value], group: list[Value]) -> list[Value]:
+        """What is affine and is concatenated with what is not: a member of the same link."""
+        joined = {id(op) for v in group for op in self._concatenations(v)}
+        affine = [v for v in exits if self.core[id(v)] is self.root[id(v)]]
+        return [v for v in affine if joined & set(map(id, self._concatenations(v)))]
+
+    def _concatenations(self, value: Value) -> Iterable[Op]:
+        for user in self.users.get(id(value), []):
+            if user is not None and user.kind in ("concatenate", "stack"):
+                yield user
+            elif user is not None and user.kind in _MOVEMENT:
+                yield from self._concatenations(user.outputs[0])
+
+    def _member(self, value: Value) -> Value:
+        """The last value from the core on that is made with numbers alone: before a dropout, a scale for each unit."""
+        member, x = value, value
+        while x is not self.core[id(value)]:
+            assert x.op is not None
+            if not _adds_numbers(x.op):
+                member = x.op.data[0]
+            x = x.op.data[0]
+        return member
 
     def _pre_activations(self, root: Value, values: list[Value], curved: list[Value]) -> list[Value]:
         """The values that are affine in the root and on every way to what is not; the last one is z."""
         on_all_ways: dict[int, set[int]] = {id(root): {id(root)}}
         for v in values[1:]:
             assert v.op is not None
-            ways = [on_all_ways[id(x)] for x in v.op.data]
-            on_all_ways[id(v)] = set.intersection(*ways) | {id(v)}
+            on_all_ways[id(v)] = set.intersection(*(on_all_ways[id(x)] for x in v.op.data)) | {id(v)}
         common = set.intersection(*(on_all_ways[id(v)] for v in curved))
         return [v for v in values if id(v) in common and self.core[id(v)] is root and _is_float(v)]
 
-    def _linear_members(self, exits: list[Value], curved: list[Value]) -> list[Value]:
-        """What is affine and is concatenated with what is not: a member of the same link."""
-        joined = {id(op) for v in curved for op in self._after_movement(v) if op and op.kind == "concatenate"}
-        others = [v for v in exits if v not in curved and _is_float(v)]
-        return [v for v in others if any(id(op) in joined for op in self._after_movement(v))]
+    def _is_of_a_sum(self, value: Value) -> bool:
+        """Whether it is a part of a loss, or the terms of a norm or a softmax."""
+        if self._is_averaged(value):
+            return True
+        if not _is_term(self.core[id(value)].op):
+            return False
+        return all(user is not None and self._is_normed(user, value) for user in self._outside(value))
 
-    def _after_movement(self, value: Value) -> Iterable[Op | None]:
-        for user in self.users.get(id(value), []):
-            if user is not None and user.kind in _MOVEMENT:
-                yield from self._after_movement(user.outputs[0])
-            else:
-                yield user
+    def _is_averaged(self, value: Value) -> bool:
+        """Whether every way from it leads to a sum over samples, by elementwise operations and other sums."""
+        if id(value) not in self.averaged:
+            users = self.users.get(id(value), [None])
+            self.averaged[id(value)] = all(user is not None and self._averages(user, value) for user in users)
+        return self.averaged[id(value)]
 
-    def _is_statistic(self, value: Value, root: Value) -> bool:
-        """Whether it is only summed up over units or samples, or divided by such a sum of itself, as in a softmax."""
-        users = [user for user in self.users[id(value)] if self._is_outside(user, root)]
-        return all(user is not None and (_sums_up(user, value) or self._is_by_itself(user, value)) for user in users)
+    def _averages(self, user: Op, value: Value) -> bool:
+        if user.kind in REDUCTIONS and set(value.samples) & _reduced_axes(user):
+            return True
+        passes = user.is_elementwise or user.kind in REDUCTIONS | _MOVEMENT
+        return passes and bool(user.outputs) and all(map(self._is_averaged, user.outputs))
 
-    def _is_by_itself(self, user: Op, value: Value) -> bool:
+    def _is_normed(self, user: Op, value: Value) -> bool:
+        """Whether the values are summed over units or samples, or divided by such a sum of themselves."""
+        if user.kind in REDUCTIONS:
+            units = {k for k, axis in enumerate(value.axes) if any(f.is_unit for f in axis)}
+            return bool(_reduced_axes(user) & (units | set(value.samples)))
         others = [x for x in user.data if x is not value]
-        return user.is_elementwise and bool(others) and all(_derives(x, value, self.number) for x in others)
+        return user.is_elementwise and bool(others) and all(self._derives(x, value) for x in others)
 
-    def _is_reduced(self, z: Value, members: list[Value], root: Value) -> bool:
-        """Whether z is a statistic: of all samples, broadcast back along its units, or a sum under a root or a log."""
-        if self.graph.knows_samples and z.shape and not z.samples:
+    def _derives(self, x: Value, value: Value) -> bool:
+        """Whether x is computed from the value."""
+        first, seen, left = self.number.get(id(value.op), -1), set(), [x]
+        while left:
+            v = left.pop()
+            if v is value:
+                return True
+            if id(v) not in seen and self.number.get(id(v.op), -1) > first:
+                seen.add(id(v))
+                left += v.op.data if v.op else []
+        return False
+
+    def _is_statistic(self, region: Region) -> bool:
+        """Whether z is one: of all samples, or a sum that is rooted or squared, or broadcast back along its units."""
+        z, root = region.z, self.root[id(region.z)]
+        if not z.shape or (self.graph.has_samples and not z.samples):
             return True
-        if not z.shape:
+        if not _is_sum(root):
+            return False
+        if any(map(_is_of_positives, region.ops)) or any(_is_term(self.core[id(v)].op) for v in region.members):
             return True
-        kinds = {op.kind for op in _between(root, members, self.grown[id(root)])}
-        if kinds & _STATISTICS and _is_sum(root):
+        if any(map(self._is_rooted, region.members)):
             return True
         units = [k for k, axis in enumerate(z.axes) if any(f.is_unit for f in axis) and k not in z.samples]
-        alone = all(z.shape[k] == 1 for k in units)
-        return alone and any(self._is_broadcast(v) for v in members)
+        return all(z.shape[k] == 1 for k in units) and any(map(self._is_broadcast, region.members))
+
+    def _is_rooted(self, value: Value) -> bool:
+        """Whether an activation of a sum is no more than its guard: there comes a root after it."""
+        passed = [op for op in self.users.get(id(value), []) if op and (op.is_elementwise or op.kind in _MOVEMENT)]
+        return any(_is_of_positives(op) or (len(op.data) == 1 and self._is_rooted(op.outputs[0])) for op in passed)
 
     def _is_broadcast(self, value: Value) -> bool:
         for user in self.users.get(id(value), []):
             if user is None or not user.outputs:
                 continue
-            grows = len(user.outputs[0].shape) > 0 and _size(user.outputs[0]) > _size(value)
-            if (user.kind == "broadcast_in_dim" or user.is_elementwise) and grows:
+            grows = math.prod(user.outputs[0].shape) > math.prod(value.shape)
+            if grows and (user.kind == "broadcast_in_dim" or user.kind in ELEMENTWISE):
                 return True
             if user.kind in _MOVEMENT and self._is_broadcast(user.outputs[0]):
                 return True
         return False
 
 
+def _is_float(value: Value) -> bool:
+    return jnp.issubdtype(getattr(value.aval, "dtype", bool), jnp.floating)
+
+
 def _is_affine(op: Op) -> bool:
     """Whether the output is affine in the operands that are data."""
     kind, data = op.kind, op.data
-    if kind in _AFFINE:
-        return True
     if kind == "convert_element_type":
         return _is_float(op.outputs[0]) and _is_float(data[0])
     if kind == "mul":
-        return sum(x in data for x in op.operands if isinstance(x, Value)) == 1
+        return len(data) == 1
     if kind == "div":
         return op.operands[1] not in data
     if kind == "select_n":
         return op.operands[0] not in data
-    return kind == "integer_pow" and op.equation.params["y"] == 1
+    return kind in _AFFINE
 
 
-def _is_float(value: Value) -> bool:
-    return jnp.issubdtype(getattr(value.aval, "dtype", bool), jnp.floating)
+def _adds_numbers(op: Op) -> bool:
+    """Whether an affine operation has numbers for its other operands, and no parameters or masks."""
+    same_dtype = op.outputs[0].aval.dtype == op.data[0].aval.dtype
+    return same_dtype and all(x in op.data or is_number(x) for x in op.operands)
 
 
 def _between(z: Value, members: list[Value], values: list[Value]) -> list[Op]:
@@ -213,33 +302,23 @@ def _between(z: Value, members: list[Value], values: list[Value]) -> list[Op]:
     return ops[::-1]
 
 
-def _is_number(op: Op, z: Value) -> bool:
-    """Whether an affine operation has numbers for its other operands, and no parameters."""
-    others = [x for x in op.operands if isinstance(x, Value) and x not in op.data]
-    return not others and op.outputs[0].aval.dtype == z.aval.dtype
+def _reduced_axes(op: Op) -> set[int]:
+    axes = op.equation.params.get("axes", (op.equation.params.get("axis", -1),))
+    return {k % len(op.data[0].shape) for k in axes}
 
 
-def _sums_up(user: Op, value: Value) -> bool:
-    if user.kind not in REDUCTIONS:
-        return False
-    gone = user.equation.params.get("axes", (user.equation.params.get("axis", -1),))
-    axes = {k % len(value.shape) for k in gone}
-    units = {k for k, axis in enumerate(value.axes) if any(f.is_unit for f in axis)}
-    return bool(axes & (units | set(value.samples)))
+def _is_term(op: Op | None) -> bool:
+    """Whether its outputs are what norms and softmaxes add up: |x|, x^2, exp(x)."""
+    return op is not None and (op.kind in _TERMS or (op.kind == "mul" and op.operands[0] is op.operands[1]))
 
 
-def _derives(x: Value, value: Value, number: dict[int, int]) -> bool:
-    """Whether x is computed from the value."""
-    first, seen, open_ = number.get(id(value.op), -1), set(), [x]
-    while open_:
-        v = open_.pop()
-        if v is value:
-            return True
-        if id(v) in seen or v.op is None or number.get(id(v.op), -1) <= first:
-            continue
-        seen.add(id(v))
-        open_ += v.op.data
-    return False
+def _is_of_positives(op: Op) -> bool:
+    """Whether it is a root, a logarithm or a fraction of data."""
+    if op.kind == "integer_pow":
+        return op.equation.params["y"] < 0
+    if op.kind == "pow":
+        return not (isinstance(op.operands[1], Literal) and op.operands[1].val == round(op.operands[1].val) > 0)
+    return op.kind in ("sqrt", "rsqrt", "log") or (op.kind == "div" and not isinstance(op.operands[1], Literal))
 
 
 def _is_sum(root: Value) -> bool:
@@ -248,12 +327,5 @@ def _is_sum(root: Value) -> bool:
         return False
     if root.op.kind in REDUCTIONS:
         return True
-    moved = root.op.kind in _MOVEMENT or root.op.is_elementwise
+    moved = root.op.kind in _MOVEMENT or root.op.kind in ELEMENTWISE
     return moved and all(_is_sum(x) for x in root.op.data)
-
-
-def _size(value: Value) -> int:
-    size = 1
-    for n in value.shape:
-        size *= n
-    return size

@@ -89,7 +89,7 @@ class Report:
     Attributes:
       layers: the activations.
       tau: the threshold of dormancy.
-      not_seen: what has activations inside and was not entered: cond, while and the like.
+      not_seen: operations with activations inside that were not looked into, and where they are.
 
     Example:
       >>> import jax, jax.numpy as jnp

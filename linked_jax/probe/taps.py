@@ -121,7 +121,8 @@ def measure(region: Region, env: dict[int, Any]) -> Tap:
         for op in region.ops:
             operands = [x.val if isinstance(x, Literal) else inside.get(id(x), env.get(id(x))) for x in op.operands]
             inside |= zip(map(id, op.outputs), evaluate_op(op, operands), strict=True)
-        return jnp.stack([inside[id(member)].astype(z.dtype) for member in region.members])
+        pairs = zip(region.members, region.orders, strict=True)
+        return jnp.stack([inside[id(member)].transpose(order).astype(z.dtype) for member, order in pairs])
 
     z = jax.lax.stop_gradient(env[id(region.z)])
     h, slopes = (
