@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from experiments.engine import tasks as tasks_lib
 from experiments.plasticity.net import RULE, TAU, Method, Moment, build, hidden
 from linked_jax.diagnostics import dead_units, dormant_units
-from linked_jax.signal_statistics import effective_rank
+from linked_jax.signal_statistics import effective_rank, feature_moments
 
 _CHANGE = 2**31 - 1  # the key of what is not training
 
@@ -135,6 +135,6 @@ def _measure(graph, plan, base, seed, state, task) -> dict[str, Float[Array, ""]
         "accuracy": (logits.argmax(axis=1) == own.test_labels).mean(),
         "dead": jnp.concatenate([dead_units(layer) for layer in stats]).mean(),
         "dormant": jnp.concatenate([dormant_units(layer, TAU) for layer in stats]).mean(),
-        "rank": jnp.nan_to_num(effective_rank(features.T @ features)),
+        "rank": jnp.nan_to_num(effective_rank(feature_moments(features))),
         "finite": jnp.isfinite(logits).all(),
     }

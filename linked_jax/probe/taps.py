@@ -9,16 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from linked_jax.diagnostics import combine, unit_statistics
-from linked_jax.probe.graph import Factor, Value, inner_jaxprs, open_jaxpr
+from linked_jax.probe.graph import Atom, Factor, Value, inner_jaxprs, open_jaxpr
 from linked_jax.probe.names import module_of, source_of
 from linked_jax.probe.recognise import evaluate_op, name_of
 from linked_jax.probe.regions import Region
+from linked_jax.signal_statistics import combine_features, feature_moments
 
-LARGEST_GRAM = 4096
-"""The effective rank is of layers with at most that many features: their Gram matrix takes 64 MB."""
+LARGEST_SCATTER = 4096
+"""The effective rank is of layers with at most that many features: their scatter matrix takes 64 MB."""
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +30,7 @@ class Tap:
 
     Attributes:
       stats: the `linked_jax.diagnostics.UnitStatistics` of its C units.
-      gram: the sum of h h^T over samples and positions, (d*C, d*C); None for more than 4,096 features.
+      features: the `linked_jax.signal_statistics.FeatureMoments` of its d*C outputs; None for more than 4,096.
       gradient_square_sum: the sum of squares of the gradient for z, (); None if nothing was differentiated, or where
         a function with a custom derivative hides it.
       name: the scopes that it was found in, with [i] for the i-th layer of a scan after `unstack`.
@@ -41,12 +43,12 @@ class Tap:
       >>> from linked_jax import lk_relu
       >>> from linked_jax.probe import observe
       >>> _, (tap,) = observe(lambda w, x: lk_relu(w * x), jnp.array([1.0, 0.0]), jnp.ones((5, 2)))
-      >>> tap.activation, tap.stats.live.tolist(), tap.gram.shape
+      >>> tap.activation, tap.stats.live.tolist(), tap.features.scatter.shape
       ('relu(z), relu(-z)', [True, False], (4, 4))
     """
 
     stats: Any  # JAX rebuilds pytrees with other things than arrays in them: no types here
-    gram: Any
+    features: Any
     gradient_square_sum: Any
     name: str = dataclasses.field(metadata={"static": True})
     source: str = dataclasses.field(metadata={"static": True})
@@ -70,11 +72,15 @@ def together(a: Tap, b: Tap) -> Tap:
       >>> together(*taps).stats.live.tolist(), together(*taps).stats.mean.tolist()
       ([True, False], [-0.5, -1.5])
     """
-    merge = combine
+    merge, merge_features = combine, combine_features
     for _ in range(a.stats.count.ndim):
-        merge = jax.vmap(merge)
-    sums = jax.tree.map(jnp.add, (a.gram, a.gradient_square_sum), (b.gram, b.gradient_square_sum))
-    return dataclasses.replace(a, stats=merge(a.stats, b.stats), gram=sums[0], gradient_square_sum=sums[1])
+        merge, merge_features = jax.vmap(merge), jax.vmap(merge_features)
+    return dataclasses.replace(
+        a,
+        stats=merge(a.stats, b.stats),
+        features=None if a.features is None else merge_features(a.features, b.features),
+        gradient_square_sum=jax.tree.map(jnp.add, a.gradient_square_sum, b.gradient_square_sum),
+    )
 
 
 def unstack(taps: Iterable[Tap]) -> list[Tap]:
@@ -119,26 +125,38 @@ def measure(region: Region, env: dict[int, Any]) -> Tap:
     def f(z: Array) -> Array:
         inside = {id(region.z): z}
         for op in region.ops:
-            operands = [x.val if isinstance(x, Literal) else inside.get(id(x), env.get(id(x))) for x in op.operands]
+            operands = [_operand(x, inside, env) for x in op.operands]
             inside |= zip(map(id, op.outputs), evaluate_op(op, operands), strict=True)
         pairs = zip(region.members, region.orders, strict=True)
         return jnp.stack([inside[id(member)].transpose(order).astype(z.dtype) for member, order in pairs])
 
-    z = jax.lax.stop_gradient(env[id(region.z)])
+    z = jax.lax.stop_gradient(_whole(env[id(region.z)]))
     h, slopes = (
         jnp.concatenate([by_unit(x) for x in xs], axis=-1) for xs in jax.lax.stop_gradient(_with_slopes(f, z, region))
     )
-    features = h.astype(jnp.promote_types(h.dtype, jnp.float32))
-    small = features.shape[-1] <= LARGEST_GRAM
     return Tap(
         stats=unit_statistics(by_unit(z), h, slopes, arity=len(region.members)),
-        gram=jnp.matmul(features.T, features, precision="highest") if small else None,
+        features=feature_moments(h) if h.shape[-1] <= LARGEST_SCATTER else None,
         gradient_square_sum=jnp.zeros(()),
         name=module_of(region.ops[0].scope),
         source=source_of(region.ops[0].equation),
         activation=name_of(region),
         arity=len(region.members),
     )
+
+
+def _operand(x: Atom, inside: dict[int, Any], env: dict[int, Any]) -> Any:
+    if isinstance(x, Literal):
+        return x.val
+    return inside[id(x)] if id(x) in inside else _whole(env[id(x)])
+
+
+def _whole(x: Any) -> Any:
+    """x, on all devices where it was split over an Explicit mesh: statistics are of the whole batch."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    split = getattr(mesh, "explicit_axes", ()) and any(sharding.spec)
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec())) if split else x
 
 
 def rows_of(z: Value) -> Callable[[Array], Array]:
