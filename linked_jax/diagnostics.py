@@ -207,8 +207,19 @@ def dormancy(stats: UnitStatistics) -> Float[Array, " c"]:
 
     Reference: Sokar et al., The dormant neuron phenomenon in deep reinforcement learning, 2023.
     """
-    layer = stats.magnitude.mean(where=~not_finite_units(stats))
-    return stats.magnitude / jnp.where(layer == 0, 1, layer)
+    return relative_sizes(stats.magnitude, finite=~not_finite_units(stats))
+
+
+def relative_sizes(sizes: Float[Array, " c"], *, finite: Bool[Array, " c"]) -> Float[Array, " c"]:
+    """The units' sizes over the mean of the finite ones: `dormancy` of arrays; 0 for each unit where all are 0.
+
+    >>> import jax.numpy as jnp
+    >>> from linked_jax.diagnostics import relative_sizes
+    >>> relative_sizes(jnp.array([1.0, 3.0, jnp.inf]), finite=jnp.array([True, True, False]))
+    Array([0.5, 1.5, inf], dtype=float32)
+    """
+    layer = sizes.mean(where=finite)
+    return sizes / jnp.where(layer == 0, 1, layer)
 
 
 def dormant_units(stats: UnitStatistics, tau: float = 0.025) -> Bool[Array, " c"]:

@@ -8,21 +8,24 @@ that keeps its activations. All options of Flax' own layers go through to them.
 """
 
 import difflib
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from linked_jax.activations import ACTIVATIONS, SYNONYMS, linked_prelu, lk_relu, prelu
+from linked_jax.activations import ACTIVATIONS, SYNONYMS, lk_relu
 from linked_jax.initializers import Initializer, check_groups, default_kernel_init
+<<<<<<< HEAD
 from linked_jax.linking import Activation, Layout, Link, linked, scope
 
 Share = Literal["layer", "channel", "element"]
+=======
+from linked_jax.learned import ChannelPReLU, LinkedPReLU
+from linked_jax.linking import Activation, Link
+>>>>>>> main
 
 
 class WeightOptions(TypedDict, total=False):
@@ -234,115 +237,6 @@ class LinkedConvTranspose(nnx.Module):
         return jax.checkpoint(lambda z: self.conv(self.link(z)))(z)
 
 
-class ChannelPReLU(nnx.Module):
-    """PReLU with learned slopes: z where z > 0, else a * z (equation 3).
-
-    Args:
-      features: the number of channels C; with share="element" the whole shape (*space, C) of one example.
-      negative_slope: the slopes' initial value. 0.25 is He's; do not apply weight decay to slopes.
-      share: "channel" (a slope per channel, He's), "layer" (one) or "element" (Keras' default).
-      param_dtype: of the slopes.
-      rngs: not used; there so that all layers are built alike.
-
-    Raises:
-      ValueError: if share is unknown or features do not fit it.
-
-    Reference: He et al., Delving deep into rectifiers, 2015.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from linked_jax import ChannelPReLU
-      >>> ChannelPReLU(2)(jnp.array([-4.0, 4.0]))
-      Array([-1.,  4.], dtype=float32)
-    """
-
-    arity: int = 1
-    layout: Layout = "blocked"
-
-    def __init__(
-        self,
-        features: int | Sequence[int],
-        *,
-        negative_slope: float = 0.25,
-        share: Share = "channel",
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs | None = None,
-    ):
-        del rngs
-        shape = (features,) if isinstance(features, int) else tuple(features)
-        if check_share(share) == "channel" and len(shape) != 1:
-            raise ValueError(
-                f"share='channel' takes the number of channels, got features={features}; pass its last number"
-            )
-        if min(shape, default=0) < 1:
-            raise ValueError(f"features is at least 1, got {features}")
-        self.negative_slope_init = float(negative_slope)
-        self.negative_slope = nnx.Param(jnp.full(() if share == "layer" else shape, negative_slope, param_dtype))
-
-    @property
-    def link(self) -> Link:
-        """The link that this module is at the start; initialisers read it."""
-        return Link((functools.partial(prelu, negative_slope=self.negative_slope_init),))
-
-    def __call__(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
-        """z (..., C) -> (..., C)."""
-        return apply_slopes(z, self.negative_slope[...])
-
-
-class LinkedPReLU(nnx.Module):
-    """Two PReLUs, each with its own slopes, on z and on -z; at z = 0 the Jacobian is that of z -> 0+.
-
-        f(z) = (prelu(z, a), prelu(-z, b))
-
-    Args:
-      features: the number of channels C; with share="element" the whole shape (*space, C) of one example.
-      negative_slope: the slopes' initial value; 0.25 is He's, 0 starts as lk_relu.
-      share: "channel", "layer" or "element", see `ChannelPReLU`.
-      layout: "blocked" or "interleaved", see `Link`.
-      param_dtype: of the slopes.
-      rngs: not used; there so that all layers are built alike.
-
-    Raises:
-      ValueError: if share or layout is unknown, or features do not fit.
-
-    Reference: the authors' code, github.com/blauigris/linked_neurons.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from linked_jax import LinkedPReLU
-      >>> LinkedPReLU(1)(jnp.array([-4.0]))
-      Array([-1.,  4.], dtype=float32)
-    """
-
-    arity: int = 2
-
-    def __init__(
-        self,
-        features: int | Sequence[int],
-        *,
-        negative_slope: float = 0.25,
-        share: Share = "channel",
-        layout: Layout = "blocked",
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs | None = None,
-    ):
-        self.positive, self.mirrored = (
-            ChannelPReLU(features, negative_slope=negative_slope, share=share, param_dtype=param_dtype, rngs=rngs)
-            for _ in range(2)
-        )
-        self.layout: Layout = linked(self.positive.link, layout=layout).layout  # linked() checks it
-
-    @property
-    def link(self) -> Link:
-        """The link that this module is at the start; initialisers read it."""
-        return linked(self.positive.link, layout=self.layout)
-
-    def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_linked"]:
-        """z (..., C) -> (..., 2*C)."""
-        slopes = self.positive.negative_slope[...], self.mirrored.negative_slope[...]
-        return apply_slopes(z, *slopes, layout=self.layout)
-
-
 _WITH_SLOPES: dict[str, type[ChannelPReLU] | type[LinkedPReLU]] = {"prelu": ChannelPReLU, "lk_prelu": LinkedPReLU}
 ACTIVATION_NAMES = (*ACTIVATIONS, *_WITH_SLOPES)
 """The names that `get_activation` takes, without synonyms such as silu for swish."""
@@ -405,6 +299,7 @@ def _known(name: str) -> str:
     return known
 
 
+<<<<<<< HEAD
 def apply_slopes(
     z: Float[Array, "..."], *slopes: Float[Array, "..."], layout: Layout = "blocked"
 ) -> Float[Array, "..."]:
@@ -440,6 +335,8 @@ def check_share(share: Share) -> Share:
     return share
 
 
+=======
+>>>>>>> main
 def conv_start(
     link: Activation, strides: int | Sequence[int], input_dilation: int | Sequence[int] | None, groups: int
 ) -> Initializer:

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 
 from linked_jax.activations import lk_relu, prelu
 from linked_jax.initializers import Initializer, check_groups, default_kernel_init
-from linked_jax.layers import Share, apply_slopes, check_link, check_share, conv_start, link_at_start
+from linked_jax.layers import check_link, conv_start, link_at_start
+from linked_jax.learned import Share, apply_slopes, check_share
 from linked_jax.linking import Activation, Layout, Link, linked
 
 

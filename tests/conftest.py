@@ -6,6 +6,7 @@ import os
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
 
 import hypothesis
+import jax
 import jaxtyping
 import pytest
 
@@ -13,8 +14,10 @@ jaxtyping.install_import_hook("linked_jax", "beartype.beartype")  # before anyth
 
 
 def pytest_configure(config):
-    """Hypothesis tries 10 examples, and 25 where the slow tests are asked for."""
-    examples = 10 if config.option.markexpr == "not slow" else 25
+    """The fast suite tries 10 examples of hypothesis and compiles quickly; the slow one tries 25 and optimises."""
+    fast = config.option.markexpr == "not slow"
+    jax.config.update("jax_disable_most_optimizations", fast)
+    examples = 10 if fast else 25
     hypothesis.settings.register_profile(
         "linked_jax", deadline=None, max_examples=examples, derandomize=True, database=None
     )
@@ -27,26 +30,3 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
-
-
-CHEAP = {
-    "test_architecture", "test_augment", "test_data", "test_depth", "test_parallel", "test_published",
-    "test_records", "test_report", "test_results", "test_resume", "test_rows", "test_settings", "test_sweep",
-    "test_training",
-}  # fmt: skip
-
-
-@pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items):
-    """The fast suite tries the first case of each law of the library; the slow one the rest, and remedies' examples."""
-    cases = {}
-    for item in items:
-        if hasattr(item, "callspec") and item.path.stem not in CHEAP:
-            cases.setdefault((item.path, item.originalname), []).append(item)
-    examples_of_remedies = [
-        item
-        for item in items
-        if item.path.parent.name == "remedies" and item.path.suffix == ".py" and isinstance(item, pytest.DoctestItem)
-    ]
-    for item in [*examples_of_remedies, *(item for law in cases.values() for item in law[1:])]:
-        item.add_marker(pytest.mark.slow)

@@ -17,11 +17,11 @@ from linked_jax import probe, remedies, revive
 ROOT = Path(__file__).parent.parent
 ROOMS = [
     "members", "linking", "activations", "moments", "initializers", "schedules", "diagnostics", "signal_statistics",
-    "layers", "linen", "certificates", "remedies", "probe", "revive",
+    "learned", "layers", "linen", "certificates", "remedies", "probe", "revive",
 ]  # fmt: skip
 """From the ground up: a room imports from rooms before it only."""
 ALLOWED = {"jax", "numpy", "flax", "optax", "jaxtyping", "linked_jax"}
-FLAX_ROOMS = {"layers", "linen", "remedies", "probe", "revive"}
+FLAX_ROOMS = {"learned", "layers", "linen", "remedies", "probe", "revive"}
 LAZY = {"probe": {"rich", "matplotlib"}}
 """What a room imports when it is asked to show something."""
 PACKAGES = {"linked_jax": linked_jax, "probe": probe, "remedies": remedies, "revive": revive}
@@ -84,7 +84,7 @@ import sys
 import flax.nnx, jax, jaxtyping, optax
 before = set(sys.modules)
 import linked_jax
-core = "members linking activations moments initializers schedules diagnostics layers".split()
+core = "members linking activations moments initializers schedules diagnostics learned layers".split()
 new = {module for module in set(sys.modules) - before if not module.startswith("jax.")}
 assert new == {"linked_jax", *(f"linked_jax.{room}" for room in core)}, new
 assert {*linked_jax.__all__} <= {*dir(linked_jax)}
@@ -117,7 +117,7 @@ def test_all_agrees_with_what_is_imported(package):
 def test_public_callables_have_an_example_that_runs(thing):
     package, name = thing.split(".")
     found = getattr(PACKAGES[package], name)
-    made_by_others = {"linked_jax.Certificate", "remedies.Moments", "probe.LayerReport", "probe.Report"}
+    made_by_others = {"linked_jax.Certificate", "remedies.Moments", "probe.LayerReport", "probe.Report", "probe.Tap"}
     if thing in made_by_others or not callable(found) or inspect.ismodule(found) or isinstance(found, linked_jax.Link):
         return  # made by certify, the calculus, probe; the links are one line each, explained at the top of their file
     assert doctest.DocTestFinder(recurse=False).find(found)[0].examples, f"{thing} has no example"

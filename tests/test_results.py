@@ -1,6 +1,5 @@
 """No number in a table of results/ without the record behind it."""
 
-import importlib
 import json
 import re
 from pathlib import Path
@@ -8,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from experiments.engine import records, tables
-from experiments.headlines import __main__ as headlines
-from experiments.load_forecast import __main__ as load_forecast
+from experiments.headlines import table as headlines_table
+from experiments.headlines.claims import CLAIMS
+from experiments.load_forecast import table as forecast_table
 from experiments.plasticity import plots as plasticity_plots
 from experiments.remedies import table as remedies_table
 from experiments.report import __main__ as report
@@ -85,9 +85,8 @@ def test_a_linked_layer_meets_its_memory_goal():
 @pytest.mark.parametrize("name", sorted(path.name for path in (RESULTS / "remedies" / "headlines").glob("*")))
 def test_a_committed_claim_is_what_its_record_gives(name):
     folder = RESULTS / "remedies" / "headlines" / name
-    claim = importlib.import_module(f"experiments.headlines.{name}").CLAIM
-    page = headlines.page(claim, records.read_config(folder), records.read_lines(folder))
-    assert (folder / headlines.PAGE).read_text(encoding="utf-8") == page
+    page = headlines_table.page(CLAIMS[name], records.read_config(folder), records.read_lines(folder))
+    assert (folder / "table.md").read_text(encoding="utf-8") == page
 
 
 def test_the_committed_comparison_of_remedies_is_what_its_record_gives():
@@ -115,5 +114,5 @@ def test_numbers_of_a_page_are_in_its_tables(name):
 
 def test_the_committed_forecast_is_what_its_record_gives():
     folder = RESULTS / "load_forecast"
-    table = load_forecast.table(records.read_lines(folder), records.read_config(folder)["nets"])
+    table = forecast_table.table(records.read_lines(folder), records.read_config(folder)["nets"])
     assert tables.markdown(table) in (folder / "README.md").read_text(encoding="utf-8")

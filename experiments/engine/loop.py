@@ -51,17 +51,19 @@ class Loop:
     own_data: bool = False
     scanned: bool = dataclasses.field(default_factory=lambda: jax.default_backend() != "cpu")
 
-    def start(self, models: Sequence[nnx.Module]) -> Carry:
-        """The carry before the first update, of one model a seed. It shares no array with the models.
+    def start(self, models: Sequence[nnx.Module], opt_states: Sequence[Any] | None = None) -> Carry:
+        """The carry before the next update, of one model a seed. It shares no array with what it is made of.
 
         Args:
           models: left as they are; more than one only where the placement stacks seeds.
+          opt_states: one a model; by default those before the first update.
         """
         stack = (lambda *leaves: jnp.stack(leaves)) if self.place.stacked else jnp.copy  # an update donates its carry
         carries = []
-        for model in models:
+        for number, model in enumerate(models):
             _, parameters, state = nnx.split(model, nnx.Param, ...)
-            carries.append(Carry(parameters, state, self.optimizer.init(parameters)))
+            opt_state = opt_states[number] if opt_states else self.optimizer.init(parameters)
+            carries.append(Carry(parameters, state, opt_state))
         return self.place.of_seeds(jax.tree.map(stack, *carries))
 
     def update(self, carry: Carry, data: Any, batch: Any, key: Array, number: Any, lr: Any) -> tuple[Carry, Array]:

@@ -50,7 +50,7 @@ class Record:
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            raise _exists(folder) from None
+            raise _is_there(folder) from None
         except OSError as error:
             raise _cannot_write(folder, error) from error
         lock = _lock(folder)
@@ -96,7 +96,7 @@ class Record:
         Raises:
           UsageError: as `create` and `reopen`; and if an entry differs.
         """
-        if not folder.exists():
+        if not _exists(folder):
             return cls.create(folder, config)
         if not (folder / CONFIG).is_file():
             raise UsageError(f"{folder} is there and is no record; pass --out with a new folder, or that of a record")
@@ -290,12 +290,8 @@ def new_folder(out: str | None, name: str) -> Path:
     """
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
     folder = Path(out) if out else Path("runs") / f"{time}-{name}"
-    try:
-        exists = folder.exists()
-    except OSError as error:  # a name that is too long
-        raise _cannot_write(folder, error) from error
-    if exists:
-        raise _exists(folder)
+    if _exists(folder):
+        raise _is_there(folder)
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"no permission to write the record {folder}; pass --out with a folder that you can write")
@@ -346,7 +342,14 @@ def _commit() -> str:
         return "unknown"
 
 
-def _exists(folder: Path) -> UsageError:
+def _exists(folder: Path) -> bool:
+    try:
+        return folder.exists()
+    except OSError as error:  # a name that is too long
+        raise _cannot_write(folder, error) from error
+
+
+def _is_there(folder: Path) -> UsageError:
     if (folder / _HOLDER).exists():
         _acquire(folder).release()  # or says who holds it
     return UsageError(f"the record {folder} exists; pass another --out, resume it with --resume {folder}, or delete it")

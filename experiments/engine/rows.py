@@ -1,16 +1,19 @@
 """A row of a table: an activation, the width that it gets, and batch norm or none. And where its kernels start."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from flax import nnx
 
 from experiments.engine.errors import UsageError
 from linked_jax import (
+    ChannelPReLU,
     Link,
+    LinkedPReLU,
     activation_arity,
     default_kernel_init,
     get_activation,
@@ -19,9 +22,9 @@ from linked_jax import (
     variance_preserving,
 )
 from linked_jax.initializers import Initializer
-from linked_jax.layers import Activation
 
 Norm = Literal["none", "batch"]
+Activation = Link | ChannelPReLU | LinkedPReLU
 identity = Link((lambda z: z,))
 
 
@@ -113,6 +116,9 @@ def batch_norm(width: int, norm: Norm, rngs: nnx.Rngs) -> nnx.BatchNorm | None:
     return nnx.BatchNorm(width, momentum=0.99, epsilon=1e-3, rngs=rngs) if norm == "batch" else None
 
 
-def normalised(z: jax.Array, norm: nnx.BatchNorm | None, train: bool) -> jax.Array:
-    """z after its batch norm, if it has one."""
-    return z if norm is None else norm(z, use_running_average=not train)
+def normalised(z: jax.Array, norm: Any, train: bool) -> jax.Array:
+    """z after a norm or a dropout in its mode; z itself for None."""
+    if norm is None:
+        return z
+    taken = inspect.signature(type(norm).__call__).parameters
+    return norm(z, **{mode: not train for mode in ("use_running_average", "deterministic") if mode in taken})

@@ -1,4 +1,4 @@
-"""Streams of tasks for continual learning: one net learns one task after the other.
+"""Tasks of flat images, the loss on them, and streams of them for continual learning.
 
     permuted        x -> x[p_k], a fresh permutation p_k of the pixels for each task k; labels stay
     random_labels   y_k uniform at random for each task k; images stay, and their labels are to be memorised
@@ -7,11 +7,15 @@ Images are flat, grey, at most 16x16 pixels (larger ones are averaged over block
 deviation over all pixels of the training set. Tasks depend on the seed and the number of the task alone.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from experiments.engine.data import Dataset
@@ -49,6 +53,32 @@ def _grey(images: Array) -> Array:
         grey = grey[:, : height // side * side, : width // side * side]
         grey = grey.reshape(n, height // side, side, width // side, side).mean(axis=(2, 4))
     return grey.reshape(n, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+    """The mean cross-entropy of some examples, given by their indices; for nets without a state that changes."""
+
+    graph: Any
+
+    def __call__(self, parameters: Any, state: Any, data: Any, batch: Array, key: Any) -> tuple[Array, Any]:
+        """See `loop.Loss`; data: inputs and labels, and what may follow them."""
+        inputs, labels, *_ = data
+        logits = nnx.merge(self.graph, parameters, state)(inputs[batch])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean(), state
+
+
+def batches(key: PRNGKeyArray, size: int, *, epochs: int, batch_size: int) -> Int[np.ndarray, "updates batch"]:
+    """The indices of whole batches of shuffled examples, epoch after epoch; each leaves out what fills no batch.
+
+    >>> import jax
+    >>> from experiments.engine import tasks
+    >>> tasks.batches(jax.random.key(0), 50, epochs=3, batch_size=20).shape
+    (6, 20)
+    """
+    used = size // batch_size * batch_size
+    orders = jax.vmap(lambda key: jax.random.permutation(key, size)[:used])(jax.random.split(key, epochs))
+    return np.asarray(orders, np.int32).reshape(-1, batch_size)
 
 
 def permuted(base: Task, key: PRNGKeyArray) -> Task:

@@ -139,7 +139,9 @@ def fit(
       and diverged, which says where; that seed has no further lines.
     """
     place, size = plan.place, len(data.train_labels)
-    (arrays, lr), test = plan.arrays(data), place.shared((data.test_images, data.test_labels))
+    arrays, lr = plan.arrays(data)
+    test_images, test_labels = place.shared((data.test_images, data.test_labels))
+    assert isinstance(loop.loss, CrossEntropy)
     stack = np.stack if place.stacked else lambda orders: orders[0]
     in_flight = _IN_FLIGHT if place.mesh is None else _IN_FLIGHT_OF_MANY
     whole, steps = size // plan.batch_size, -(-size // plan.batch_size)
@@ -176,7 +178,7 @@ def fit(
         sizes = np.full(steps, plan.batch_size)
         sizes[-1] = size - (steps - 1) * plan.batch_size
         train_losses = np.average(_joined(losses), axis=-1, weights=sizes)
-        tested = evaluate(loop.loss.graph, carry, *test, arrays[-1], place)
+        tested = evaluate(loop.loss.graph, carry, test_images, test_labels, arrays[-1], place)
         seconds = round(time.perf_counter() - began, 3)
         lines = []
         for seed, train_loss, result in zip(seeds, np.atleast_1d(train_losses), tested, strict=True):

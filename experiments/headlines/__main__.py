@@ -7,11 +7,8 @@ Expected: the tables and verdicts of results/remedies.
 """
 
 import dataclasses
-import importlib
-import shlex
-import statistics
-import time
-from collections.abc import Mapping, Sequence
+import functools
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,13 +16,14 @@ import jax
 import tyro
 
 from experiments.engine import data as data_lib
-from experiments.engine import records, tables
+from experiments.engine import study
+from experiments.engine.checks import in_range
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
+from experiments.engine.records import Record
 from experiments.headlines.claim import Claim
-
-PAGE = "table.md"
-NAMES = ("lcw", "batch_one", "bcn", "enorm", "ic", "bkn", "riemannian", "noise_aware", "apr")
+from experiments.headlines.claims import CLAIMS
+from experiments.headlines.table import page, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,90 +37,69 @@ class Settings:
     epochs: int | None = None
     """Passes over the training set; by default the claim's own."""
     out: str = "runs/headlines"
-    """The folder; each claim has a record in it. A record that is there is gone on with, if it was made alike."""
+    """The folder; each claim has a record in it. The same command resumes a record that is there."""
 
 
 def main() -> None:
     """Run each claim and print its table."""
     settings = tyro.cli(Settings, prog="python -m experiments.headlines")
-    names = NAMES if "all" in settings.claims else tuple(dict.fromkeys(settings.claims))
+    names = tuple(CLAIMS) if "all" in settings.claims else tuple(dict.fromkeys(settings.claims))
+    for name in names or ("",):
+        if name not in CLAIMS:
+            wrong = f"there is no claim {name!r}" if name else "no claim was named"
+            raise UsageError(f"{wrong}; take one of {', '.join(CLAIMS)}, or all")
+    in_range(settings, {"seeds": (1, math.inf)} | ({} if settings.epochs is None else {"epochs": (1, math.inf)}))
+    data = data_lib.load("digits")
     for name in names:
-        if name not in NAMES:
-            raise UsageError(f"there is no claim {name!r}; take one of {', '.join(NAMES)}, or all")
-    if not names:
-        raise UsageError(f"no claim was named; take one of {', '.join(NAMES)}, or all")
-    if settings.seeds < 1 or (settings.epochs is not None and settings.epochs < 1):
-        raise UsageError(f"--seeds and --epochs are at least 1, got {settings.seeds} and {settings.epochs}")
-    data = data_lib.load("digits", None)
-    for name in names:
-        claim: Claim = importlib.import_module(f"experiments.headlines.{name}").CLAIM
-        _test(claim, settings, data)
+        _test(CLAIMS[name], settings, data)
 
 
 def _test(claim: Claim, settings: Settings, data: data_lib.Dataset) -> None:
     console, epochs = Console(), settings.epochs or claim.epochs
     console.say(f"claim    {claim.name}: {claim.says}\nprotocol {claim.protocol}")
-    config = {
-        "experiment": f"headlines.{claim.name}",
-        "command": shlex.join(
-            ["python", "-m", "experiments.headlines", claim.name, "--seeds", str(settings.seeds)]
-            + (["--epochs", str(epochs)] if settings.epochs else [])
-        ),
-        "says": claim.says,
-        "protocol": {"text": claim.protocol, "rows": list(claim.rows), "epochs": epochs},
-        "data": {"name": data.name, "fingerprint": data.fingerprint, "description": str(data)},
-    }
-    record = records.Record.open(Path(settings.out) / claim.name, config, same=("experiment", "protocol", "data"))
-    try:
-        done = {(line["row"], line["seed"]) for line in record.lines}
-        todo = [(row, seed) for row in claim.rows for seed in range(settings.seeds) if (row, seed) not in done]
-        with console.progress(claim.name, len(todo)) as advance:
-            for row, seed in todo:
-                began = time.perf_counter()
-                measured = {key: float(value) for key, value in claim.run(row, seed, data, epochs).items()}
-                seconds = round(time.perf_counter() - began, 1)
-                record.add({"row": row, "seed": seed, **measured, "seconds": seconds})
-                said = "  ".join(f"{claim.measures[key]} {value:.4g}" for key, value in measured.items())
-                console.say(f"{row} seed {seed}  {said}  {seconds:.0f} s")
+    arguments = [claim.name, "--seeds", str(settings.seeds)] + (["--epochs", str(epochs)] if settings.epochs else [])
+    folder = Path(settings.out) / claim.name
+    with (
+        study.open_record(
+            f"headlines.{claim.name}",
+            folder,
+            protocol={"text": claim.protocol, "rows": list(claim.rows), "epochs": epochs},
+            data=data,
+            command=study.command("headlines", arguments),
+            says=claim.says,
+        ) as record,
+        console.progress(claim.name, len(claim.rows) * settings.seeds) as advance,
+    ):
+        for row in claim.rows:
+            for seed in range(settings.seeds):
+                make = functools.partial(_measured, claim, row, seed, data, epochs, record)
+                line = record.once({"row": row, "seed": seed}, make)
+                said = "  ".join(f"{text} {line[key]:.4g}" for key, text in claim.measures.items() if key in line)
+                console.say(f"{row} seed {seed}  {said}  {line['seconds']:.0f} s")
                 advance(1)
-                if seed == settings.seeds - 1:
-                    jax.clear_caches()
-    finally:
-        record.close()
+            jax.clear_caches()
     console.table(
         f"{claim.title}. digits, {epochs} epochs, mean ± sample standard deviation.", table(claim, record.lines)
     )
-    (record.folder / PAGE).write_text(page(claim, record.config, record.lines), encoding="utf-8")
-    console.say(f"record   {record.folder}\n")
+    (folder / "table.md").write_text(page(claim, record.config, record.lines), encoding="utf-8")
+    console.say(f"record   {folder}\n")
 
 
-def table(claim: Claim, lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """A row for each method: each measure's mean and deviation over the seeds."""
-    rows = []
-    for name in claim.rows:
-        runs = [line for line in lines if line["row"] == name]
-        if runs:
-            row = {"row": name}
-            for key, heading in claim.measures.items():
-                values = [run[key] for run in runs if key in run]
-                row[heading] = tables.spread(values) if values else "-"
-            seconds = statistics.fmean(run["seconds"] for run in runs)
-            rows.append(row | {"seeds": str(len(runs)), "time": f"{seconds:.0f} s"})
-    return rows
-
-
-def page(claim: Claim, config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
-    """The page of a record, from the record alone."""
-    parts = [
-        f"# {claim.title}",
-        f"The claim: {config['says']}",
-        f"The test: {config['protocol']['text']}",
-        f"{config['data']['description']}, fingerprint {config['data']['fingerprint']}; {config['protocol']['epochs']} "
-        "epochs; mean ± sample standard deviation over seeds.",
-        tables.markdown(table(claim, lines)),
-        tables.provenance(config),
-    ]
-    return "\n\n".join(parts) + "\n"
+def _measured(
+    claim: Claim, row: str, seed: int, data: data_lib.Dataset, epochs: int, record: Record
+) -> dict[str, float]:
+    """The measures of one run; the rate, where a claim tries several, is the one that is best with seed 0."""
+    run = functools.partial(claim.run, row, seed, data, epochs)
+    if claim.rates and seed == 0:
+        tried: list[Any] = [{"seed": 0, "rate": rate, "found": run(rate)} for rate in claim.rates]
+        (best,) = study.at_best_rate(tried, lambda each: each["found"].get("loss", math.inf))
+        found = {claim.rate: best["rate"], **best["found"]}
+    elif claim.rates:
+        rate = next(line for line in record.lines if (line["row"], line["seed"]) == (row, 0))[claim.rate]
+        found = {claim.rate: rate, **run(rate)}
+    else:
+        found = run()
+    return {key: float(value) for key, value in found.items()}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """APR: images with the amplitude of other images, in training, make a net more accurate on corrupted images."""
 
-import functools
+import dataclasses
 import statistics
 from typing import Any
 
@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Array
 
 from experiments.engine import data as data_lib
+from experiments.engine.loop import Loop, advance
 from experiments.headlines.claim import Claim, Measures
-from experiments.headlines.ic import Net
+from experiments.headlines.net import ConvNet, accuracy
 from linked_jax.remedies.apr import apr_p, apr_s
 
 BATCH_SIZE = 64
@@ -60,48 +62,43 @@ def corruptions(images: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.asarray(x, np.float32) for name, x in (made | {"dropout": dropped}).items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Recombined:
+    """The mean cross-entropy of a batch of recombined images, given by its indices; for pairs that of both is added."""
+
+    graph: Any
+    row: str
+
+    def __call__(self, parameters: Any, state: Any, data: Any, batch: Array, key: Array) -> tuple[Array, Any]:
+        """See `loop.Loss`; data: images, labels."""
+        images, labels = data
+        single_key, pair_key = jax.random.split(key)
+        x, model = images[batch], nnx.merge(self.graph, parameters, state)
+        if self.row in AUGMENTED:
+            x = apr_s(single_key, x, augment, probability=AUGMENTED[self.row])
+        batches = [x, apr_p(pair_key, x)] if self.row in PAIRED else [x]
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+        losses = [cross_entropy(model(x, train=True), labels[batch]).mean() for x in batches]
+        return jnp.stack(losses).sum(), state
+
+
 def run(row: str, seed: int, data: data_lib.Dataset, epochs: int) -> Measures:
     """Train; the test accuracy on clean images and on each kind of corrupted ones."""
-    graph, state = nnx.split(Net("none", nnx.Rngs(seed)))
-    carry = state, OPTIMIZER.init(state)
-    images, clean = data_lib.scale(data.train_images), data_lib.scale(data.test_images)
-    whole, loss = len(images) // BATCH_SIZE * BATCH_SIZE, 0.0
+    net = ConvNet(rngs=nnx.Rngs(seed))
+    loop = Loop(Recombined(nnx.graphdef(net), row), OPTIMIZER)
+    carry, images, clean = loop.start([net]), data_lib.scale(data.train_images), data_lib.scale(data.test_images)
+    whole = len(images) // BATCH_SIZE * BATCH_SIZE
     for epoch in range(epochs):
         key = jax.random.fold_in(jax.random.key(seed), epoch)
-        order, *keys = jax.random.split(key, 1 + whole // BATCH_SIZE)
-        chosen = np.asarray(jax.random.permutation(order, len(images)))[:whole].reshape(-1, BATCH_SIZE)
-        for step_key, batch in zip(keys, chosen, strict=True):
-            carry, loss = _step(graph, row, carry, step_key, images[batch], data.train_labels[batch])
-        if not np.isfinite(loss):
+        batches = data_lib.order(key, len(images))[:whole].reshape(-1, BATCH_SIZE)
+        carry, losses = advance(loop, carry, (images, data.train_labels), batches, key)
+        if not np.isfinite(losses[-1]):
             return {}
+    nnx.update(net, carry.parameters)
     kinds = {"clean": clean} | corruptions(np.asarray(clean, np.float64))
-    accuracy = {name: float(_accuracy(graph, carry[0], x, data.test_labels)) for name, x in kinds.items()}
-    corrupted = statistics.fmean(value for name, value in accuracy.items() if name != "clean")
-    return {"clean": accuracy.pop("clean"), "corrupted": corrupted, **accuracy}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _step(graph, row, carry, key, x, y):
-    """One update; also the loss before it."""
-    single_key, pair_key = jax.random.split(key)
-    if row in AUGMENTED:
-        x = apr_s(single_key, x, augment, probability=AUGMENTED[row])
-    batches = [x, apr_p(pair_key, x)] if row in PAIRED else [x]
-
-    def loss_of(state):
-        model = nnx.merge(graph, state)
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-        return sum(cross_entropy(model(batch, train=True)[0], y).mean() for batch in batches)
-
-    state, opt_state = carry
-    loss, gradients = jax.value_and_grad(loss_of)(state)
-    updates, opt_state = OPTIMIZER.update(gradients, opt_state, state)
-    return (optax.apply_updates(state, updates), opt_state), loss
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _accuracy(graph, state, images, labels):
-    return (nnx.merge(graph, state)(images)[0].argmax(-1) == labels).mean()
+    found = {name: accuracy(net, x, data.test_labels) for name, x in kinds.items()}
+    corrupted = statistics.fmean(value for name, value in found.items() if name != "clean")
+    return {"clean": found.pop("clean"), "corrupted": corrupted, **found}
 
 
 CLAIM = Claim(
@@ -121,15 +118,7 @@ CLAIM = Claim(
         "same corrupted images for all."
     ),
     rows=("plain", "apr_p", "augmented", "apr_s", "apr_sp"),
-    measures={
-        "clean": "clean",
-        "corrupted": "corrupted",
-        "noise": "noise",
-        "blur": "blur",
-        "contrast": "contrast",
-        "shift": "shift",
-        "dropout": "dropout",
-    },
+    measures={name: name for name in ("clean", "corrupted", "noise", "blur", "contrast", "shift", "dropout")},
     epochs=30,
     run=run,
 )

@@ -1,75 +1,57 @@
 """NormProp and variance propagation train with one example at a time as batch norm does with 32."""
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
+from experiments.covariate_shift import inputs
 from experiments.engine.data import Dataset
-from experiments.headlines.claim import Claim, Measures, train
+from experiments.engine.training import Plan, train
+from experiments.headlines.claim import Claim, Measures
+from experiments.headlines.net import ConvNet, batch_norm
 from linked_jax import relu
 from linked_jax.remedies.moment_calculus import Moments, through_link
 from linked_jax.remedies.normprop import NormPropConv, normalized
 from linked_jax.remedies.variance_propagation import VPConv
 
 WIDTHS = (8, 8, 16, 16, 32, 32)
-STRIDED = (2, 4)  # of the six
 RATES = {1: (0.001, 0.003), 32: (0.01,)}  # of SGD, for each batch size
 OPTIMIZERS = {size: {rate: optax.sgd(rate, momentum=0.9) for rate in rates} for size, rates in RATES.items()}
 
 
-class Net(nnx.Module):
+class VarianceNet(ConvNet):
+    """A net whose layers normalise by moments that are propagated beside the features."""
+
+    def __call__(self, images: Any, train: bool = False) -> Any:
+        """Images (N, H, W, 1) -> logits (N, 10)."""
+        y, moments = images, Moments(jnp.zeros(1), jnp.ones(1))
+        for conv in self.convs:
+            z, moments = conv(y, moments)
+            y, moments = relu(z), through_link(moments, relu)
+        return self.dense(y.mean((1, 2)))
+
+
+def net(row: str, seed: int) -> ConvNet:
     """Six 3x3 convolutions with relu, normalised or not; the mean over space; a dense layer."""
-
-    def __init__(self, row: str, mean: float, std: float, rngs: nnx.Rngs):
-        layers, features = [], 1
-        for number, width in enumerate(WIDTHS):
-            geometry: Any = {"strides": 2 if number in STRIDED else 1, "rngs": rngs}
-            if row == "normprop":
-                layer = NormPropConv(features, width, (3, 3), **geometry)
-            elif row == "variance_propagation":
-                layer = VPConv(features, width, (3, 3), **geometry)
-            else:
-                he = nnx.initializers.he_normal()
-                layer = nnx.Conv(features, width, (3, 3), kernel_init=he, **geometry)
-            layers.append(layer)
-            features = width
-        self.row, self.mean, self.std = row, mean, std
-        self.layers = nnx.List(layers)
-        self.norms = nnx.List([nnx.BatchNorm(n, momentum=0.9, rngs=rngs) for n in WIDTHS] if row == "bn" else [])
-        self.dense = nnx.Linear(features, 10, rngs=rngs)
-
-    def __call__(
-        self, images: Any, train: bool = False, tap: Callable[..., Any] | None = None
-    ) -> tuple[Any, list[Any]]:
-        """Images (N, H, W, 1) -> logits (N, 10), and no taps."""
-        del tap
-        y = (images - self.mean) / self.std
-        moments = Moments(jnp.zeros(1), jnp.ones(1))
-        link = normalized(relu) if self.row == "normprop" else relu
-        for number, layer in enumerate(self.layers):
-            if isinstance(layer, VPConv):
-                z, moments = layer(y, moments)
-                moments = through_link(moments, relu)
-            else:
-                z = layer(y)
-            if self.norms:
-                z = self.norms[number](z, use_running_average=not train)
-            y = link(z)
-        return self.dense(y.mean((1, 2))), []
+    common: Any = {"widths": WIDTHS, "strided": (2, 4), "rngs": nnx.Rngs(seed)}
+    if row == "normprop":
+        return ConvNet(conv=NormPropConv, activation=normalized(relu), **common)
+    if row == "variance_propagation":
+        return VarianceNet(conv=VPConv, **common)
+    he = functools.partial(nnx.Conv, kernel_init=nnx.initializers.he_normal())
+    return ConvNet(conv=he, norm=batch_norm if row == "bn" else None, **common)
 
 
 def run(row: str, seed: int, data: Dataset, epochs: int) -> Measures:
     """Train with each batch size at each rate; the test accuracy after the last epoch."""
-    pixels = np.asarray(data.train_images) / 255
     measured = {}
+    standardised = inputs({"inputs": "standardised"}, data)
     for batch_size, optimizers in OPTIMIZERS.items():
         for rate, optimizer in optimizers.items():
-            model = Net(row, float(pixels.mean()), float(pixels.std()), nnx.Rngs(seed))
-            _, lines = train(model, data, optimizer=optimizer, epochs=epochs, batch_size=batch_size, seed=seed)
+            _, lines = train(net(row, seed), data, Plan(optimizer, epochs, batch_size, inputs=standardised), seed)
             if "diverged" not in lines[-1]:
                 measured[f"accuracy_{batch_size}_{rate}"] = lines[-1]["test_accuracy"]
     return measured

@@ -1,74 +1,58 @@
 """BCN: batch-channel normalisation keeps ReLU neurons away from staying deactivated, also in batches of two."""
 
-from collections.abc import Callable
+import functools
+import statistics
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
 from experiments.engine.data import Dataset, scale
-from experiments.headlines.claim import Claim, Measures, train
-from linked_jax import relu
+from experiments.engine.training import Plan, train
+from experiments.headlines.claim import Claim, Measures
+from experiments.headlines.net import ConvNet, batch_norm
+from linked_jax.probe import observe
 from linked_jax.remedies.bcn import BatchChannelNorm
 from linked_jax.remedies.weight_standardization import WSConv
+from linked_jax.signal_statistics import elimination
 
-WIDTHS = (16, 16, 32, 32)
 GROUPS = 4
 OPTIMIZERS = {2: optax.sgd(0.01, momentum=0.9), 32: optax.sgd(0.05, momentum=0.9)}
+HEADINGS = {
+    "accuracy": "accuracy",
+    "active": "least active share",
+    "means": "spread of means",
+    "stds": "spread of deviations",
+}
 
 
-def norm_of(row: str, width: int, rngs: nnx.Rngs) -> Any:
+def norm_of(row: str, width: int, *, rngs: nnx.Rngs) -> Any:
     """The normalisation between a convolution and its activation."""
     if row.startswith("gn"):
         return nnx.GroupNorm(width, num_groups=GROUPS, epsilon=1e-5, rngs=rngs)
     if row.startswith("bn"):
-        return nnx.BatchNorm(width, momentum=0.9, epsilon=1e-5, rngs=rngs)
+        return batch_norm(width, epsilon=1e-5, rngs=rngs)
     return BatchChannelNorm(width, GROUPS, estimate="estimated" in row, rngs=rngs)
 
 
-class Net(nnx.Module):
-    """Four times conv 3x3, norm, relu, with stride 2 in the third; the mean over space; a dense layer."""
-
-    def __init__(self, row: str, rngs: nnx.Rngs):
-        convs, norms, features = [], [], 1
-        for number, width in enumerate(WIDTHS):
-            conv = WSConv if row.endswith("_ws") else nnx.Conv
-            convs.append(conv(features, width, (3, 3), strides=1 + (number == 2), use_bias=False, rngs=rngs))
-            norms.append(norm_of(row, width, rngs))
-            features = width
-        self.convs, self.norms = nnx.List(convs), nnx.List(norms)
-        self.dense = nnx.Linear(features, 10, rngs=rngs)
-
-    def __call__(
-        self, images: Any, train: bool = False, tap: Callable[..., Any] | None = None
-    ) -> tuple[Any, list[Any]]:
-        """Images (N, H, W, 1) -> logits (N, 10), and what the tap returned for each pre-activation."""
-        y, taps = images, []
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            z = conv(y)
-            z = norm(z) if isinstance(norm, nnx.GroupNorm) else norm(z, use_running_average=not train)
-            if tap is not None:
-                taps.append(jax.tree.map(lambda leaf: leaf[None], tap(relu, z, z.shape[-1])))
-            y = nnx.relu(z)
-        return self.dense(y.mean((1, 2))), taps
+def net(row: str, seed: int) -> ConvNet:
+    """The net of a row."""
+    conv = functools.partial(WSConv if row.endswith("_ws") else nnx.Conv, use_bias=False)
+    return ConvNet(conv=conv, norm=functools.partial(norm_of, row), rngs=nnx.Rngs(seed))
 
 
-def distance(model: Net, images: Any) -> dict[str, float]:
+def distance(model: Any, images: Any) -> dict[str, float]:
     """Our proxy of the distance to elimination singularities, from each channel's pre-activations over all images.
 
     `active` is the smallest share Phi(mean / std) of positive pre-activations that a channel would have if they were
     Gaussian; means and stds are the deviations over the channels of a layer, averaged over the layers.
     """
-    _, taps = model(scale(images), train=False, tap=lambda _link, z, _units: (z.mean((0, 1, 2)), z.std((0, 1, 2))))
-    moments = [(np.asarray(mean[0]), np.asarray(std[0])) for mean, std in taps]
-    shares = [float(jax.scipy.special.ndtr(mean / jnp.maximum(std, 1e-12)).min()) for mean, std in moments]
+    _, taps = observe(lambda model, x: model(x, train=False), model, scale(images))
+    layers = [elimination(tap.stats) for tap in taps]
     return {
-        "active": min(shares),
-        "means": float(np.mean([mean.std() for mean, _ in moments])),
-        "stds": float(np.mean([std.std() for _, std in moments])),
+        "active": min(float(layer.least_active) for layer in layers),
+        "means": statistics.fmean(float(layer.spread_of_mean) for layer in layers),
+        "stds": statistics.fmean(float(layer.spread_of_std) for layer in layers),
     }
 
 
@@ -76,21 +60,12 @@ def run(row: str, seed: int, data: Dataset, epochs: int) -> Measures:
     """Train with each batch size; the test accuracy and the distance after the last epoch."""
     measured = {}
     for batch_size, optimizer in OPTIMIZERS.items():
-        model, lines = train(
-            Net(row, nnx.Rngs(seed)), data, optimizer=optimizer, epochs=epochs, batch_size=batch_size, seed=seed
-        )
+        model, lines = train(net(row, seed), data, Plan(optimizer, epochs, batch_size), seed)
         if "diverged" not in lines[-1]:
             found = {"accuracy": lines[-1]["test_accuracy"]} | distance(model, data.test_images)
             measured |= {f"{key}_{batch_size}": value for key, value in found.items()}
     return measured
 
-
-HEADINGS = {
-    "accuracy": "accuracy",
-    "active": "least active share",
-    "means": "spread of means",
-    "stds": "spread of deviations",
-}
 
 CLAIM = Claim(
     name="bcn",

@@ -1,43 +1,32 @@
 """BKN: batch Kalman normalisation against batch norm on batches of 2 and of 32."""
 
-import itertools
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import optax
 from flax import nnx
 
 from experiments.engine.data import Dataset
-from experiments.headlines.claim import Claim, Measures, train
+from experiments.engine.training import Plan, train
+from experiments.headlines.claim import Claim, Measures
+from experiments.headlines.net import ConvNet
 from linked_jax.remedies.bkn import BatchKalmanNorm, predict
 
 WEIGHTS = {2: 0.9, 32: 0.05}  # batch size -> p, the authors' for micro batches and for large ones
 OPTIMIZERS = {2: optax.sgd(0.01, momentum=0.9), 32: optax.sgd(0.03, momentum=0.9)}
 
 
-class Net(nnx.Module):
-    """Four convolutions, each normalised; the mean over space; a dense layer. Weight 0: batch norm."""
+class Net(ConvNet):
+    """A net in which each norm but the first has a prediction. Weight 0: batch norm."""
 
     def __init__(self, prediction_weight: float, reference: bool, rngs: nnx.Rngs):
-        widths = (1, 16, 16, 32, 32)
-        self.convs = nnx.List(
-            [nnx.Conv(a, b, (3, 3), use_bias=False, rngs=rngs) for a, b in itertools.pairwise(widths)]
-        )
-        self.norms = nnx.List(
-            [
-                BatchKalmanNorm(width, prediction_weight=prediction_weight, reference=reference, rngs=rngs)
-                for width in widths[1:]
-            ]
-        )
-        self.dense = nnx.Linear(widths[-1], 10, rngs=rngs)
+        norm = functools.partial(BatchKalmanNorm, prediction_weight=prediction_weight, reference=reference)
+        super().__init__(strided=(), conv=functools.partial(nnx.Conv, use_bias=False), norm=norm, rngs=rngs)
         self.prediction_weight = prediction_weight
         self.rngs = rngs
 
-    def __call__(
-        self, images: Any, train: bool = False, tap: Callable[..., Any] | None = None
-    ) -> tuple[Any, list[Any]]:
-        """Images (N, H, W, 1) -> logits (N, 10), and no taps."""
-        del tap
+    def __call__(self, images: Any, train: bool = False) -> Any:
+        """Images (N, H, W, 1) -> logits (N, 10)."""
         y, posterior = self.norms[0](self.convs[0](images), use_running_average=not train)
         for conv, norm in zip(self.convs[1:], self.norms[1:], strict=True):
 
@@ -48,7 +37,7 @@ class Net(nnx.Module):
             if train and self.prediction_weight:
                 predicted = predict(posterior, self.rngs.prediction(), layer, y.shape[1:])
             y, posterior = norm(layer(y), predicted, use_running_average=not train)
-        return self.dense(nnx.relu(y).mean((1, 2))), []
+        return self.dense(nnx.relu(y).mean((1, 2)))
 
 
 def run(row: str, seed: int, data: Dataset, epochs: int) -> Measures:
@@ -56,8 +45,7 @@ def run(row: str, seed: int, data: Dataset, epochs: int) -> Measures:
     measured = {}
     for batch_size, weight in WEIGHTS.items():
         model = Net(0.0 if row == "bn" else weight, row == "bkn_reference", nnx.Rngs(seed))
-        optimizer = OPTIMIZERS[batch_size]
-        _, lines = train(model, data, optimizer=optimizer, epochs=epochs, batch_size=batch_size, seed=seed)
+        _, lines = train(model, data, Plan(OPTIMIZERS[batch_size], epochs, batch_size), seed)
         if "diverged" not in lines[-1]:
             measured[f"accuracy_{batch_size}"] = lines[-1]["test_accuracy"]
             measured[f"loss_{batch_size}"] = lines[-1]["train_loss"]

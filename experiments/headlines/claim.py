@@ -1,16 +1,12 @@
 """A claim of a paper, as data: the methods it compares, and how one of them is run. `__main__.py` runs it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import optax
-from flax import nnx
-
-from experiments.engine import training
-from experiments.engine.data import Dataset
-
+Line = Mapping[str, Any]
 Measures = Mapping[str, float]
+EARLY = 2  # epochs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +21,10 @@ class Claim:
       rows: the methods.
       measures: key of a measure -> its heading. A run may leave one out, for a method that has no such thing.
       epochs: passes over the training set, by default.
-      run: (row, seed, data, epochs) -> the measures of one run.
+      run: (row, seed, data, epochs) -> the measures of one run; with rates (row, seed, data, epochs, rate). The same
+        optimiser object for the same rate lets the step compile once: no run makes its own.
+      rates: all are tried with seed 0. The one with the least measure `loss` is kept for all seeds of the row.
+      rate: the measure that is the rate.
 
     Raises:
       ValueError: if there are no rows or no measures.
@@ -38,35 +37,29 @@ class Claim:
     rows: tuple[str, ...]
     measures: Mapping[str, str]
     epochs: int
-    run: Callable[[str, int, Dataset, int], Measures]
+    run: Callable[..., Measures]
+    rates: tuple[float, ...] = ()
+    rate: str = "rate"
 
     def __post_init__(self):
         if not self.rows or not self.measures:
             raise ValueError(f"a claim has rows and measures, got {self.rows} and {dict(self.measures)}")
 
 
-def train(
-    model: nnx.Module,
-    data: Dataset,
-    *,
-    optimizer: optax.GradientTransformation,
-    epochs: int,
-    batch_size: int,
-    seed: int,
-) -> tuple[Any, list[dict[str, Any]]]:
-    """Train in THE loop.
+def early_and_last(lines: Sequence[Line], epochs: int, suffix: str = "") -> dict[str, float]:
+    """The test accuracy after few epochs and after the last, as far as a run came.
 
-    Args:
-      model: model(images, train=, tap=) -> (logits, taps), see `engine/training.py`; left as it is. taps may be empty.
-      data: the set.
-      optimizer: with its rate. The same object for the same rate lets the step compile once: keep it, do not make it
-        anew for each seed.
-      epochs: passes over the training set.
-      batch_size: the last batch of an epoch may be smaller.
-      seed: of the order of the examples.
-
-    Returns:
-      The trained model, and a line for each epoch: train_loss, test_accuracy, ... A run that diverges has a last line
-      with diverged, and no further ones; its model is what was left.
+    >>> from experiments.headlines.claim import early_and_last
+    >>> early_and_last([{"test_accuracy": 0.1}, {"test_accuracy": 0.2}, {"diverged": "nan"}], 3)
+    {'early': 0.2}
     """
-    return training.train(model, data, training.Plan(optimizer, epochs, batch_size), seed)
+    accuracy = [line["test_accuracy"] for line in lines if "diverged" not in line]
+    measured = {"early": accuracy[EARLY - 1]} if len(accuracy) >= EARLY else {}
+    measured |= {"last": accuracy[-1]} if len(accuracy) == epochs else {}
+    return {f"{when}{suffix}": value for when, value in measured.items()}
+
+
+def early_and_last_headings(rates: Sequence[float]) -> dict[str, str]:
+    """The headings of `early_and_last`, whose suffix is the rate."""
+    said = {"early": f"after {EARLY} epochs", "last": "at the last"}
+    return {f"{when}_{rate}": f"accuracy {text}, rate {rate}" for rate in rates for when, text in said.items()}

@@ -1,16 +1,14 @@
 """ENorm: balancing adjacent layers after every step against weight decay."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 from flax import nnx
 
 from experiments.engine.data import Dataset
-from experiments.headlines.claim import Claim, Measures, train
-from linked_jax import relu
+from experiments.engine.training import Plan, train
+from experiments.headlines.claim import Claim, Measures
 from linked_jax.remedies.enorm import Layer, enorm
 
 DEPTH, WIDTH = 8, 64
@@ -29,50 +27,31 @@ class Net(nnx.Module):
         self.layers = nnx.List([nnx.Linear(width, WIDTH, kernel_init=init, rngs=rngs) for width in widths[:-1]])
         self.layers.append(nnx.Linear(WIDTH, 10, kernel_init=init, rngs=rngs))
 
-    def __call__(
-        self, images: Any, train: bool = False, tap: Callable[..., Any] | None = None
-    ) -> tuple[Any, list[Any]]:
-        """Images (N, H, W, C) -> logits (N, 10), and what the tap returned for each pre-activation."""
+    def __call__(self, images: Any, train: bool = False) -> Any:
+        """Images (N, H, W, C) -> logits (N, 10)."""
         del train
-        z, taps = self.layers[0](images.reshape(len(images), -1)), []
+        z = self.layers[0](images.reshape(len(images), -1))
         for layer in self.layers[1:]:
-            if tap is not None:
-                taps.append(jax.tree.map(lambda leaf: leaf[None], tap(relu, z, WIDTH)))
             z = layer(nnx.relu(z))
-        return z, taps
+        return z
 
 
-@functools.cache
-def _optimizer(row: str, rate: float) -> optax.GradientTransformation:
+@functools.cache  # another object would compile anew
+def optimizer(row: str, rate: float) -> optax.GradientTransformation:
+    """Of a row at a rate; one object."""
     inner = optax.sgd(rate, momentum=0.9)
     if row in ("weight_decay", "enorm_weight_decay"):
         inner = optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), inner)
     return enorm(inner, CHAIN, c=C) if row in ("enorm", "enorm_weight_decay") else inner
 
 
-_tried: dict[tuple[str, float, int, int], list[dict[str, Any]]] = {}
-
-
-def _train(row: str, rate: float, seed: int, data: Dataset, epochs: int) -> list[dict[str, Any]]:
-    key = (row, rate, seed, epochs)
-    if key not in _tried:
-        model = Net(data.train_images[0].size, nnx.Rngs(seed))
-        optimizer = _optimizer(row, rate)
-        _, _tried[key] = train(model, data, optimizer=optimizer, epochs=epochs, batch_size=64, seed=seed)
-    return _tried[key]
-
-
-def run(row: str, seed: int, data: Dataset, epochs: int) -> Measures:
-    """Train at the rate that has the least training loss on seed 0; test accuracy and training loss at the last."""
-
-    def loss(rate: float) -> float:
-        return _train(row, rate, 0, data, epochs)[-1].get("train_loss", float("inf"))
-
-    rate = min(RATES, key=loss)
-    last = _train(row, rate, seed, data, epochs)[-1]
+def run(row: str, seed: int, data: Dataset, epochs: int, rate: float) -> Measures:
+    """Train at a rate; test accuracy, training loss and dead units at the last epoch."""
+    net = Net(data.train_images[0].size, nnx.Rngs(seed))
+    last = train(net, data, Plan(optimizer(row, rate), epochs, 64), seed)[1][-1]
     if "diverged" in last:
-        return {"rate": rate}
-    return {"rate": rate, "accuracy": last["test_accuracy"], "loss": last["train_loss"], "dead": last["dead_units"]}
+        return {}
+    return {"accuracy": last["test_accuracy"], "loss": last["train_loss"], "dead": last["dead_units"]}
 
 
 CLAIM = Claim(
@@ -92,4 +71,5 @@ CLAIM = Claim(
     measures={"accuracy": "accuracy", "loss": "train loss", "dead": "dead units", "rate": "rate"},
     epochs=30,
     run=run,
+    rates=RATES,
 )

@@ -1,6 +1,5 @@
 """LCW: with weights that sum to zero a sigmoid network of 50 layers learns, alone and with batch norm."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,13 +8,15 @@ import optax
 from flax import nnx
 
 from experiments.engine.data import Dataset, scale
-from experiments.headlines.claim import Claim, Measures, train
+from experiments.engine.rows import normalised
+from experiments.engine.training import Plan, train
+from experiments.headlines.claim import Claim, Measures, early_and_last, early_and_last_headings
+from experiments.headlines.net import batch_norm
 from linked_jax import sigmoid
 from linked_jax.remedies.lcw import LCWLinear, keep_variance
 
 DEPTH, WIDTH = 50, 64
 MIDDLE = DEPTH // 2
-EARLY = 2  # epochs
 OPTIMIZERS = {rate: optax.adam(rate) for rate in (0.0003, 0.001, 0.003)}
 
 
@@ -26,13 +27,11 @@ class Layer(nnx.Module):
         init = nnx.initializers.lecun_normal() if row == "sigmoid" else keep_variance(sigmoid)
         dense = LCWLinear if row.startswith("lcw") else nnx.Linear
         self.dense = dense(WIDTH, WIDTH, kernel_init=init, rngs=rngs)
-        norm = nnx.BatchNorm(WIDTH, momentum=0.9, rngs=rngs) if row.endswith("_bn") else None
-        self.norm = nnx.data(norm)
+        self.norm = nnx.data(batch_norm(WIDTH, rngs=rngs) if row.endswith("_bn") else None)
 
     def __call__(self, z: Any, train: bool) -> Any:
         """Pre-activations (N, WIDTH) -> those of the next layer."""
-        z = self.dense(nnx.sigmoid(z))
-        return z if self.norm is None else self.norm(z, use_running_average=not train)
+        return normalised(self.dense(nnx.sigmoid(z)), self.norm, train)
 
 
 class Net(nnx.Module):
@@ -43,19 +42,15 @@ class Net(nnx.Module):
         self.layers = nnx.vmap(lambda rngs: Layer(row, rngs))(rngs.split(DEPTH - 1))
         self.last = nnx.Linear(WIDTH, 10, rngs=rngs)
 
-    def __call__(
-        self, images: Any, train: bool = False, tap: Callable[..., Any] | None = None
-    ) -> tuple[Any, list[Any]]:
-        """Images (N, 8, 8, 1) -> logits (N, 10), and what the tap returned for each pre-activation."""
-        tap = tap or (lambda _link, _z, _units: None)
+    def __call__(self, images: Any, train: bool = False) -> Any:
+        """Images (N, 8, 8, 1) -> logits (N, 10)."""
+        z = through(self.layers, self.first(images.reshape(len(images), -1)), train)
+        return self.last(nnx.sigmoid(z))
 
-        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=(nnx.Carry, 0))
-        def layers(layer: Layer, z: Any) -> Any:
-            return layer(z, train), tap(sigmoid, z, WIDTH)
 
-        z, taps = layers(self.layers, self.first(images.reshape(len(images), -1)))
-        last = jax.tree.map(lambda leaf: leaf[None], tap(sigmoid, z, WIDTH))
-        return self.last(nnx.sigmoid(z)), [taps, last]
+def through(layers: Layer, z: Any, train: bool) -> Any:
+    """Pre-activations (N, WIDTH) through layers that are stacked."""
+    return nnx.scan(lambda layer, z: layer(z, train), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(layers, z)
 
 
 def moments(model: Net, images: Any) -> dict[str, float]:
@@ -63,10 +58,12 @@ def moments(model: Net, images: Any) -> dict[str, float]:
 
     shift: the spread over units of the mean over images. signal: the mean over units of the deviation over images.
     """
-    _, (taps, _) = model(scale(images), train=True, tap=lambda _link, z, _units: z)
     graph, state = nnx.split(model.layers)
-    middle = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[MIDDLE], state))
-    z = np.asarray(middle.dense(nnx.sigmoid(taps[MIDDLE])), np.float64)
+    before, middle = (
+        nnx.merge(graph, jax.tree.map(lambda leaf, part=part: leaf[part], state)) for part in (slice(MIDDLE), MIDDLE)
+    )
+    z = through(before, model.first(scale(images).reshape(len(images), -1)), train=True)
+    z = np.asarray(middle.dense(nnx.sigmoid(z)), np.float64)
     return {"shift": float(z.mean(0).std()), "signal": float(z.std(0).mean())}
 
 
@@ -74,12 +71,8 @@ def run(row: str, seed: int, data: Dataset, epochs: int) -> Measures:
     """The shift at the start, and for each rate the test accuracy after few epochs and after the last."""
     measured = moments(Net(row, nnx.Rngs(seed)), data.train_images)
     for rate, optimizer in OPTIMIZERS.items():
-        _, lines = train(Net(row, nnx.Rngs(seed)), data, optimizer=optimizer, epochs=epochs, batch_size=64, seed=seed)
-        accuracy = [line["test_accuracy"] for line in lines if "diverged" not in line]
-        if len(accuracy) >= EARLY:
-            measured[f"early_{rate}"] = accuracy[EARLY - 1]
-        if len(accuracy) == epochs:
-            measured[f"last_{rate}"] = accuracy[-1]
+        _, lines = train(Net(row, nnx.Rngs(seed)), data, Plan(optimizer, epochs, 64), seed)
+        measured |= early_and_last(lines, epochs, f"_{rate}")
     return measured
 
 
@@ -102,11 +95,7 @@ CLAIM = Claim(
     ),
     rows=("sigmoid", "sigmoid_scaled", "sigmoid_bn", "lcw", "lcw_bn"),
     measures={"shift": "spread of means at the start", "signal": "deviation over images at the start"}
-    | {
-        f"{when}_{rate}": f"accuracy {said}, rate {rate}"
-        for rate in OPTIMIZERS
-        for when, said in (("early", f"after {EARLY} epochs"), ("last", "at the last"))
-    },
+    | early_and_last_headings(tuple(OPTIMIZERS)),
     epochs=15,
     run=run,
 )

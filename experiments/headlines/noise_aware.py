@@ -1,9 +1,7 @@
 """Noise-aware batch norm: the accuracy of a net with noisy weights, before and after recalibration."""
 
 import functools
-import itertools
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +9,9 @@ import optax
 from flax import nnx
 
 from experiments.engine import data as data_lib
-from experiments.headlines.claim import Claim, Measures, train
+from experiments.engine.training import Plan, train
+from experiments.headlines.claim import Claim, Measures
+from experiments.headlines.net import ConvNet, accuracy, batch_norm
 from linked_jax.remedies.noise_aware import perturb, recalibrate
 
 NOISES = (0.05, 0.1, 0.2)
@@ -20,33 +20,12 @@ BATCH_SIZE = 64
 OPTIMIZER = optax.sgd(0.05, momentum=0.9)
 
 
-class Net(nnx.Module):
-    """Five convolutions with batch norm, the mean over space, and a dense layer."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        widths = (1, 16, 16, 32, 32, 32)
-        self.convs = nnx.List(
-            [nnx.Conv(a, b, (3, 3), use_bias=False, rngs=rngs) for a, b in itertools.pairwise(widths)]
-        )
-        self.norms = nnx.List([nnx.BatchNorm(width, momentum=0.9, rngs=rngs) for width in widths[1:]])
-        self.dense = nnx.Linear(widths[-1], 10, rngs=rngs)
-
-    def __call__(
-        self, images: Any, train: bool = False, tap: Callable[..., Any] | None = None
-    ) -> tuple[Any, list[Any]]:
-        """Images (N, H, W, 1) -> logits (N, 10), and no taps."""
-        del tap
-        x = images
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = nnx.relu(norm(conv(x), use_running_average=not train))
-        return self.dense(x.mean((1, 2))), []
-
-
 def run(row: str, seed: int, data: data_lib.Dataset, epochs: int) -> Measures:
     """Train; calibrate for each noise; the accuracy without noise and the mean accuracy under each noise."""
-    net = Net(nnx.Rngs(seed))
-    model, _ = train(net, data, optimizer=OPTIMIZER, epochs=epochs, batch_size=BATCH_SIZE, seed=seed)
-    images = data_lib.scale(data.train_images)
+    conv = functools.partial(nnx.Conv, use_bias=False)
+    net = ConvNet((16, 16, 32, 32, 32), strided=(), conv=conv, norm=batch_norm, rngs=nnx.Rngs(seed))
+    model, _ = train(net, data, Plan(OPTIMIZER, epochs, BATCH_SIZE), seed)
+    images, tested = data_lib.scale(data.train_images), data_lib.scale(data.test_images)
     batches = images[: len(images) // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE, *images.shape[1:])
     calibrate = functools.partial(recalibrate, batches=batches, forward=_forward)
     keys = jax.random.split(jax.random.key(1000 + seed), DRAWS)  # the same draws for all rows
@@ -63,18 +42,13 @@ def run(row: str, seed: int, data: data_lib.Dataset, epochs: int) -> Measures:
             noisy = nnx.merge(graph, perturb(state, key, noise=noise))
             if row == "each_draw":
                 noisy = calibrate(noisy)
-            accuracies.append(float(_accuracy(*nnx.split(noisy), data.test_images, data.test_labels)))
+            accuracies.append(accuracy(noisy, tested, data.test_labels))
         measured[f"accuracy_{noise:g}"] = statistics.fmean(accuracies)
     return measured
 
 
-def _forward(model: Net, images: Any) -> Any:
+def _forward(model: ConvNet, images: Any) -> Any:
     return model(images, train=True)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _accuracy(graph, state, images, labels):
-    return (nnx.merge(graph, state)(data_lib.scale(images))[0].argmax(-1) == labels).mean()
 
 
 CLAIM = Claim(

@@ -1,8 +1,6 @@
 """Riemannian batch normalisation: kernels before batch norm on the sphere, against Nesterov SGD with batch norm."""
 
 import functools
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,54 +8,32 @@ import optax
 from flax import nnx
 
 from experiments.engine.data import Dataset
-from experiments.headlines.claim import Claim, Measures, train
-from linked_jax import relu
-from linked_jax.remedies.riemannian import (
-    adam_g,
-    orthogonality_penalty,
-    riemannian,
-    scale_invariant,
-    sgd_g,
-    to_sphere,
-)
+from experiments.engine.training import Plan, train
+from experiments.headlines.claim import EARLY, Claim, Measures, early_and_last
+from experiments.headlines.net import ConvNet, batch_norm
+from linked_jax.remedies.riemannian import adam_g, orthogonality_penalty, riemannian, scale_invariant, sgd_g, to_sphere
 
-WIDTHS = (1, 16, 16, 32, 32)
-BATCH_SIZE, EARLY = 64, 2
+BATCH_SIZE = 64
 SCALES = (1.0, 3.0, 10.0)  # of the authors' rates
 RATES = {"nesterov": 0.1, "sgd_g": 0.2, "adam_g": 0.05}
 REST = 0.01
 WEIGHT_DECAY = 5e-4
 
 
-class Net(nnx.Module):
-    """Four times conv 3x3, batch norm and relu, with stride 2 in the third; the mean over space; a dense layer."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.convs, self.norms = nnx.List([]), nnx.List([])
-        for number, (a, b) in enumerate(itertools.pairwise(WIDTHS)):
-            self.convs.append(nnx.Conv(a, b, (3, 3), strides=1 + (number == 2), use_bias=False, rngs=rngs))
-            self.norms.append(nnx.BatchNorm(b, momentum=0.9, rngs=rngs))
-        self.dense = nnx.Linear(WIDTHS[-1], 10, rngs=rngs)
-
-    def __call__(
-        self, images: Any, train: bool = False, tap: Callable[..., Any] | None = None
-    ) -> tuple[Any, list[Any]]:
-        """Images (N, H, W, 1) -> logits (N, 10), and what the tap returned for each pre-activation."""
-        y, taps = images, []
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            z = norm(conv(y), use_running_average=not train)
-            if tap is not None:
-                taps.append(jax.tree.map(lambda leaf: leaf[None], tap(relu, z, z.shape[-1])))
-            y = nnx.relu(z)
-        return self.dense(y.mean((1, 2))), taps
+def net(seed: int) -> ConvNet:
+    """The same net for all rows."""
+    return ConvNet(conv=functools.partial(nnx.Conv, use_bias=False), norm=batch_norm, rngs=nnx.Rngs(seed))
 
 
-def _mask(model: Net) -> Any:
+def mask(model: ConvNet) -> Any:
+    """The kernels for the sphere."""
     return scale_invariant(nnx.state(model, nnx.Param), ["convs"])
 
 
-@functools.cache
-def _optimizer(row: str, scale: float, steps: int) -> optax.GradientTransformation:
+@functools.cache  # another object would compile anew
+def optimizer(row: str, scale: float, steps: int) -> optax.GradientTransformation:
+    """Of a row at the authors' rates times a scale; one object."""
+
     def rate(at_start: float) -> optax.Schedule:
         drops = {int(steps * part): 0.2 for part in (0.3, 0.6, 0.8)}
         return optax.piecewise_constant_schedule(scale * at_start, drops)
@@ -68,41 +44,22 @@ def _optimizer(row: str, scale: float, steps: int) -> optax.GradientTransformati
 
     if row == "nesterov":
         return nesterov(RATES[row])
-    mask = _mask(Net(nnx.Rngs(0)))
+    kernels = mask(net(0))
     on_spheres = {"sgd_g": sgd_g, "adam_g": adam_g}[row](rate(RATES[row]))
-    slope = jax.grad(lambda params: orthogonality_penalty(params, mask))
+    slope = jax.grad(lambda params: orthogonality_penalty(params, kernels))
     penalty = optax.stateless(lambda gradients, params: optax.tree.add(gradients, slope(params)))
-    return optax.chain(penalty, riemannian(on_spheres, nesterov(REST), mask))
+    return optax.chain(penalty, riemannian(on_spheres, nesterov(REST), kernels))
 
 
-_tried: dict[tuple[str, float, int, int], list[dict[str, Any]]] = {}
-
-
-def _train(row: str, scale: float, seed: int, data: Dataset, epochs: int) -> list[dict[str, Any]]:
-    key = (row, scale, seed, epochs)
-    if key not in _tried:
-        model = Net(nnx.Rngs(seed))
-        if row != "nesterov":
-            nnx.update(model, to_sphere(nnx.state(model, nnx.Param), _mask(model)))
-        optimizer = _optimizer(row, scale, epochs * -(-len(data.train_labels) // BATCH_SIZE))
-        _, _tried[key] = train(model, data, optimizer=optimizer, epochs=epochs, batch_size=BATCH_SIZE, seed=seed)
-    return _tried[key]
-
-
-def run(row: str, seed: int, data: Dataset, epochs: int) -> Measures:
-    """Train at the rates with the least training loss on seed 0; test accuracy after few epochs and at the last."""
-
-    def loss(scale: float) -> float:
-        return _train(row, scale, 0, data, epochs)[-1].get("train_loss", float("inf"))
-
-    scale = min(SCALES, key=loss)
-    lines = [line for line in _train(row, scale, seed, data, epochs) if "diverged" not in line]
-    measured = {"scale": scale}
-    if len(lines) >= EARLY:
-        measured["early"] = lines[EARLY - 1]["test_accuracy"]
-    if len(lines) == epochs:
-        measured |= {"last": lines[-1]["test_accuracy"], "loss": lines[-1]["train_loss"]}
-    return measured
+def run(row: str, seed: int, data: Dataset, epochs: int, scale: float) -> Measures:
+    """Train at the authors' rates times a scale; test accuracy after few epochs and at the last, training loss."""
+    model = net(seed)
+    if row != "nesterov":
+        nnx.update(model, to_sphere(nnx.state(model, nnx.Param), mask(model)))
+    steps = epochs * -(-len(data.train_labels) // BATCH_SIZE)
+    _, lines = train(model, data, Plan(optimizer(row, scale, steps), epochs, BATCH_SIZE), seed)
+    measured = early_and_last(lines, epochs)
+    return measured | ({"loss": lines[-1]["train_loss"]} if "last" in measured else {})
 
 
 CLAIM = Claim(
@@ -130,4 +87,6 @@ CLAIM = Claim(
     },
     epochs=15,
     run=run,
+    rates=SCALES,
+    rate="scale",
 )

@@ -100,12 +100,3 @@ def units_for(name: str, count: int, *, features: int, horizon: int) -> int:
         return abs(parameters(name, units, features=features, horizon=horizon) - count)
 
     return min(range(1, 2 + int(count**0.5)), key=distance)
-
-
-def start(name: str, units: int, seeds: int, *, features: int, horizon: int) -> tuple[Any, Any]:
-    """The graph of a net, and its parameters before training, stacked over the seeds 0, 1, ..."""
-    nets = [
-        nnx.split(RecurrentNet(name, units, features=features, horizon=horizon, rngs=nnx.Rngs(seed)))
-        for seed in range(seeds)
-    ]
-    return nets[0][0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state for _, state in nets))

@@ -5,22 +5,27 @@ split by time: the first 70 % of the hours train, the next 15 % validate, the la
 are in its part. Its inputs may reach back into the part before, as they would in use.
 """
 
-import csv
 import dataclasses
-import datetime
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from scipy.signal import lfilter
 
-from experiments.engine.errors import UsageError
+from experiments.engine.errors import UsageError, first_line
 
 HISTORY, HORIZON = 168, 24
 FEATURES = 10  # of an hour: load, two for the hour of the day, seven for the weekday
 STRIDE = 5  # hours between windows that train; with it, their starts visit every hour of the week
 LEAST_HOURS = 4 * 7 * 24
 _LEAST, _MOST = 1e-9, 1e15  # a load; its inverse and its square are far from the ends of float32 and float64
+_MISSING = (
+    "missing between {earlier} and {time}; fill the gap, take the longer part, or give times with their offset from "
+    "UTC if clocks changed"
+)
 _PARTS = {"train": (0.0, 0.7), "validation": (0.7, 0.85), "test": (0.85, 1.0)}
 
 
@@ -42,6 +47,11 @@ class Series:
     def fingerprint(self) -> str:
         """SHA-256 over the start and the loads, 16 hexadecimal digits."""
         return hashlib.sha256(str(self.start).encode() + self.load.tobytes()).hexdigest()[:16]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a record says of its data."""
+        return {"name": self.name, "fingerprint": self.fingerprint, "description": str(self)}
 
     def __str__(self) -> str:
         end = self.start + np.timedelta64(len(self.load) - 1, "h")
@@ -86,11 +96,10 @@ def made(days: int = 730, seed: int = 0) -> Series:
 
 
 def _autoregressive(rng: np.random.Generator, count: int, deviation: float, hours: float) -> np.ndarray:
-    phi, x = math.exp(-1 / hours), np.empty(count)
-    x[0], *innovations = deviation * rng.normal(size=count)
-    for t, innovation in enumerate(innovations, 1):
-        x[t] = phi * x[t - 1] + math.sqrt(1 - phi * phi) * innovation
-    return x
+    phi = math.exp(-1 / hours)
+    noise = deviation * rng.normal(size=count)
+    rest, _ = lfilter([math.sqrt(1 - phi * phi)], [1, -phi], noise[1:], zi=[phi * noise[0]])
+    return np.append(noise[0], rest)
 
 
 def read_csv(path: str, time_column: str, load_column: str) -> Series:
@@ -102,73 +111,54 @@ def read_csv(path: str, time_column: str, load_column: str) -> Series:
       UsageError: if it cannot be read, or an hour is missing, double, or has no positive load; with the row's number in
         the file, the header being row 1.
     """
-    try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            names = reader.fieldnames or []
-            for option, column in {"--time-column": time_column, "--load-column": load_column}.items():
-                if column not in names:
-                    raise UsageError(
-                        f"{path} has no column {column!r}, only {', '.join(names) or 'none'}; pass {option}"
-                    )
-            rows = [(reader.line_num, row[time_column], row[load_column]) for row in reader]
-    except OSError as error:
-        raise UsageError(f"cannot read {path} ({error.strerror}); pass --csv with a CSV file") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path} is no CSV file in UTF-8 ({error}); save it as one") from error
+    rows = _rows(path, {"--time-column": time_column, "--load-column": load_column})
     if len(rows) < LEAST_HOURS:
         raise UsageError(f"{path} has {len(rows):,} hours; a forecast needs {LEAST_HOURS:,} at least, four weeks")
-    hour, earlier, loads = datetime.timedelta(hours=1), None, []
-    for number, time_text, load_text in rows:
-        where = f"{path}, row {number}"
-        time = _time(where, time_column, time_text)
-        if earlier is not None:
-            _check_order(where, earlier, time, hour)
-        earlier = time
-        loads.append(_load(where, load_column, load_text))
-    start = _time(path, time_column, rows[0][1])
-    return Series(np.datetime64(start.replace(tzinfo=None), "h"), np.array(loads), Path(path).name)
+    time: Any = pd.to_datetime(rows[time_column].str.strip(), format="ISO8601", errors="coerce", utc=True)
+    time = time.where(time.dt.year >= 1)  # the year 0 is none of Python's
+    has_offset = rows[time_column].str.contains(r":.*(?:Z|[+-]\d\d:?\d\d)\s*$")
+    if not has_offset.any():
+        time = time.dt.tz_localize(None)
+    step = time.diff() / pd.Timedelta(hours=1)  # nan in the first row
+    load: Any = pd.to_numeric(rows[load_column], errors="coerce")
+    for wrong, says in (
+        (time.isna(), "{time_column} is a time such as 2024-01-31 23:00, got {time_text!r}; correct it"),
+        (has_offset != has_offset.iloc[0], "some times have an offset from UTC, {time_text} differs; write all alike"),
+        (step == 0, "the hour {time} is there twice; remove one, or give times with their offset from UTC"),
+        (step < 0, "{time} comes after {earlier}; sort the rows by time"),
+        (step < 1, "{time} is less than an hour after {earlier}; take the mean of each hour"),
+        ((step > 1) & (step <= 2), f"an hour is {_MISSING}"),
+        (step > 2, f"hours are {_MISSING}"),
+        (load.isna(), "{load_column} is a number such as 1234.5, got {load_text!r}; correct it, or fill it in"),
+        (~load.between(_LEAST, _MOST), "{load_column} is positive, since errors are in per cent of it, and at most "
+         f"{_MOST:g}; got {{load_text}}; correct it, or fill it in"),
+    ):  # fmt: skip
+        if wrong.any():
+            row = wrong.idxmax()  # the first
+            texts = {"time_text": rows[time_column][row], "load_text": rows[load_column][row], "time": time[row]}
+            names = {"time_column": time_column, "load_column": load_column, "earlier": time.shift()[row]}
+            raise UsageError(f"{path}, row {row}: {says.format(**texts, **names)}")
+    start = time.iloc[0].tz_localize(None).to_datetime64().astype("datetime64[h]")
+    return Series(start, load.to_numpy(np.float64), Path(path).name)
 
 
-def _time(where: str, column: str, text: str | None) -> datetime.datetime:
+def _rows(path: str, columns: dict[str, str]) -> Any:
+    """A data frame of texts, without blank lines; the index is the row's number in the file."""
     try:
-        time = datetime.datetime.fromisoformat((text or "").strip())
-        return time.astimezone(datetime.UTC) if time.tzinfo else time
-    except (ValueError, OverflowError):  # the year 0
-        message = f"{where}: {column} is a time such as 2024-01-31 23:00, got {text or ''!r}; correct it"
-        raise UsageError(message) from None
-
-
-def _check_order(where: str, earlier: datetime.datetime, time: datetime.datetime, hour: datetime.timedelta) -> None:
-    if (earlier.tzinfo is None) != (time.tzinfo is None):
-        raise UsageError(f"{where}: some times have an offset from UTC and {time} is not alike; write all alike")
-    if time == earlier:
-        raise UsageError(
-            f"{where}: the hour {time} is there twice; remove one, or give times with their offset from UTC"
-        )
-    if time < earlier:
-        raise UsageError(f"{where}: {time} comes after {earlier}; sort the rows by time")
-    if time - earlier < hour:
-        raise UsageError(f"{where}: {time} is less than an hour after {earlier}; take the mean of each hour")
-    if time - earlier > hour:
-        missing = "an hour is" if time - earlier <= 2 * hour else "hours are"
-        raise UsageError(
-            f"{where}: {missing} missing between {earlier} and {time}; fill the gap, take the longer part, or give "
-            "times with their offset from UTC if clocks changed"
-        )
-
-
-def _load(where: str, column: str, text: str | None) -> float:
-    try:
-        load = float(text or "")
-    except ValueError:
-        raise UsageError(f"{where}: {column} is a number such as 1234.5, got {text or ''!r}; correct it") from None
-    if not _LEAST <= load <= _MOST:  # nor nan
-        raise UsageError(
-            f"{where}: {column} is positive, since errors are in per cent of it, and at most {_MOST:g}; got {text}; "
-            "correct it, or fill it in"
-        )
-    return load
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            options: Any = {"dtype": str, "keep_default_na": False, "skip_blank_lines": False, "index_col": False}
+            rows = pd.read_csv(file, usecols=lambda _: True, **options)  # cells beyond the header are ignored
+    except pd.errors.EmptyDataError:
+        rows = pd.DataFrame()
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror}); pass --csv with a CSV file") from error
+    except (UnicodeDecodeError, pd.errors.ParserError) as error:
+        raise UsageError(f"{path} is no CSV file in UTF-8 ({first_line(error)}); save it as one") from error
+    for option, column in columns.items():
+        if column not in rows:
+            raise UsageError(f"{path} has no column {column!r}, only {', '.join(rows) or 'none'}; pass {option}")
+    rows.index += 2  # the header is row 1
+    return rows[(rows != "").any(axis=1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,11 +203,8 @@ def windows(series: Series) -> Windows:
             f"the load of {series.name} is constant in its first 70 %, {mean:g}: nothing is to be forecast"
         )
     times = series.start + np.arange(count)
-    hour, weekday = (
-        times.astype(int) % 24,
-        (times.astype("datetime64[D]").astype(int) + 3) % 7,
-    )  # 1970 began on Thursday
-    angle = 2 * np.pi * hour / 24
+    angle = 2 * np.pi * (times.astype(int) % 24) / 24
+    weekday = (times.astype("datetime64[D]").astype(int) + 3) % 7  # 1970 began on Thursday
     calendar = np.column_stack([np.sin(angle), np.cos(angle), np.eye(7)[weekday]])
     features = np.column_stack([(series.load - mean) / deviation, calendar]).astype(np.float32)
     starts = {

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.engine.rows import Norm, batch_norm, identity, normalised
+from experiments.engine.rows import Activation, Norm, batch_norm, identity, normalised
 from linked_jax import LinkedConv
 from linked_jax.initializers import Initializer
-from linked_jax.layers import Activation
 
 # units in multiples of c, window, stride, and whether an activation precedes the layer
 _LAYERS = (

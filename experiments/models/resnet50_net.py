@@ -13,10 +13,9 @@ from typing import Literal
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.engine.rows import Norm, batch_norm, normalised
+from experiments.engine.rows import Activation, Norm, batch_norm, normalised
 from linked_jax import LinkedConv, LinkedLinear
 from linked_jax.initializers import Initializer
-from linked_jax.layers import Activation
 
 LinkWhere = Literal["inside", "everywhere"]
 STEM = 8

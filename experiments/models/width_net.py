@@ -5,10 +5,9 @@ from collections.abc import Callable, Sequence
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.engine.rows import Norm, batch_norm, normalised
+from experiments.engine.rows import Activation, Norm, batch_norm, normalised
 from linked_jax import Link, LinkedLinear
 from linked_jax.initializers import Initializer
-from linked_jax.layers import Activation
 
 
 class WidthNet(nnx.Module):

@@ -9,32 +9,33 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from linked_jax import fourier, leaky_relu, lk_relu, lk_swish, relu
-from linked_jax.diagnostics import UnitStatistics, unit_statistics
-from linked_jax.linking import Link
-from linked_jax.revive import link_opt_state, link_sequential, redo
+from experiments.engine.loop import Loop
+from experiments.engine.parallel import Placement
+from experiments.engine.tasks import CrossEntropy
+from linked_jax import Link, fourier, leaky_relu, lk_relu, lk_swish, relu
+from linked_jax.revive import link_sequential, link_sequential_opt_state, redo
 
 HIDDEN_LAYERS = 3
-RULE = optax.scale_by_adam()
-"""Adam without its rate, which is applied after it: a rate is then an array like any other."""
+RULE = optax.adam(1.0)
+"""The loop multiplies its updates by the rate."""
 
 TAU = 0.025
 """A unit is dormant if its score is at most this (Sokar et al. 2023)."""
 
-Change = Callable[[nnx.Sequential, Any, "Moment"], tuple[nnx.Sequential, Any]]
+Net = tuple[nnx.Sequential, Any]
+"""A model, and its optimiser's state."""
 
 
-class Moment(NamedTuple):
-    """When a net may be changed: before the round of a task; with the images that it will learn."""
+class Round(NamedTuple):
+    """Which round of training comes next: the task of how many, the round of the task; its images, and a key."""
 
     task: int
     tasks: int
-    round: int
+    number: int
     images: Array
     key: Array
 
@@ -47,35 +48,35 @@ class Method:
       says: what it is, for the table.
       link: of all hidden layers.
       norm: whether there is layer normalisation before the link.
-      change: (model, opt_state, moment) -> (model, opt_state), before each round; None for nothing.
+      change: (net, round) -> the net that is trained in that round; None for the same one.
       at_end: the link that the net has after the last task, if it is another one.
     """
 
     says: str
     link: Link
     norm: bool = False
-    change: Change | None = None
+    change: Callable[[Net, Round], Net] | None = None
     at_end: Link | None = None
 
 
-def redo_dormant(model: nnx.Sequential, opt_state: Any, moment: Moment) -> tuple[nnx.Sequential, Any]:
-    """ReDo of Sokar et al. 2023, once a round."""
-    graph, state = nnx.split(model)
-    state, opt_state = _redo(graph, state, opt_state, moment.images, moment.key)
-    return nnx.merge(graph, state), opt_state
+def redo_dormant(net: Net, images: Array, key: Array) -> Net:
+    """The net after ReDo of Sokar et al. 2023."""
+    model, opt_state, _ = _redo(*net, images, key=key)
+    return model, opt_state
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _redo(graph, state, opt_state, images, key) -> tuple[Any, Any]:
-    model, opt_state, _ = redo(nnx.merge(graph, state), opt_state, images, tau=TAU, key=key)
-    return nnx.state(model), opt_state
+_redo = jax.jit(functools.partial(redo, tau=TAU))
 
 
-def link_half_way(model: nnx.Sequential, opt_state: Any, moment: Moment) -> tuple[nnx.Sequential, Any]:
+def link_half_way(net: Net, now: Round) -> Net:
     """Replace ReLU by its link, without a change of outputs, before the task in the middle of the stream."""
-    if (moment.task, moment.round) != (moment.tasks // 2, 0):
-        return model, opt_state
-    return link_sequential(model, lk_relu), link_opt_state(opt_state, model, lk_relu)
+    return linked(net) if (now.task, now.number) == (now.tasks // 2, 0) else net
+
+
+def linked(net: Net) -> Net:
+    """The net with lk_relu instead of ReLU and the same outputs. Adam's moments stay, those of new weights are 0."""
+    model, opt_state = net
+    return link_sequential(model, lk_relu), link_sequential_opt_state(opt_state, model, lk_relu)
 
 
 METHODS = {
@@ -85,7 +86,11 @@ METHODS = {
     "lk_swish": Method("(swish(z), swish(-z))", lk_swish),
     "fourier": Method("(sin z, cos z)", fourier),
     "layer_norm": Method("layer norm, then ReLU", relu, norm=True),
-    "redo": Method(f"ReLU; dormant units (tau {TAU}) are made anew once a round", relu, change=redo_dormant),
+    "redo": Method(
+        f"ReLU; dormant units (tau {TAU}) are made anew once a round",
+        relu,
+        change=lambda net, now: redo_dormant(net, now.images, now.key),
+    ),
     "revived": Method("ReLU, linked before the task in the middle", relu, change=link_half_way, at_end=lk_relu),
 }
 
@@ -111,35 +116,11 @@ def parameters(method: Method, features: int, width: int, classes: int) -> int:
 
 def width_for(method: Method, features: int, wanted: int, classes: int) -> int:
     """The width whose net has the number of parameters that is nearest to the wanted one."""
-    width = 1
-    while (more := parameters(method, features, width + 1, classes)) <= wanted:
-        width += 1
-    less = parameters(method, features, width, classes)
-    return width if wanted - less <= more - wanted else width + 1
+    widths = range(1, wanted // features + 2)
+    return min(widths, key=lambda width: abs(parameters(method, features, width, classes) - wanted))
 
 
-class Hidden(NamedTuple):
-    """What one link saw and gave."""
-
-    link: Link
-    z: Float[Array, "n width"]
-    h: Float[Array, "n linked"]
-    slopes: Float[Array, "n linked"]
-
-    @property
-    def statistics(self) -> UnitStatistics:
-        """Of its units."""
-        return unit_statistics(self.z, self.h, self.slopes, arity=self.link.arity, layout=self.link.layout)
-
-
-def hidden(model: nnx.Sequential, x: Array) -> tuple[Array, list[Hidden]]:
-    """The logits, and every link's pre-activations, outputs and derivatives."""
-    seen = []
-    for layer in model.layers:
-        if isinstance(layer, Link):
-            z = x
-            x, slopes = jax.jvp(layer, (z,), (jnp.ones_like(z),))
-            seen.append(Hidden(layer, z, x, slopes))
-        else:
-            x = layer(x)
-    return x, seen
+def loop_for(model: nnx.Sequential, *, stacked: bool = False) -> Loop:
+    """The loop that trains nets like this one; stacked: several together, on data of their own."""
+    loss = CrossEntropy(nnx.graphdef(model))
+    return Loop(loss, RULE, Placement(stacked=stacked), own_data=stacked, scanned=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.engine.plots import mean_band
+from experiments.engine.plots import figure, mean_band
+from experiments.engine.study import at_best_rate
 from experiments.engine.tables import markdown as markdown_table
 from experiments.engine.tables import provenance, spread
 
@@ -37,14 +38,9 @@ def of_net(stream: str, row: str, width: int, lines: Sequence[Line]) -> list[Lin
     return [line for line in lines if (line["stream"], line["row"], line["width"]) == (stream, row, width)]
 
 
-def best_rate(runs: Sequence[Line]) -> float:
-    """The rate of the best mean accuracy over all tasks, of seed 0."""
-    return max((run for run in runs if run["seed"] == 0), key=lambda run: statistics.fmean(run["accuracy"]))["rate"]
-
-
 def chosen(runs: Sequence[Line]) -> list[Line]:
-    """The runs at that rate, one a seed."""
-    return [run for run in runs if run["rate"] == best_rate(runs)]
+    """The runs, one a seed, at the rate of the best mean accuracy over all tasks of seed 0."""
+    return at_best_rate(runs, lambda run: -statistics.fmean(run["accuracy"]))
 
 
 def ends(values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
@@ -61,43 +57,41 @@ def ends(values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
 def table(stream: str, column: str, config: Mapping[str, Any], lines: Sequence[Line]) -> list[dict[str, str]]:
     """A row for each method, the best on the last tasks first."""
     found = [(net, chosen(of_net(stream, net["row"], net["width"], lines))) for net in _nets(column, config)]
-    rows = []
-    for net, runs in sorted(found, key=lambda pair: -statistics.fmean(_last(run, "accuracy") for run in pair[1])):
-        first = [statistics.fmean(ends(run["accuracy"])[0]) for run in runs]
-        last = [_last(run, "accuracy") for run in runs]
-        rows.append(
-            {
-                "method": net["row"],
-                "last tasks": spread(last),
-                "first tasks": spread(first),
-                "difference": spread([b - a for a, b in zip(first, last, strict=True)]),
-                "all tasks": spread([statistics.fmean(run["accuracy"]) for run in runs]),
-                "dead, last": spread([_last(run, "dead") for run in runs]),
-                "dormant, last": spread([_last(run, "dormant") for run in runs]),
-                "rank, first": f"{statistics.fmean(statistics.fmean(ends(run['rank'])[0]) for run in runs):.1f}",
-                "rank, last": f"{statistics.fmean(_last(run, 'rank') for run in runs):.1f}",
-                "rate": f"{runs[0]['rate']:g}",
-                "seeds": str(len(runs)),
-                "units": str(net["width"]),
-                "parameters": f"{net['parameters']:,}",
-            }
-        )
-        if not all(min(run["finite"]) for run in runs):
-            rows[-1]["method"] += " (diverged)"
-    return rows
+    return [
+        {
+            "method": net["row"] + " (diverged)" * (not all(min(run["finite"]) for run in runs)),
+            "last tasks": spread([_last(run, "accuracy") for run in runs]),
+            "first tasks": spread([_first(run, "accuracy") for run in runs]),
+            "difference": spread([_last(run, "accuracy") - _first(run, "accuracy") for run in runs]),
+            "all tasks": spread([statistics.fmean(run["accuracy"]) for run in runs]),
+            "dead, last": spread([_last(run, "dead") for run in runs]),
+            "dormant, last": spread([_last(run, "dormant") for run in runs]),
+            "rank, first": f"{statistics.fmean(_first(run, 'rank') for run in runs):.1f}",
+            "rank, last": f"{statistics.fmean(_last(run, 'rank') for run in runs):.1f}",
+            "rate": f"{runs[0]['rate']:g}",
+            "seeds": str(len(runs)),
+            "units": str(net["width"]),
+            "parameters": f"{net['parameters']:,}",
+        }
+        for net, runs in sorted(found, key=lambda pair: -statistics.fmean(_last(run, "accuracy") for run in pair[1]))
+    ]
 
 
 def rates_table(stream: str, column: str, config: Mapping[str, Any], lines: Sequence[Line]) -> list[dict[str, str]]:
     """Mean accuracy over all tasks, and on the last ones, at each rate that was tried with seed 0."""
     rows = []
     for net in _nets(column, config):
-        row = {"method": net["row"]}
-        for run in of_net(stream, net["row"], net["width"], lines):
-            if run["seed"] == 0:
-                last = _last(run, "accuracy")
-                row[f"rate {run['rate']:g}"] = f"{statistics.fmean(run['accuracy']):.4f} (last {last:.4f})"
-        rows.append(row)
+        tried = [run for run in of_net(stream, net["row"], net["width"], lines) if run["seed"] == 0]
+        said = {
+            f"rate {run['rate']:g}": f"{statistics.fmean(run['accuracy']):.4f} (last {_last(run, 'accuracy'):.4f})"
+            for run in tried
+        }
+        rows.append({"method": net["row"], **said})
     return rows
+
+
+def _first(run: Line, measure: str) -> float:
+    return statistics.fmean(ends(run[measure])[0])
 
 
 def _last(run: Line, measure: str) -> float:
@@ -143,11 +137,9 @@ def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
 
 def picture(column: str, config: Mapping[str, Any], lines: Sequence[Line], path: Path) -> Path:
     """Accuracy, dormant share and effective rank by task, a row a stream; bands are one standard deviation."""
-    from matplotlib.figure import Figure
-
     streams = config["protocol"]["streams"]
-    figure = Figure(figsize=(15, 4.2 * len(streams) + 0.6), layout="constrained")
-    panels = figure.subplots(len(streams), len(_PANELS), squeeze=False)
+    sheet = figure(15, 4.2 * len(streams) + 0.6)
+    panels = sheet.subplots(len(streams), len(_PANELS), squeeze=False)
     for stream, row in zip(streams, panels, strict=True):
         for (measure, title), panel in zip(_PANELS.items(), row, strict=True):
             most = max(1, config["protocol"]["tasks"] // 2)  # so that a line is left
@@ -164,6 +156,6 @@ def picture(column: str, config: Mapping[str, Any], lines: Sequence[Line], path:
                 panel.set_ylim(bottom=0)
             panel.grid(alpha=0.25)
         row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
-    figure.suptitle(f"{config['data']['name']}, {column.replace('_', ' ')}: mean over seeds and one standard deviation")
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    sheet.suptitle(f"{config['data']['name']}, {column.replace('_', ' ')}: mean over seeds and one standard deviation")
+    sheet.savefig(path, dpi=100, metadata={"Software": None})
     return path

@@ -8,17 +8,8 @@ import optax
 from flax import nnx
 
 from experiments.engine.optimizers import adam, sgd
-from experiments.remedies.net import NETS, Stage
-from experiments.remedies.steps import (
-    DReluStep,
-    KalmanStep,
-    Method,
-    NormPropStep,
-    Rule,
-    VarianceStep,
-    plain_weights,
-)
-from linked_jax import Link
+from experiments.remedies.net import NETS
+from experiments.remedies.steps import DReluStep, KalmanStep, Method, NormPropStep, Rule, VarianceStep
 from linked_jax.remedies.bcn import BatchChannelNorm
 from linked_jax.remedies.bkn import BatchKalmanNorm
 from linked_jax.remedies.enorm import Layer, enorm
@@ -44,58 +35,30 @@ def layer_norm(features: int, on_image: bool, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(features, reduction_axes=(-3, -2, -1) if on_image else -1, rngs=rngs)
 
 
-def weights(conv: Any, linear: Any) -> Any:
-    """A pair of layer classes, as `Method.weights`."""
-
-    def make(in_features: int, out_features: int, stage: Stage, _link: Link, rngs: nnx.Rngs) -> Any:
-        if stage.kernel_size is None:
-            return linear(in_features, out_features, rngs=rngs)
-        return conv(
-            in_features, out_features, stage.kernel_size, strides=stage.strides, padding=stage.padding, rngs=rngs
-        )
-
-    return make
+def standardised(*sizes: Any, strides: int, kernel_init: Any, **options: Any) -> Any:
+    """A standardised convolution with its own start; the stem, which no norm follows, is plain."""
+    if strides > 1:
+        return nnx.Conv(*sizes, strides=strides, kernel_init=kernel_init, **options)
+    return WSConv(*sizes, strides=strides, **options)
 
 
-def standardised(in_features: int, out_features: int, stage: Stage, link: Link, rngs: nnx.Rngs) -> Any:
-    """Standardised convolutions; dense layers, and the stem, which no norm follows, are plain."""
-    if stage.kernel_size is None or stage.strides > 1:
-        return plain_weights(in_features, out_features, stage, link, rngs)
-    return weights(WSConv, None)(in_features, out_features, stage, link, rngs)
-
-
-def constrained(in_features: int, out_features: int, stage: Stage, link: Link, rngs: nnx.Rngs) -> Any:
-    """Linearly constrained weights that keep the variance behind their activation."""
-    init = keep_variance(link)
-    return weights(
-        functools.partial(LCWConv, kernel_init=init), functools.partial(LCWLinear, kernel_init=init)
-    )(in_features, out_features, stage, link, rngs)  # fmt: skip
-
-
+@functools.cache  # another optimiser would compile anew
 def balanced(net: str, rate: float) -> Rule:
     """Adam, then ENorm on all layers of the network."""
-    return _balanced(net, rate), 1.0
-
-
-@functools.cache
-def _balanced(net: str, rate: float) -> optax.GradientTransformation:
-    stages = NETS[net](_CLASSES)
-    return enorm(adam(rate), [Layer(f"steps.{number}.weights") for number in range(len(stages))])
+    return enorm(adam(rate), [Layer(f"steps.{number}.weights") for number in range(len(NETS[net](_CLASSES)))]), 1.0
 
 
 def on_sphere(make: Callable[[float], optax.GradientTransformation]) -> Callable[[str, float], Rule]:
     """SGD-G or Adam-G for kernels that a batch norm follows; Nesterov at a twentieth of the rate for the rest."""
 
     @functools.cache
-    def rule(net: str, rate: float) -> optax.GradientTransformation:
+    def rule(net: str, rate: float) -> Rule:
         following = enumerate(NETS[net](_CLASSES)[1:])
         normed = [f"steps.{number}.weights" for number, stage in following if stage.active]
         rest = sgd(rate / 20, momentum=0.9, nesterov=True)
-        return optax.partition(
-            {True: make(rate), False: rest}, lambda params: scale_invariant(params, normed)
-        )  # fmt: skip
+        return optax.partition({True: make(rate), False: rest}, lambda params: scale_invariant(params, normed)), 1.0
 
-    return lambda net, rate: (rule(net, rate), 1.0)
+    return rule
 
 
 METHODS: dict[str, Method] = {
@@ -109,19 +72,21 @@ METHODS: dict[str, Method] = {
     "group_norm": Method(
         "ReLU, group norm before it, 4 groups", norm=lambda c, _, rngs: nnx.GroupNorm(c, num_groups=_GROUPS, rngs=rngs)
     ),
-    "lcw": Method("ReLU, linearly constrained weights", weights=constrained),
+    "lcw": Method(
+        "ReLU, linearly constrained weights", conv=LCWConv, linear=LCWLinear, init=lambda link, _: keep_variance(link)
+    ),
     "normprop": Method(
-        "ReLU, normalisation propagation", step=NormPropStep, weights=weights(NormPropConv, NormPropLinear)
+        "ReLU, normalisation propagation", step=NormPropStep, conv=NormPropConv, linear=NormPropLinear, init=None
     ),
     "bcn": Method(
         "ReLU, weight standardisation, batch-channel norm",
-        weights=standardised,
+        conv=standardised,
         norm=lambda c, _, rngs: BatchChannelNorm(c, _GROUPS, momentum=_MOMENTUM, rngs=rngs),
         batch_one=False,
     ),
     "bcn_estimated": Method(
         "the same with estimated statistics",
-        weights=standardised,
+        conv=standardised,
         norm=lambda c, _, rngs: BatchChannelNorm(c, _GROUPS, estimate=True, momentum=_MOMENTUM, rngs=rngs),
     ),
     "enorm": Method("ReLU, equi-normalisation after every step", rule=balanced),
@@ -151,7 +116,7 @@ METHODS: dict[str, Method] = {
         batch_one=False,
     ),
     "variance_propagation": Method(
-        "ReLU, analytic variance propagation", step=VarianceStep, weights=weights(VPConv, VPLinear)
+        "ReLU, analytic variance propagation", step=VarianceStep, conv=VPConv, linear=VPLinear, init=None
     ),
     "drelu": Method("two pre-activations a unit, max(0, a) - max(0, b)", branches=2, step=DReluStep),
 }

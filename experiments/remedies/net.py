@@ -8,11 +8,8 @@ A stage is activation-then-weights, as all layers here are; the first ones have 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
-
-from experiments.models.depth_net import Tap
 
 
 class Stage(NamedTuple):
@@ -101,7 +98,7 @@ class RemedyNet(nnx.Module):
     Args:
       image_shape: (H, W, C) of one image.
       stages: of `NETS`.
-      step: Place, rngs -> a module (x, context, train, tap) -> (z, context, what the tap returned or None).
+      step: Place, rngs -> a module (x, context, train) -> (z, context).
       rngs: Flax random streams.
     """
 
@@ -113,13 +110,9 @@ class RemedyNet(nnx.Module):
             shape = stage.shape_after(shape)
         self.steps = nnx.List(steps)
 
-    def __call__(
-        self, images: Float[Array, "n h w c"], *, train: bool = False, tap: Tap | None = None
-    ) -> tuple[Float[Array, "n classes"], list[Any]]:
-        """Logits, and what the tap returned for each activation."""
-        z, context, taps = images, None, []
+    def __call__(self, images: Float[Array, "n h w c"], *, train: bool = False) -> Float[Array, "n classes"]:
+        """The logits."""
+        z, context = images, None
         for step in self.steps:
-            z, context, tapped = step(z, context, train, tap)
-            if tapped is not None:
-                taps.append(jax.tree.map(lambda leaf: leaf[None], tapped))
-        return z, taps
+            z, context = step(z, context, train)
+        return z

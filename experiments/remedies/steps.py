@@ -10,10 +10,11 @@ import optax
 from flax import nnx
 
 from experiments.engine.optimizers import adam
-from experiments.engine.rows import identity
+from experiments.engine.rows import identity, normalised
 from experiments.remedies.net import NETS, Context, Place, RemedyNet, Stage
 from linked_jax import Link, default_kernel_init, get_activation
-from linked_jax.remedies import bcn, bkn, normprop
+from linked_jax.initializers import Initializer
+from linked_jax.remedies import bkn, normprop
 from linked_jax.remedies import moment_calculus as calculus
 from linked_jax.remedies.drelu import drelu
 
@@ -21,17 +22,6 @@ _FEW_POSITIONS = 32  # images that BKN's prediction draws where a layer has one 
 _ADAM = adam(1.0)
 Rule = tuple[optax.GradientTransformation, float]
 """An optimiser, and the rate that its updates are multiplied by."""
-
-
-def plain_weights(in_features: int, out_features: int, stage: Stage, link: Link, rngs: nnx.Rngs) -> Any:
-    """Flax' own layers with this library's initialiser."""
-    init = default_kernel_init(link, strides=stage.strides)
-    if stage.kernel_size is None:
-        return nnx.Linear(in_features, out_features, kernel_init=init, rngs=rngs)
-    return nnx.Conv(
-        in_features, out_features, stage.kernel_size, strides=stage.strides, padding=stage.padding, kernel_init=init,
-        rngs=rngs,
-    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +33,9 @@ class Method:
       act: a name of `linked_jax.get_activation`.
       branches: pre-activations of a unit.
       step: a subclass of `Step`.
-      weights: in_features, out_features, stage, the link before it, rngs -> a weight layer.
+      conv: a class of convolutions with the signature of `nnx.Conv`.
+      linear: a class of dense layers with the signature of `nnx.Linear`.
+      init: the link before it, strides -> the kernel's initialiser; or None for the layer's own.
       norm: features, whether it is on an image, rngs -> a norm before the activation; or None.
       before: features, rngs -> a layer between activation and weights; or None.
       rule: net, rate -> how to train.
@@ -55,7 +47,9 @@ class Method:
     act: str = "relu"
     branches: int = 1
     step: Callable[["Method", Place, nnx.Rngs], Any] = lambda method, place, rngs: Step(method, place, rngs)
-    weights: Callable[[int, int, Stage, Link, nnx.Rngs], Any] = plain_weights
+    conv: Callable[..., Any] = nnx.Conv
+    linear: Callable[..., Any] = nnx.Linear
+    init: Callable[[Link, int], Initializer] | None = lambda link, strides: default_kernel_init(link, strides=strides)
     norm: Callable[[int, bool, nnx.Rngs], Any] | None = None
     before: Callable[[int, nnx.Rngs], Any] | None = None
     rule: Callable[[str, float], Rule] = lambda _net, rate: (_ADAM, rate)
@@ -65,6 +59,16 @@ class Method:
     def link(self) -> Link:
         """The activation."""
         return get_activation(self.act).link
+
+    def weights(self, in_features: int, out_features: int, stage: Stage, link: Link, rngs: nnx.Rngs) -> Any:
+        """The weights of a stage, behind that link."""
+        options: Any = {"rngs": rngs}
+        if self.init is not None:
+            options["kernel_init"] = self.init(link, stage.strides)
+        if stage.kernel_size is None:
+            return self.linear(in_features, out_features, **options)
+        options |= {"strides": stage.strides, "padding": stage.padding}
+        return self.conv(in_features, out_features, stage.kernel_size, **options)
 
     def build(self, net: str, image_shape: Sequence[int], classes: int, seed: int) -> RemedyNet:
         """The network that it makes."""
@@ -77,7 +81,7 @@ class Step(nnx.Module):
 
     def __init__(self, method: Method, place: Place, rngs: nnx.Rngs):
         stage, units = place.stage, place.shape[-1]
-        self.stage, self.units, self.positions = stage, units, place.positions
+        self.stage, self.positions = stage, place.positions
         self.link = method.link() if stage.active else identity
         features = self.link.arity * units * place.positions
         self.before = nnx.data(method.before(features, rngs) if method.before and stage.active else None)
@@ -86,25 +90,17 @@ class Step(nnx.Module):
         on_image = stage.kernel_size is not None
         self.norm = nnx.data(method.norm(outputs, on_image, rngs) if method.norm and place.normed else None)
 
-    def __call__(self, x: Any, context: Context, train: bool, tap: Any) -> tuple[Any, Context, Any]:
-        """What the step before gave, its context -> this one's, and what the tap returned."""
-        z = self.layer(x, train)
-        return (z if self.norm is None else _normed(self.norm, z, train)), None, self.tapped(x, tap)
+    def __call__(self, x: Any, context: Context, train: bool) -> tuple[Any, Context]:
+        """What the step before gave, its context -> this one's."""
+        return normalised(self.layer(x, train), self.norm, train), None
 
     def layer(self, x: Any, train: bool) -> Any:
         """All but the norm."""
-        h = self.flat(self.pool(self.activation(x)))
-        if self.before is not None:
-            h = self.before(h, use_running_average=not train, deterministic=not train)
-        return self.weights(h)
+        return self.weights(normalised(self.flat(self.pool(self.activation(x))), self.before, train))
 
     def activation(self, x: Any) -> Any:
         """The link."""
         return self.link(x)
-
-    def tapped(self, x: Any, tap: Any) -> Any:
-        """What the tap returns for these pre-activations; None where there is no activation."""
-        return tap(self.link, x, self.units) if tap is not None and self.stage.active else None
 
     def pool(self, h: Any) -> Any:
         """Max-pool, where the stage has one."""
@@ -122,10 +118,6 @@ class DReluStep(Step):
     def activation(self, x: Any) -> Any:
         """(..., 2 C) -> (..., C)."""
         return drelu(*jnp.split(x, 2, axis=-1)) if self.stage.active else x
-
-    def tapped(self, x: Any, tap: Any) -> Any:
-        """What the unit gives is tapped: it has no single pre-activation."""
-        return tap(identity, self.activation(x), self.units) if tap is not None and self.stage.active else None
 
 
 class NormPropStep(Step):
@@ -148,36 +140,28 @@ class KalmanStep(Step):
         super().__init__(method, place, rngs)
         self.rngs = rngs.fork()
 
-    def __call__(self, x: Any, context: Context, train: bool, tap: Any) -> tuple[Any, Context, Any]:
+    def __call__(self, x: Any, context: Context, train: bool) -> tuple[Any, Context]:
         """See `Step`."""
-        z, tapped = self.layer(x, train), self.tapped(x, tap)
+        z = self.layer(x, train)
         if self.norm is None:
-            return z, None, tapped
+            return z, None
         predicted = None
         if context is not None and train:
             samples = 1 if z[0, ..., 0].size > 1 else _FEW_POSITIONS
             key = self.rngs.prediction()
             predicted = bkn.predict(context, key, lambda y: self.layer(y, train), x.shape[1:], samples=samples)
-        z, posterior = self.norm(z, predicted, use_running_average=not train)
-        return z, posterior, tapped
+        return self.norm(z, predicted, use_running_average=not train)
 
 
 class VarianceStep(Step):
     """A step that normalises by moments which it propagates. The context is x's moments."""
 
-    def __call__(self, x: Any, context: Context, train: bool, tap: Any) -> tuple[Any, Context, Any]:
-        """See `Step`. It pools before the activation, which gives the same numbers as long as that is monotone."""
-        tapped, (height, width) = self.tapped(x, tap), self.stage.window(x.shape[1:]) if x.ndim > 2 else (1, 1)
+    def __call__(self, x: Any, context: Context, train: bool) -> tuple[Any, Context]:
+        """See `Step`. The moments are pooled before the activation, which is the same as long as that is monotone."""
+        height, width = self.stage.window(x.shape[1:]) if x.ndim > 2 else (1, 1)
         moments = context or calculus.Moments(jnp.zeros(x.shape[-1]), jnp.ones(x.shape[-1]))
         if height * width > 1:
             moments = calculus.through_pool(moments, height * width, kind="max")
         moments = calculus.through_link(moments, self.link)
         moments = calculus.through_flatten(moments, self.positions)
-        z, moments = self.weights(self.flat(self.activation(self.pool(x))), moments)
-        return z, moments, tapped
-
-
-def _normed(norm: Any, z: Any, train: bool) -> Any:
-    """Some norms have running statistics, and some have none."""
-    has_statistics = isinstance(norm, nnx.BatchNorm | bcn.BatchChannelNorm)
-    return norm(z, use_running_average=not train) if has_statistics else norm(z)
+        return self.weights(self.flat(self.pool(self.activation(x))), moments)

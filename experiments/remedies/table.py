@@ -5,23 +5,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.engine.study import Line, at_best_rate
 from experiments.engine.tables import CHANCE, provenance, spread
 from experiments.engine.tables import markdown as markdown_table
 
 STRESSES = ("batch 2", "raw", "rate x10")
 _LEARNS_FROM = 3 * CHANCE
 _BASE = "relu"
-Line = Mapping[str, Any]
 
 
 def chosen(net: str, row: str, lines: Sequence[Line]) -> list[Line]:
     """The runs of a row at the rate that it chose: the least training loss of seed 0. One a seed."""
     runs = [line for line in lines if (line["net"], line["row"], line["stress"]) == (net, row, "none")]
-    tried = [line for line in runs if line["seed"] == 0]
-    if not tried:
-        return []
-    rate = min(tried, key=lambda line: line.get("train_loss", float("inf")))["rate"]
-    return [line for line in runs if line["rate"] == rate]
+    return at_best_rate(runs, lambda line: line.get("train_loss", float("inf")))
 
 
 def accuracy(line: Line) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.engine.plots import mean_band
+from experiments.engine.plots import figure, mean_band
 from experiments.engine.tables import markdown as markdown_table
 from experiments.engine.tables import provenance, spread
 
@@ -81,11 +81,9 @@ def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
 
 def picture(config: Mapping[str, Any], lines: Sequence[Line], path: Path) -> Path:
     """Accuracy and the share of dead units by epoch, a row a harm; bands are one standard deviation."""
-    from matplotlib.figure import Figure
-
     harms, turn = config["protocol"]["harmful_rates"], config["protocol"]["harmful_epochs"]
-    figure = Figure(figsize=(13, 4.2 * len(harms) + 0.6), layout="constrained")
-    for (harm, rate), (left, right) in zip(harms.items(), figure.subplots(len(harms), 2, squeeze=False), strict=True):
+    sheet = figure(13, 4.2 * len(harms) + 0.6)
+    for (harm, rate), (left, right) in zip(harms.items(), sheet.subplots(len(harms), 2, squeeze=False), strict=True):
         for way, style in _STYLES.items():
             runs = of_way(harm, way, lines)
             shares = np.array([run["dead"] for run in runs]).sum(axis=2) / (3 * config["protocol"]["units"])
@@ -98,5 +96,5 @@ def picture(config: Mapping[str, Any], lines: Sequence[Line], path: Path) -> Pat
             panel.set_ylim(-0.02, 1.02)
             panel.grid(alpha=0.25)
         right.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    sheet.savefig(path, dpi=100, metadata={"Software": None})
     return path

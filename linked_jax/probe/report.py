@@ -224,9 +224,7 @@ def make_report(taps: list[Tap], not_seen: list[str], tau: float) -> Report:
                 arity=tap.arity,
                 units=tap.stats.mean.size,
                 samples=int(tap.stats.count),
-                **jax.tree.map(
-                    _in_numpy, jax.device_get(_numbers(tap.stats, tap.features, tap.gradient_square_sum, tau))
-                ),
+                **jax.tree.map(_in_numpy, numbers),
             )
         )
     return Report(tuple(reports), tau, tuple(dict.fromkeys(not_seen)))

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from linked_jax.remedies.arguments import wide
+
 Augmentation = Callable[[Array, Array], Array]
 """(key, images (N, H, W, C)) -> images of the same shape."""
 
@@ -44,9 +46,7 @@ def recombine(
       >>> bool(jnp.allclose(recombine(x, x), x, atol=1e-5)), bool(jnp.allclose(recombine(2 * x, x), 2 * x, atol=1e-5))
       (True, True)
     """
-    spectrum_1, spectrum_2 = (
-        jnp.fft.fftn(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axes=_AXES) for x in (amplitude_of, phase_of)
-    )
+    spectrum_1, spectrum_2 = (jnp.fft.fftn(wide(x), axes=_AXES) for x in (amplitude_of, phase_of))
     present = spectrum_2 != 0
     safe = jnp.where(present, spectrum_2, 1)
     phase = jnp.where(present, safe / jnp.abs(safe), 1)  # exp(i angle)
@@ -107,7 +107,7 @@ def apr_s(
       key: a PRNG key, for both augmentations and for the coins.
       images: (N, H, W, C) within value_range.
       augment_a: (key, images) -> images of the same shape; draws for each image by itself.
-      augment_b: another one; if None augment_a, which then draws twice.
+      augment_b: likewise, for the second of the two; if None augment_a draws twice.
       probability: of recombining an image.
       value_range: the least and the largest value of an image; recombined images are clipped to it.
 

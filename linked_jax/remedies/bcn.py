@@ -5,6 +5,7 @@
 The batch part may be estimated from running statistics, so that it works on batches of one or two examples.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array, Float
 
-from linked_jax.remedies.kernels import check_sizes
+from linked_jax.remedies.arguments import check_shares, check_sizes, wide, wide_dtype
 
 
 def channel_normalize(
@@ -59,15 +60,16 @@ def channel_normalize(
             f"a group needs two values at least, got x of shape {x.shape} and num_groups={num_groups}; take fewer "
             "groups"
         )
-    grouped = x.astype(_at_least_float32(x.dtype)).reshape(*x.shape[:-1], num_groups, -1)
+    grouped = wide(x).reshape(*x.shape[:-1], num_groups, -1)
     axes = (*range(1, x.ndim - 1), -1)
     mean, var = grouped.mean(axes, keepdims=True), grouped.var(axes, keepdims=True)
-    y = (grouped - mean) * jax.lax.rsqrt(var + epsilon)
+    y = ((grouped - mean) * jax.lax.rsqrt(var + epsilon)).reshape(x.shape)
+    of_channels = functools.partial(jnp.repeat, repeats=x.shape[-1] // num_groups)
     if scale is not None:
-        y = y * scale[:, None]
+        y = y * of_channels(scale)
     if bias is not None:
-        y = y + bias[:, None]
-    return y.reshape(x.shape).astype(x.dtype)
+        y = y + of_channels(bias)
+    return y.astype(x.dtype)
 
 
 def estimate_statistics(
@@ -96,7 +98,7 @@ def estimate_statistics(
       >>> estimate_statistics(jnp.array([[4.0]]), jnp.array([0.0]), jnp.array([1.0]), momentum=0.75)
       (Array([1.], dtype=float32), Array([4.75], dtype=float32))
     """
-    x = jax.lax.stop_gradient(x.astype(_at_least_float32(x.dtype)))
+    x = jax.lax.stop_gradient(wide(x))
     axes = tuple(range(x.ndim - 1))
     batch_mean, batch_var = x.mean(axes), jnp.square(x - mean).mean(axes)
     r = 1 - momentum
@@ -148,11 +150,11 @@ class EstimatedBatchNorm(nnx.Module):
     ):
         del rngs
         check_sizes(num_features=num_features)
-        _check_momentum(momentum)
+        check_shares(momentum=momentum)
         self.momentum, self.epsilon, self.use_running_average = momentum, epsilon, use_running_average
         self.dtype = dtype
-        self.mean = nnx.BatchStat(jnp.zeros(num_features, _at_least_float32(param_dtype)))
-        self.var = nnx.BatchStat(jnp.ones(num_features, _at_least_float32(param_dtype)))
+        self.mean = nnx.BatchStat(jnp.zeros(num_features, wide_dtype(param_dtype)))
+        self.var = nnx.BatchStat(jnp.ones(num_features, wide_dtype(param_dtype)))
         self.scale = nnx.Param(jnp.ones(num_features, param_dtype))
         self.bias = nnx.Param(jnp.zeros(num_features, param_dtype))
 
@@ -219,7 +221,7 @@ class BatchChannelNorm(nnx.Module):
     ):
         check_sizes(num_features=num_features)
         _check_groups(num_features, num_groups)
-        _check_momentum(momentum)
+        check_shares(momentum=momentum)
         self.num_groups, self.epsilon = num_groups, epsilon
         self.batch_norm = (EstimatedBatchNorm if estimate else nnx.BatchNorm)(
             num_features,
@@ -241,10 +243,6 @@ class BatchChannelNorm(nnx.Module):
         return channel_normalize(x1, self.num_groups, self.scale[...], self.bias[...], epsilon=self.epsilon)
 
 
-def _at_least_float32(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def _check_groups(num_features: int, num_groups: int) -> None:
     if num_groups < 1 or num_features % num_groups:
         most = max(1, min(num_groups, num_features // 2))  # two channels a group at least
@@ -253,8 +251,3 @@ def _check_groups(num_features: int, num_groups: int) -> None:
             f"num_groups divides num_features, got num_groups={num_groups} and num_features={num_features}; take e.g. "
             f"num_groups={fits}"
         )
-
-
-def _check_momentum(momentum: float) -> None:
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum is at least 0 and below 1, got {momentum}; it is 1 minus the papers' rate")

@@ -15,7 +15,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array, Float, Key
 
-from linked_jax.remedies.kernels import check_sizes
+from linked_jax.remedies.arguments import check_sizes, wide
 from linked_jax.remedies.moment_calculus import Moments
 
 _TRUSTED_BELOW = 100.0  # the mean of v_pred / v_B; the authors' limit
@@ -29,7 +29,7 @@ def channel_moments(x: Float[Array, "... c"]) -> Moments:
     >>> [each.tolist() for each in channel_moments(jnp.array([[1.0, 4.0], [3.0, 4.0]]))]
     [[2.0, 4.0], [1.0, 0.0]]
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = wide(x)
     axes = tuple(range(x.ndim - 1))
     mean = x.mean(axes)
     return Moments(mean, jnp.square(x - mean).mean(axes))
@@ -87,7 +87,7 @@ def predict(
     Args:
       posterior: m and v of what the layer sees, (C,).
       key: of s.
-      layer: activation and kernel together, (n, *shape) -> (n, ..., C'): the same function that is applied to the data.
+      layer: activation and kernel together, (n, *shape) -> (n, ..., C'), as applied to the data.
       shape: of one example, (*space, C).
       samples: how many examples to draw. The paper draws one image; a dense layer needs many, or has no variance.
 
@@ -118,23 +118,6 @@ def predict(
     if math.prod(x.shape[:-1]) < 2:
         raise ValueError(f"one value for each channel has no variance, got x of shape {x.shape}; pass more samples")
     return channel_moments(x)
-
-
-def add_branches(*branches: Moments) -> Moments:
-    """The moments of a sum of independent branches, as in a residual block: means and variances add.
-
-    A branch with fewer channels is taken as zero in the rest, like a shortcut that is padded with zeros at its end.
-
-    >>> import jax.numpy as jnp
-    >>> from linked_jax.remedies.bkn import add_branches
-    >>> from linked_jax.remedies.moment_calculus import Moments
-    >>> total = add_branches(Moments(jnp.ones(1), jnp.ones(1)), Moments(jnp.ones(2), jnp.ones(2)))
-    >>> [each.tolist() for each in total]
-    [[2.0, 1.0], [2.0, 1.0]]
-    """
-    features = max(branch.mean.size for branch in branches)
-    padded = [jax.tree.map(lambda each: jnp.pad(each, (0, features - each.size)), branch) for branch in branches]
-    return jax.tree.map(lambda *each: sum(each), *padded)
 
 
 class BatchKalmanNorm(nnx.Module):

@@ -42,30 +42,3 @@ def drelu(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]
       Array([ 3.,  0.,  0., -2.], dtype=float32)
     """
     return jax.nn.relu(a) - jax.nn.relu(b)
-
-
-def delu(a: Float[Array, "..."], b: Float[Array, "..."], *, alpha: float = 0.1) -> Float[Array, "..."]:
-    """The dual exponential linear unit of two independent pre-activations.
-
-        elu(a) - elu(b),   elu(z) = z if z > 0 else alpha (exp(z) - 1)
-
-    It is never quite flat, except where both exponentials vanish in floating point. The derivative at a = 0 is alpha,
-    the limit from the left, and -alpha at b = 0.
-
-    Args:
-      a: the pre-activations of the positive branch.
-      b: those of the negative branch, of the same shape.
-      alpha: the size of an ELU far below 0.
-
-    Returns:
-      An array like a.
-
-    Reference: Godin et al., Dual rectified linear units (DReLUs), 2017; alpha is that of the authors' code.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from linked_jax.remedies.drelu import delu
-      >>> delu(jnp.array([3.0]), jnp.array([-50.0]))
-      Array([3.1], dtype=float32)
-    """
-    return jax.nn.elu(a, alpha) - jax.nn.elu(b, alpha)

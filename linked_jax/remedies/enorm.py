@@ -4,14 +4,12 @@
     d_i = sqrt(||W_k[i, ..]|| / (c ||W_{k-1}[.., i]||))
 
 The net computes the same function; at c = 1 its kernels have the least sum of squares of all nets rescaled like that.
-It holds where g(a z) = a g(z) for a > 0: for ReLU, leaky ReLU, PReLU, max(z, 0), |z| and links of them. Pooling,
+Both hold where g(a z) = a g(z) for a > 0: for ReLU, leaky ReLU, PReLU, max(z, 0), |z| and links of them. Pooling,
 dropout and flattening between layers do no harm. A norm between layers does, and so does anything else that sees or
 changes units in between, such as a skip connection.
 """
 
 import dataclasses
-import difflib
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -25,7 +23,8 @@ from jaxtyping import Array
 
 from linked_jax.activations import relu
 from linked_jax.linking import Link
-from linked_jax.members import evaluate
+from linked_jax.members import is_homogeneous
+from linked_jax.remedies.arguments import dotted, nearest, wide
 
 _OF_NORMS = ("scale", "mean", "var")
 _BUFFERS = {"trace": -1, "mu": -1, "nu": -2}  # an optimiser's buffer -> the power of the factor in which it changes
@@ -43,7 +42,7 @@ class Layer:
       stacked: whether the parameters have a leading axis of equal layers, applied one after the other.
 
     Raises:
-      ValueError: if a member of the link is not positively homogeneous, by a test on [-12, 12].
+      ValueError: if a member of the link is not positively homogeneous, see `linked_jax.members.is_homogeneous`.
 
     Example:
       >>> from linked_jax import lk_relu
@@ -56,7 +55,7 @@ class Layer:
     stacked: bool = False
 
     def __post_init__(self):
-        if not _is_homogeneous(self.link):
+        if not all(map(is_homogeneous, self.link.members)):
             raise ValueError(
                 f"balancing needs g(a z) = a g(z) for a > 0, got {self.link} before {self.path!r}; "
                 f"use members such as relu or leaky_relu"
@@ -83,7 +82,7 @@ def balance(params: Any, chain: Sequence[Layer], *, c: float = 1.0) -> Any:
       params: any tree of parameters: an `nnx.State` from `nnx.split(model, nnx.Param, ...)`, a Linen dictionary.
       chain: the layers in the order of the forward pass, two or more. The outputs of the last are not rescaled, nor
         are the inputs of the first. All other parameters stay.
-      c: how much larger a unit's input kernels in the next layer shall be than its own kernel.
+      c: the norm of a unit's input kernels in the next layer over that of its own kernel, once balanced.
 
     Returns:
       A tree like params; the computation is in float32 at least.
@@ -107,7 +106,7 @@ def balance(params: Any, chain: Sequence[Layer], *, c: float = 1.0) -> Any:
     """
     _check(chain, c)
     factors = _factors(params, chain, c)
-    return jax.tree_util.tree_map_with_path(lambda path, p: _times(p, factors.get(_name(path))), params)
+    return jax.tree_util.tree_map_with_path(lambda path, p: _times(p, factors.get(dotted(path))), params)
 
 
 def enorm(
@@ -153,16 +152,16 @@ def enorm(
         if params is None:
             raise ValueError("enorm rescales parameters, got None; pass optimizer.update(gradients, state, params)")
         updates, state = inner.update(updates, state, params)
-        stepped = jax.tree.map(lambda p, u: p.astype(_wide(p)) + u, params, updates)
+        stepped = jax.tree.map(lambda p, u: wide(p) + u, params, updates)
         factors = _factors(stepped, chain, c)
 
         def difference(path: Any, u: Any, new: Any, p: Any) -> Any:
-            factor = factors.get(_name(path))
+            factor = factors.get(dotted(path))
             return u if factor is None else _times(new, factor) - p
 
         def carried(path: Any, leaf: Any) -> Any:
             for buffer, power in _BUFFERS.items():
-                _, _, name = f".{_name(path)}".partition(f".{buffer}.")
+                _, _, name = f".{dotted(path)}".partition(f".{buffer}.")
                 if name in factors:
                     return _times(leaf, factors[name] ** power)
             return leaf
@@ -178,7 +177,7 @@ def enorm(
 def _factors(params: Any, chain: Sequence[Layer], c: float) -> dict[str, Array]:
     """What each kernel and bias of the chain is multiplied by, by name."""
     parts = _parts(params, chain)
-    kernels = [part.kernel.astype(_wide(part.kernel)) for part in parts]
+    kernels = [wide(part.kernel) for part in parts]
     of_inputs = [jnp.ones(kernel.shape[-2], kernel.dtype) for kernel in kernels]
     of_outputs = [jnp.ones(kernel.shape[-1], kernel.dtype) for kernel in kernels]
     for k in range(1, len(parts)):
@@ -203,13 +202,14 @@ def _factors(params: Any, chain: Sequence[Layer], c: float) -> dict[str, Array]:
 
 def _parts(params: Any, chain: Sequence[Layer]) -> list[_Part]:
     """The layers that a chain names, checked."""
-    leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    leaves = {dotted(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     layers = [name.removesuffix(".kernel") for name in leaves if name.endswith(".kernel")]
     paths = [layer.path for layer in chain]
     for path in paths:
         if path not in layers:
-            near = difflib.get_close_matches(path, layers, 3, 0) or ["none"]
-            raise ValueError(f"there is no layer {path!r} with a kernel in params; the nearest: {', '.join(near)}")
+            raise ValueError(
+                f"there is no layer {path!r} with a kernel in params; the nearest: {nearest(path, layers)}"
+            )
     levels = zip(*(path.split(".")[:-1] for path in paths), strict=False)
     root = [keys[0] for keys in itertools.takewhile(lambda keys: len(set(keys)) == 1, levels)]
     for name in leaves:
@@ -260,23 +260,5 @@ def _check(chain: Sequence[Layer], c: float) -> None:
         raise ValueError(f"c is positive and finite, got {c!r}; pass 1.0 for equal norms")
 
 
-@functools.lru_cache(maxsize=128)
-def _is_homogeneous(link: Link) -> bool:
-    z = np.linspace(-12, 12, 97)
-    return all(
-        np.allclose(evaluate(g, a * z), a * evaluate(g, z), rtol=1e-6, atol=1e-6)
-        for g in link.members
-        for a in (0.3, 2)
-    )
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-
-
-def _wide(x: Any) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def _times(x: Any, factor: Array | None) -> Array:
-    return x if factor is None else (x.astype(_wide(x)) * factor).astype(x.dtype)
+    return x if factor is None else (wide(x) * factor).astype(x.dtype)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from linked_jax.remedies.kernels import check_sizes
+from linked_jax.remedies.arguments import check_shares, check_sizes
 
 
 class IndependentComponent(nnx.Module):
@@ -61,9 +61,7 @@ class IndependentComponent(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_sizes(num_features=num_features)
-        for name, share in {"rate": rate, "momentum": momentum}.items():
-            if not 0 <= share < 1:
-                raise ValueError(f"{name} is at least 0 and below 1, got {share}; the defaults are 0.05 and 0.99")
+        check_shares(rate=rate, momentum=momentum)
         self.batch_norm = nnx.BatchNorm(
             num_features, momentum=momentum, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )

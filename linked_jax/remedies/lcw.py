@@ -2,12 +2,11 @@
 
     w = B v,   1.w = 0,   so   E[w.a] = 0 where E[a] = gamma 1
 
-Without it a unit's pre-activation has the mean |gamma| sqrt(m) ||w|| cos(angle(w, 1)), another one in each unit: the
-activation shift. Batch norm, if there is one, goes between the layer and the activation.
+Without it the pre-activation of each unit has a mean of its own, |gamma| sqrt(m) ||w|| cos(angle(w, 1)): the activation
+shift. Batch norm, if there is one, goes between the layer and the activation.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +17,10 @@ from jaxtyping import Array, Float
 from linked_jax.initializers import Initializer
 from linked_jax.linking import Link
 from linked_jax.moments import expectation
-from linked_jax.remedies.kernels import Padding, apply_kernel, check_sizes
+from linked_jax.remedies.arguments import wide
+from linked_jax.remedies.kernels import ComputedKernel
+
+_LECUN_NORMAL = nnx.initializers.lecun_normal()  # Flax' own
 
 
 def zero_sum_kernel(v: Float[Array, "m_less_1 c_out"]) -> Float[Array, "m c_out"]:
@@ -48,14 +50,14 @@ def zero_sum_kernel(v: Float[Array, "m_less_1 c_out"]) -> Float[Array, "m c_out"
     """
     _check_fan_in(len(v) + 1, f"v of shape {v.shape}")
     j = jnp.arange(1, len(v) + 1)[:, None]
-    u = v.astype(jnp.promote_types(v.dtype, jnp.float32))
+    u = wide(v)
     u = u / jnp.sqrt(j * (j + 1.0)).astype(u.dtype)
     zero = jnp.zeros_like(u[:1])
     return jnp.concatenate([jax.lax.cumsum(u, reverse=True), zero]) - jnp.concatenate([zero, j.astype(u.dtype) * u])
 
 
 def keep_variance(link: Link) -> Initializer:
-    """An init of v for a layer after a link: pre-activations that are N(0, 1) give N(0, 1) again.
+    """An init of v for the layer after a link: pre-activations that are N(0, 1) give N(0, 1) again.
 
         v normal, of variance 1 / (fan_in mean_i Var[g_i(z)]),   z ~ N(0, 1)
 
@@ -86,43 +88,25 @@ def keep_variance(link: Link) -> Initializer:
     return nnx.initializers.variance_scaling(link.arity / variance, "fan_in", "normal")
 
 
-class _LCWLayer(nnx.Module):
-    """What the dense layer and the convolution share: v, the bias, the kernel w = B v."""
+class _LCW(ComputedKernel):
+    """What the dense layer and the convolution share: the parameter v stands for the kernel w = B v."""
 
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        use_bias: bool,
-        kernel_init: Initializer | None,
-        dtype: Any,
-        param_dtype: Any,
-        rngs: nnx.Rngs,
-    ):
-        fan_in = math.prod(shape[:-1])
-        _check_fan_in(fan_in, f"a kernel of shape {shape}")
-        self.shape, self.dtype, self.param_dtype = shape, dtype, param_dtype
-        init = kernel_init or nnx.initializers.lecun_normal()
-        self.v = nnx.Param(init(rngs.params(), (fan_in - 1, shape[-1]), param_dtype))
-        self.bias = nnx.data(nnx.Param(jnp.zeros(shape[-1], param_dtype)) if use_bias else None)
+    def __init__(self: Any, *sizes: Any, kernel_init: Initializer = _LECUN_NORMAL, **options: Any):
+        def init_v(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+            self.shape, fan_in = tuple(shape), math.prod(shape[:-1])
+            _check_fan_in(fan_in, f"a kernel of shape {self.shape}")
+            return kernel_init(key, (fan_in - 1, shape[-1]), dtype)
 
-    def kernel(self) -> Float[Array, "... c_in c_out"]:
-        """The weights, (in_features, out_features) or (*kernel_size, in_features, out_features); float32 at least."""
+        super().__init__(*sizes, kernel_init=init_v, **options)
+        self.v = self.kernel
+        del self.kernel  # there is none to train
+
+    def computed_kernel(self: Any) -> Float[Array, "... c_in c_out"]:
+        """The kernel w = B v, float32 at least."""
         return zero_sum_kernel(self.v[...]).reshape(self.shape)
 
-    def _apply(self, x: Array, **geometry: Any) -> Array:
-        dtype = self.dtype or jnp.promote_types(x.dtype, self.param_dtype)  # not the wider one of the kernel
-        return apply_kernel(x, self.kernel(), None if self.bias is None else self.bias[...], dtype=dtype, **geometry)
 
-    def _folded_into(self, plain: type[Any], *args: Any, **geometry: Any) -> Any:
-        use_bias, options = self.bias is not None, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        layer = plain(*args, use_bias=use_bias, rngs=nnx.Rngs(0), **geometry, **options)
-        layer.kernel[...] = self.kernel().astype(self.param_dtype)
-        if self.bias is not None:
-            layer.bias[...] = self.bias[...]
-        return layer
-
-
-class LCWLinear(_LCWLayer):
+class LCWLinear(_LCW, nnx.Linear):
     """A dense layer whose weights sum to zero for each output: x (..., in_features) -> z (..., out_features).
 
         z = x (B v) + b
@@ -132,14 +116,11 @@ class LCWLinear(_LCWLayer):
     Args:
       in_features: the number of inputs m, 2 at least. After a link count all that it gives.
       out_features: the number of outputs.
-      use_bias: whether to add b, zeros at the start.
-      kernel_init: init(key, shape, dtype) of v, of shape (m - 1, out_features). If None normal with variance
+      kernel_init: init(key, shape, dtype) of v, of shape (m - 1, out_features). By default normal with variance
         1 / (m - 1), cut at two deviations: then E||w||^2 = E||v||^2 = 1, and z has the variance of x where inputs are
         uncorrelated, whatever their common mean. After an activation take `keep_variance(link)`.
-      dtype: of the computation; that of x and the parameters if None. B v is computed in float32 at least, and then
-        rounded: in bfloat16 sums are zero to its precision only.
-      param_dtype: of the parameters.
-      rngs: Flax random streams; `params` is used.
+      options: as `flax.nnx.Linear`. B v is computed in float32 at least, and then rounded to dtype: in bfloat16 sums
+        are zero to its precision only.
 
     Raises:
       ValueError: if a number of features is below 1, or there is one input only.
@@ -158,58 +139,27 @@ class LCWLinear(_LCWLayer):
       (2, 4)
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        use_bias: bool = True,
-        kernel_init: Initializer | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        check_sizes(in_features=in_features, out_features=out_features)
-        super().__init__((in_features, out_features), use_bias, kernel_init, dtype, param_dtype, rngs)
 
-    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
-        """x (..., in_features) -> z (..., out_features)."""
-        return self._apply(x)
-
-    def fold(self) -> nnx.Linear:
-        """A plain dense layer with the weights B v, for deployment.
-
-        Returns:
-          A `flax.nnx.Linear` with parameters of its own and the same output.
-        """
-        return self._folded_into(nnx.Linear, *self.shape)
-
-
-class LCWConv(_LCWLayer):
+class LCWConv(_LCW, nnx.Conv):
     """A convolution whose weights sum to zero for each filter: x (N, *space, in_features) -> z (N, *space', features).
 
         z = x * (B v) + b
 
-    The sum goes over all positions and input channels. Where zeros are padded only a part of a filter meets the input,
-    and that part does not sum to zero: means do not cancel at the borders, unless padding is "VALID".
+    The sum goes over all positions and input channels. Where zeros are padded, or a mask is, only a part of a filter
+    meets the input, and that part does not sum to zero: means do not cancel at the borders, unless padding is "VALID"
+    or "CIRCULAR".
 
     Args:
       in_features: the number of input channels. After a link count all that it gives.
       out_features: the number of output channels.
       kernel_size: an integer (one spatial axis) or a sequence, one size per spatial axis.
-      strides: an integer or one per spatial axis.
-      padding: "SAME", "VALID" or explicit pairs, zeros all of them.
-      use_bias: whether to add b, zeros at the start.
       kernel_init: init(key, shape, dtype) of v, of shape (fan-in - 1, out_features); see `LCWLinear`.
-      dtype: of the computation; that of x and the parameters if None; see `LCWLinear`.
-      param_dtype: of the parameters.
-      rngs: Flax random streams; `params` is used.
+      options: as `flax.nnx.Conv`; see `LCWLinear`.
 
     Raises:
       ValueError: if a number of features or a size is below 1, or a filter has one weight only.
 
-    Reference: Kutsuna, Linearly constrained weights: reducing activation shift for faster training of neural networks,
-    2020. We use Helmert's basis for B, and put batch norm after the layer and before the activation.
+    Reference: as for `LCWLinear`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -219,40 +169,6 @@ class LCWConv(_LCWLayer):
       >>> conv(jnp.ones((2, 8, 8, 4))).shape
       (2, 4, 4, 8)
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        *,
-        strides: int | Sequence[int] = 1,
-        padding: Padding = "SAME",
-        use_bias: bool = True,
-        kernel_init: Initializer | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        check_sizes(in_features=in_features, out_features=out_features, kernel_size=kernel_size, strides=strides)
-        window = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-        super().__init__((*window, in_features, out_features), use_bias, kernel_init, dtype, param_dtype, rngs)
-        self.strides = strides if isinstance(strides, int) else tuple(strides)
-        self.padding: Padding = padding if isinstance(padding, str) else tuple((a, b) for a, b in padding)
-
-    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
-        """x (N, *space, in_features) -> z (N, *space', out_features)."""
-        return self._apply(x, strides=self.strides, padding=self.padding)
-
-    def fold(self) -> nnx.Conv:
-        """A plain convolution with the weights B v, for deployment.
-
-        Returns:
-          A `flax.nnx.Conv` with parameters of its own and the same output.
-        """
-        *window, in_features, out_features = self.shape
-        geometry: Any = {"strides": self.strides, "padding": self.padding}
-        return self._folded_into(nnx.Conv, in_features, out_features, tuple(window), **geometry)
 
 
 def _check_fan_in(fan_in: int, received: str) -> None:

@@ -4,7 +4,6 @@ Each channel has a mean and a variance. Channels and positions count as independ
 Gaussian. Both are approximations: the correlation of the members of one link, for example, is left out.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -15,7 +14,9 @@ from jax.scipy.special import ndtr
 from jaxtyping import Array, ArrayLike, Float
 
 from linked_jax.linking import Link, join
-from linked_jax.members import evaluate
+from linked_jax.members import slopes
+from linked_jax.moments import panels
+from linked_jax.remedies.arguments import wide
 from linked_jax.remedies.normprop import max_moments
 
 EPSILON = 1e-10
@@ -29,7 +30,7 @@ class Moments(NamedTuple):
     variance: Float[Array, " c"]
 
 
-def through_kernel(moments: Moments, kernel: Float[Array, "... c_in c_out"]) -> Moments:
+def through_kernel(moments: Moments, kernel: Float[Array, "... c_in c_out"], *, groups: int = 1) -> Moments:
     """The moments of x K, or of the convolution x * K away from padded borders.
 
         mean' = K^T mean,   var' = (K^2)^T var + 1e-10,   K and K^2 summed over the positions of a convolution
@@ -38,7 +39,8 @@ def through_kernel(moments: Moments, kernel: Float[Array, "... c_in c_out"]) -> 
 
     Args:
       moments: of the inputs, (c_in,).
-      kernel: (c_in, c_out) or (*kernel_size, c_in, c_out).
+      kernel: (c_in, c_out) or (*kernel_size, c_in / groups, c_out).
+      groups: of a grouped convolution, as Flax' feature_group_count.
 
     Returns:
       Moments of the outputs, (c_out,).
@@ -56,16 +58,20 @@ def through_kernel(moments: Moments, kernel: Float[Array, "... c_in c_out"]) -> 
       >>> mean, variance
       (Array([-1.], dtype=float32), Array([25.], dtype=float32))
     """
-    if kernel.ndim < 2 or moments.mean.shape != (kernel.shape[-2],):
+    if kernel.ndim < 2 or moments.mean.shape != (groups * kernel.shape[-2],):
         raise ValueError(
-            f"a kernel of shape {kernel.shape} takes moments of its inputs, the axis before the last, got moments of "
-            f"shape {moments.mean.shape}; for a link or flattened features pass them through it first"
+            f"a kernel of shape {kernel.shape} takes moments of its inputs, the axis before the last times {groups} "
+            f"groups, got moments of shape {moments.mean.shape}; for a link or flattened features pass them through it "
+            "first"
         )
-    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    space = tuple(range(kernel.ndim - 2))
-    dot = functools.partial(jnp.dot, precision="highest")  # few numbers, and all that follows is divided by them
-    variance = dot(moments.variance, jnp.square(kernel).sum(space)) + EPSILON
-    return Moments(dot(moments.mean, kernel.sum(space)), variance)
+    kernel = wide(kernel)
+
+    def summed(values: Array, weights: Array) -> Array:  # over positions and the inputs of each group
+        weights = weights.sum(tuple(range(kernel.ndim - 2))).reshape(kernel.shape[-2], groups, -1)
+        # In full precision: these are few numbers, and all that follows is divided by them.
+        return jnp.einsum("gi,igo->go", values.reshape(groups, -1), weights, precision="highest").ravel()
+
+    return Moments(summed(moments.mean, kernel), summed(moments.variance, jnp.square(kernel)) + EPSILON)
 
 
 def through_link(moments: Moments, link: Link) -> Moments:
@@ -205,9 +211,9 @@ def by_quadrature(moments: Moments, function: Callable[[Any], Any]) -> Moments:
       Array([2.], dtype=float32)
     """
     mu, sigma = moments.mean, _sigma(moments)
-    cut = jnp.clip(-mu / sigma, -_LIMIT, _LIMIT)
-    t, w = (jnp.asarray(values, mu.dtype)[:, None] for values in _graded_nodes_and_weights())
-    below, above = cut + _LIMIT, _LIMIT - cut  # lengths of the two sides
+    cut = jnp.clip(-mu / sigma, -_TAILS, _TAILS)
+    t, w = (jnp.asarray(values, mu.dtype)[:, None] for values in panels(_GRADED))
+    below, above = cut + _TAILS, _TAILS - cut  # lengths of the two sides
     e = jnp.concatenate([cut - below * t, cut + above * t])
     w = jnp.concatenate([below * w, above * w]) * jnp.exp(-e * e / 2) / math.sqrt(2 * math.pi)
     values = function(mu + sigma * e)
@@ -216,34 +222,13 @@ def by_quadrature(moments: Moments, function: Callable[[Any], Any]) -> Moments:
 
 
 def _through_member(moments: Moments, member: Callable[[Any], Any]) -> Moments:
-    try:
-        slopes = _slopes(member)
-    except Exception:  # it closes over traced values, is not hashable or takes no scalar: nothing can be measured now
-        slopes = None
-    return by_quadrature(moments, member) if slopes is None else piecewise_linear(moments, *slopes)
-
-
-@functools.lru_cache(maxsize=4096)
-def _slopes(member: Callable[[Any], Any]) -> tuple[float, float] | None:
-    """(a, b) if member(z) = a max(z, 0) + b min(z, 0), as far as a thousand numbers can tell; else None."""
-    z = np.concatenate([np.linspace(0, 40, 501), np.logspace(-6, 6, 13)])
-    a, b = float(evaluate(member, np.array(1.0))), -float(evaluate(member, np.array(-1.0)))
-    positive, negative = evaluate(member, z), evaluate(member, -z)
-    linear = np.allclose(positive, a * z, rtol=1e-12, atol=0) and np.allclose(negative, -b * z, rtol=1e-12, atol=0)
-    return (a, b) if linear else None
+    of_sides = slopes(member)
+    return by_quadrature(moments, member) if of_sides is None else piecewise_linear(moments, *of_sides)
 
 
 def _sigma(moments: Moments) -> Array:
     return jnp.sqrt(jnp.maximum(moments.variance, EPSILON))
 
 
-_LIMIT = 9.0  # 2 Phi(-9) = 2e-19
-_EDGES = (0.0, 1 / 256, 1 / 64, 1 / 16, 3 / 16, 3 / 8, 5 / 8, 1.0)
-
-
-@functools.lru_cache(maxsize=1)
-def _graded_nodes_and_weights() -> tuple[np.ndarray, np.ndarray]:
-    """Of Gauss-Legendre on panels of [0, 1] that get finer towards 0."""
-    x, w = np.polynomial.legendre.leggauss(16)
-    half = np.diff(_EDGES)[:, None] / 2
-    return (np.array(_EDGES[:-1])[:, None] + half * (1 + x)).ravel(), (half * w).ravel()
+_TAILS = 9.0  # 2 Phi(-9) = 2e-19
+_GRADED = np.array((0.0, 1 / 256, 1 / 64, 1 / 16, 3 / 16, 3 / 8, 5 / 8, 1.0))  # panels that get finer towards 0

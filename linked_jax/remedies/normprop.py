@@ -13,17 +13,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from linked_jax.initializers import Initializer
 from linked_jax.linking import Link
 from linked_jax.moments import expectation
-from linked_jax.remedies.kernels import Padding, apply_kernel, check_sizes
+from linked_jax.remedies.arguments import check_sizes, wide
+from linked_jax.remedies.kernels import ComputedKernel
 
 
 class Normalized:
-    """The member z -> (g(z) - c1) / c2; equal to another one over an equal g. Made by `normalized`."""
+    """The member z -> (g(z) - c1) / c2; equal to every other of an equal g. Made by `normalized`."""
 
     def __init__(self, g: Callable[[Any], Any]):
         self.g = g
@@ -96,31 +97,23 @@ def unit_filters(kernel: Float[Array, "... c_in c_out"]) -> Float[Array, "... c_
       >>> unit_filters(jnp.array([[3.0], [4.0]])).ravel()
       Array([0.6, 0.8], dtype=float32)
     """
-    w = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    square = jnp.square(w).sum(tuple(range(w.ndim - 1)))
-    return w / jnp.sqrt(jnp.maximum(square, 1e-12**2))  # inside the root, whose derivative at 0 is infinite
+    w = wide(kernel)
+    return w / optax.safe_norm(w.reshape(-1, w.shape[-1]), 1e-12, axis=0)
 
 
-class _NormPropLayer(nnx.Module):
-    """What the dense layer and the convolution share."""
+class _NormProp(ComputedKernel):
+    """What the dense layer and the convolution share: the scale gamma, and unit filters."""
 
-    def __init__(
-        self, shape: Sequence[int], scale_init: float, kernel_init: Initializer | None,
-        dtype: Any, param_dtype: Any, rngs: nnx.Rngs,
-    ):  # fmt: skip
-        self.dtype, self.param_dtype = dtype, param_dtype
-        init = kernel_init or nnx.initializers.lecun_normal()
-        self.kernel = nnx.Param(init(rngs.params(), tuple(shape), param_dtype))
-        self.scale = nnx.Param(jnp.full(shape[-1], scale_init, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(shape[-1], param_dtype))
+    def __init__(self: Any, *sizes: Any, scale_init: float = 1 / 1.21, **options: Any):
+        super().__init__(*sizes, **options)
+        self.scale = nnx.Param(jnp.full(self.out_features, scale_init, self.param_dtype))
 
-    def _apply(self, x: Array, **geometry: Any) -> Array:
-        dtype = self.dtype or jnp.promote_types(x.dtype, self.param_dtype)  # not the wider one of the unit filters
-        kernel = self.scale[...] * unit_filters(self.kernel[...])
-        return apply_kernel(x, kernel, self.bias[...], dtype=dtype, **geometry)
+    def computed_kernel(self: Any) -> Float[Array, "... c_in c_out"]:
+        """The kernel gamma w / ||w||, float32 at least."""
+        return self.scale[...] * unit_filters(self.masked)
 
 
-class NormPropLinear(_NormPropLayer):
+class NormPropLinear(_NormProp, nnx.Linear):
     """A dense layer with unit filters: x (..., in_features) -> u (..., out_features).
 
         u = gamma (w.x) / ||w|| + beta
@@ -132,10 +125,8 @@ class NormPropLinear(_NormPropLayer):
       out_features: the number of outputs.
       scale_init: gamma at the start, for all units. At the authors' 1 / 1.21 the Jacobian of a relu layer has singular
         values near 1; outputs have variance 1 at gamma = 1 only.
-      kernel_init: init(key, shape, dtype) of w; that of `flax.nnx.Linear` if None. Its size only matters for speed.
-      dtype: of the computation; that of x and the parameters if None. Norms are computed in float32 at least.
-      param_dtype: of the parameters.
-      rngs: Flax random streams; `params` is used.
+      options: as `flax.nnx.Linear`. The size of w only matters for how fast it trains. Norms are computed in float32
+        at least.
 
     Raises:
       ValueError: if a number of features is below 1.
@@ -154,26 +145,8 @@ class NormPropLinear(_NormPropLayer):
       (1, 3)
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        scale_init: float = 1 / 1.21,
-        kernel_init: Initializer | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        check_sizes(in_features=in_features, out_features=out_features)
-        super().__init__((in_features, out_features), scale_init, kernel_init, dtype, param_dtype, rngs)
 
-    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
-        """x (..., in_features) -> u (..., out_features)."""
-        return self._apply(x)
-
-
-class NormPropConv(_NormPropLayer):
+class NormPropConv(_NormProp, nnx.Conv):
     """A convolution with unit filters: x (N, *space, in_features) -> u (N, *space', out_features).
 
         u = gamma (w * x) / ||w|| + beta
@@ -184,9 +157,8 @@ class NormPropConv(_NormPropLayer):
       in_features: the number of input channels. After a link count all that it gives.
       out_features: the number of output channels.
       kernel_size: an integer (one spatial axis) or a sequence, one size per spatial axis.
-      strides: an integer or one per spatial axis.
-      padding: "SAME", "VALID" or explicit pairs, zeros all of them.
-      scale_init, kernel_init, dtype, param_dtype, rngs: see `NormPropLinear`.
+      scale_init: gamma at the start, see `NormPropLinear`.
+      options: as `flax.nnx.Conv`; see `NormPropLinear`.
 
     Raises:
       ValueError: if a number of features or a size is below 1.
@@ -201,30 +173,6 @@ class NormPropConv(_NormPropLayer):
       >>> conv(jnp.ones((1, 8, 8, 4))).shape
       (1, 4, 4, 8)
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        *,
-        strides: int | Sequence[int] = 1,
-        padding: Padding = "SAME",
-        scale_init: float = 1 / 1.21,
-        kernel_init: Initializer | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        check_sizes(in_features=in_features, out_features=out_features, kernel_size=kernel_size, strides=strides)
-        window = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-        super().__init__((*window, in_features, out_features), scale_init, kernel_init, dtype, param_dtype, rngs)
-        self.strides = strides if isinstance(strides, int) else tuple(strides)
-        self.padding: Padding = padding if isinstance(padding, str) else tuple((a, b) for a, b in padding)
-
-    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
-        """x (N, *space, in_features) -> u (N, *space', out_features)."""
-        return self._apply(x, strides=self.strides, padding=self.padding)
 
 
 @functools.lru_cache
@@ -244,39 +192,6 @@ def max_moments(n: int) -> tuple[float, float]:
     return mean, math.sqrt(expectation(lambda z: (z - mean) ** 2 * density(z)))
 
 
-def normalized_avg_pool(
-    x: Float[Array, "... c"], window_shape: Sequence[int], *, strides: Sequence[int] | None = None
-) -> Float[Array, "... c"]:
-    """Average pooling, without padding, that gives variance 1 for independent N(0, 1) inputs.
-
-        y = sqrt(n) avg_pool(x),   n = the number of positions in a window
-
-    For neighbours in an image, which are correlated, it is larger.
-
-    Args:
-      x: (N, *space, C).
-      window_shape: one size per spatial axis.
-      strides: one per spatial axis; 1 each if None, as in `flax.nnx.avg_pool`.
-
-    Returns:
-      (N, *space', C), in the dtype of x.
-
-    Raises:
-      ValueError: if a size or a stride is below 1.
-
-    Reference: Arpit et al., 2016, see `NormPropLinear`. The constants are ours, for normal inputs.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from linked_jax.remedies.normprop import normalized_avg_pool
-      >>> normalized_avg_pool(jnp.ones((1, 4, 4, 1)), (2, 2), strides=(2, 2)).ravel()
-      Array([2., 2., 2., 2.], dtype=float32)
-    """
-    check_sizes(window_shape=window_shape, strides=strides or 1)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (nnx.avg_pool(wide, window_shape, strides) * math.sqrt(math.prod(window_shape))).astype(x.dtype)
-
-
 def normalized_max_pool(
     x: Float[Array, "... c"], window_shape: Sequence[int], *, strides: Sequence[int] | None = None
 ) -> Float[Array, "... c"]:
@@ -287,7 +202,18 @@ def normalized_max_pool(
     At a tie the derivative is that of one of the largest. Neighbours in an image are correlated, and outputs of relu
     are not normal: for them mean and variance are not exactly 0 and 1.
 
-    Args, Returns, Raises, Reference: as for `normalized_avg_pool`.
+    Args:
+      x: (N, *space, C).
+      window_shape: one size per spatial axis.
+      strides: one per spatial axis; 1 each if None, as in `flax.nnx.max_pool`.
+
+    Returns:
+      (N, *space', C), in the dtype of x.
+
+    Raises:
+      ValueError: if a size or a stride is below 1.
+
+    Reference: Arpit et al., 2016, see `NormPropLinear`. The constants are ours, for normal inputs.
 
     Example:
       >>> import jax.numpy as jnp

@@ -2,7 +2,7 @@
 
     c_t = f_t c_{t-1} + (1 - f_t) z_t,   h_t = o_t c_t,   c_0 = 0
 
-The candidate z is tanh of one pre-activation, DReLU or DELU of two, or any link of one.
+The candidate z is tanh of one pre-activation, DReLU of two, or any link of one.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,8 @@ from jaxtyping import Array, Float
 
 from linked_jax.layers import Activation
 from linked_jax.linking import Link
-from linked_jax.remedies.drelu import delu, drelu
-from linked_jax.remedies.kernels import check_sizes
-
-_DUAL: dict[Any, Callable[[Any, Any], Any]] = {"drelu": drelu, "delu": delu}
+from linked_jax.remedies.arguments import check_sizes, wide
+from linked_jax.remedies.drelu import drelu
 
 
 def fo_pool(f: Float[Array, "n t h"], o: Float[Array, "n t h"], z: Float[Array, "n t h"]) -> Float[Array, "n t h"]:
@@ -45,7 +43,7 @@ def fo_pool(f: Float[Array, "n t h"], o: Float[Array, "n t h"], z: Float[Array, 
       >>> fo_pool(half, jnp.ones((1, 3, 1)), jnp.ones((1, 3, 1))).ravel()
       Array([0.5  , 0.75 , 0.875], dtype=float32)
     """
-    keep, new = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (f, z))
+    keep, new = wide(f), wide(z)
 
     def then(first, second):  # c -> a c + b, one after the other
         (a, b), (a_2, b_2) = first, second
@@ -69,7 +67,7 @@ class QuasiRecurrent(nnx.Module):
       in_features: the number of features of a step.
       hidden_features: the number of units H.
       kernel_size: how many steps a convolution sees.
-      candidate: "tanh", "drelu" or "delu"; or a function, a `Link` or a module such as `LinkedPReLU`, of one
+      candidate: "tanh" or "drelu"; or a function, a `Link` or a module such as `LinkedPReLU`, of one
         pre-activation. A link of d members makes d states of a unit, each with gates of its own; d is 1 else.
       use_norm: whether to normalise the candidate's branches; the scale gamma starts at 0.5.
       momentum: the share of the running statistics that a batch keeps, as in `flax.nnx.BatchNorm`.
@@ -102,7 +100,7 @@ class QuasiRecurrent(nnx.Module):
         hidden_features: int,
         *,
         kernel_size: int = 2,
-        candidate: Literal["tanh", "drelu", "delu"] | Activation | Callable[[Any], Any] = "tanh",
+        candidate: Literal["tanh", "drelu"] | Activation | Callable[[Any], Any] = "tanh",
         use_norm: bool = True,
         momentum: float = 0.99,
         dtype: Any = None,
@@ -110,8 +108,7 @@ class QuasiRecurrent(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_sizes(in_features=in_features, hidden_features=hidden_features, kernel_size=kernel_size)
-        self.link = None if isinstance(candidate, str) and candidate in _DUAL else _as_link(candidate)
-        self.dual = candidate if self.link is None else None
+        self.link = None if isinstance(candidate, str) and candidate == "drelu" else _as_link(candidate)
         branches = hidden_features * (2 if self.link is None else 1)
         states = hidden_features * (1 if self.link is None else self.link.arity)
         self.splits = (branches, branches + states)  # branches, forget gates, output gates
@@ -142,14 +139,14 @@ class QuasiRecurrent(nnx.Module):
         branches, f, o = jnp.split(self.conv(x), self.splits, axis=-1)
         if self.norm is not None:
             branches = self.norm(branches, use_running_average=use_running_average)
-        z = _DUAL[self.dual](*jnp.split(branches, 2, axis=-1)) if self.link is None else self.link(branches)
+        z = drelu(*jnp.split(branches, 2, axis=-1)) if self.link is None else self.link(branches)
         return fo_pool(jax.nn.sigmoid(f), jax.nn.sigmoid(o), z)
 
 
 def _as_link(candidate: Any) -> Activation:
     if isinstance(candidate, str):
         if candidate != "tanh":
-            raise ValueError(f"candidate is 'tanh', 'drelu', 'delu' or a link, got {candidate!r}; pass e.g. lk_relu")
+            raise ValueError(f"candidate is 'tanh', 'drelu' or a link, got {candidate!r}; pass e.g. lk_relu")
         return Link((jnp.tanh,))
     if isinstance(candidate, type) or not callable(candidate):
         raise TypeError(f"candidate is a name, a function or a built link, got {candidate!r}; pass e.g. lk_relu")

@@ -2,11 +2,10 @@
 
     ||y|| = 1 for each output column y of a kernel (kh*kw*c_in, c_out)
 
-Batch norm makes the length of y irrelevant, and yet the length sets the size of gradient steps. Here steps go along
-great circles. Apply it to kernels that only a batch norm follows; no weight decay on them.
+Batch norm makes the length of y irrelevant, and yet the length sets the size of gradient steps. Here steps follow
+geodesics, the great circles. Apply it to kernels that only a batch norm follows; no weight decay on them.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,11 +15,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from linked_jax.remedies.arguments import check_shares, dotted, nearest, wide, wide_dtype
+
 Kernel = Float[Array, "... rows c_out"]
 
 
 class SphereState(NamedTuple):
-    """The steps that were done, and what is kept of each kernel: (m,) of SGD-G, (m, v) of Adam-G."""
+    """The number of steps so far, and the averages of each kernel: (m,) of SGD-G, (m, v) of Adam-G."""
 
     steps: Any
     kept: Any
@@ -43,12 +44,12 @@ def tangent(y: Kernel, g: Kernel, *, clip: float = math.inf) -> Kernel:
 
 
 def geodesic(y: Kernel, delta: Kernel) -> tuple[Kernel, Kernel]:
-    """Go from y along the great circle of delta, as far as it is long; and take delta along.
+    """The exponential map: the end of the geodesic from y along delta, and delta in parallel transport to there.
 
         Exp_y(delta) = y cos||delta|| + u sin||delta||,   delta <- ||delta|| (u cos||delta|| - y sin||delta||)
 
-    with u = delta / ||delta||; delta = 0 changes nothing. Columns of y have norm 1, those of delta are tangent there;
-    the same holds for what is returned.
+    with u = delta / ||delta||; delta = 0 changes nothing. A geodesic is a great circle, and the way is ||delta|| long.
+    Columns of y have norm 1, and those of delta are tangent there; the same holds for the two that are returned.
 
     >>> import jax.numpy as jnp
     >>> from linked_jax.remedies.riemannian import geodesic
@@ -95,7 +96,7 @@ def sgd_g(
         y, m = geodesic(y, m)
         return y, (m,)
 
-    return _on_spheres(step, learning_rate, lambda p: (jnp.zeros(p.shape, _wide(p)),))
+    return _on_spheres(step, learning_rate, lambda p: (jnp.zeros_like(wide(p)),))
 
 
 def adam_g(
@@ -106,6 +107,8 @@ def adam_g(
         y <- y / ||y||,   h = tangent(y, g),   m <- b1 m + (1 - b1) h,   v <- b2 v + (1 - b2) ||h||^2
         delta = -lr sqrt(1 - b2^t) / (1 - b1^t) m / sqrt(v + 1e-8)
         y, m <- Exp_y(delta), m - (u.m) (sin||delta|| y + (1 - cos||delta||) u),   u = delta / ||delta||
+
+    The last is the parallel transport of m to the new y.
 
     Args:
       learning_rate: lr, a number or a schedule from the count of earlier steps. The authors take 0.05 at the start.
@@ -137,10 +140,7 @@ def adam_g(
         m = m - _dot(u, m) * (jnp.sin(n) * y + (1 - jnp.cos(n)) * u)
         return geodesic(y, delta)[0], (m, v)
 
-    def start(p: Array) -> tuple[Array, Array]:
-        return jnp.zeros(p.shape, _wide(p)), jnp.zeros((1,) * (p.ndim - 1) + p.shape[-1:], _wide(p))
-
-    return _on_spheres(step, learning_rate, start)
+    return _on_spheres(step, learning_rate, lambda p: (jnp.zeros_like(wide(p)), jnp.zeros_like(_dot(p, p))))
 
 
 def scale_invariant(params: Any, names: Sequence[str]) -> Any:
@@ -163,22 +163,21 @@ def scale_invariant(params: Any, names: Sequence[str]) -> Any:
       >>> scale_invariant({"conv": {"kernel": jnp.ones((3, 3, 1, 4)), "bias": jnp.ones(4)}}, ["conv"])
       {'conv': {'bias': False, 'kernel': True}}
     """
-    shapes = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    shapes = {dotted(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     shapes = {name: shape for name, shape in shapes.items() if name.endswith(".kernel")}
     named: set[str] = set()
     for each in names:
         found = {kernel for kernel in shapes if kernel.startswith(f"{each}.")}
         if not found:
             layers = [kernel.removesuffix(".kernel") for kernel in shapes]
-            near = difflib.get_close_matches(each, layers, 3, 0) or ["none"]
-            raise ValueError(f"{each!r} has no kernel in params; the nearest layers: {', '.join(near)}")
+            raise ValueError(f"{each!r} has no kernel in params; the nearest layers: {nearest(each, layers)}")
         named |= found
     tall = {kernel for kernel in named if math.prod(shapes[kernel][:-1]) > shapes[kernel][-1]}
     if not tall:
         raise ValueError(
             f"a kernel for the sphere has more rows than columns, got none among {list(names)}; name larger kernels"
         )
-    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in tall, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: dotted(path) in tall, params)
 
 
 def riemannian(
@@ -234,7 +233,7 @@ def orthogonality_penalty(params: Any, mask: Any) -> Float[Array, ""]:
     def penalty(p: Array, on: bool) -> Any:
         if not on:
             return 0.0
-        columns = p.reshape(-1, p.shape[-1]).astype(_wide(p))
+        columns = wide(p).reshape(-1, p.shape[-1])
         return 0.05 * jnp.square(columns.T @ columns - jnp.eye(p.shape[-1])).sum()
 
     return jnp.asarray(sum(jax.tree.leaves(jax.tree.map(penalty, params, mask))))
@@ -256,7 +255,7 @@ def _on_spheres(
         kernels, tree = jax.tree.flatten(params)
         moves, kept = [], []
         for p, g, of_p in zip(kernels, tree.flatten_up_to(updates), tree.flatten_up_to(state.kept), strict=True):
-            y, of_y = step(_unit(p), g.astype(_wide(p)), of_p, lr, t)
+            y, of_y = step(_unit(p), g.astype(wide_dtype(p.dtype)), of_p, lr, t)
             moves.append(y - p)
             kept.append(of_y)
         return tree.unflatten(moves), SphereState(t, tree.unflatten(kept))
@@ -265,27 +264,18 @@ def _on_spheres(
 
 
 def _dot(a: Array, b: Array) -> Array:
-    """For each column, (1, ..., 1, c_out)."""
-    return (a * b).sum(tuple(range(a.ndim - 1)), keepdims=True)
+    """Of each column, (c_out,)."""
+    return (wide(a) * b).sum(tuple(range(a.ndim - 1)))
 
 
 def _norm(a: Array) -> Array:
-    square = _dot(a, a)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    return optax.safe_norm(a.reshape(-1, a.shape[-1]), 0.0, axis=0)
 
 
 def _unit(p: Any) -> Array:
-    p = p.astype(_wide(p))
+    p = wide(p)
     norm = _norm(p)
     return p / jnp.where(norm > 0, norm, 1)
-
-
-def _wide(p: Any) -> Any:
-    return jnp.promote_types(p.dtype, jnp.float32)
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def _check(learning_rate: optax.ScalarOrSchedule, clip: float, **averages: float) -> None:
@@ -293,6 +283,4 @@ def _check(learning_rate: optax.ScalarOrSchedule, clip: float, **averages: float
         # Only plain numbers: a schedule checks itself, an array may be traced.
         if isinstance(value, int | float) and not 0 < value < math.inf:
             raise ValueError(f"{name} is positive and finite, got {value!r}; pass e.g. 0.1")
-    for name, value in averages.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} is in [0, 1), got {value!r}; pass e.g. 0.9")
+    check_shares(**averages)

@@ -6,15 +6,14 @@ There is no state, no running average and no batch: training and evaluation are 
 takes the moments of its inputs beside the inputs; `moment_calculus` carries them through activations and pools.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from linked_jax.initializers import Initializer
-from linked_jax.remedies.kernels import Padding, apply_kernel, check_sizes
+from linked_jax.remedies.arguments import wide
+from linked_jax.remedies.kernels import ComputedKernel
 from linked_jax.remedies.moment_calculus import Moments, through_kernel
 
 
@@ -23,6 +22,8 @@ def normalized_kernel(
     scale: Float[Array, " c_out"],
     bias: Float[Array, " c_out"],
     moments: Moments,
+    *,
+    groups: int = 1,
 ) -> tuple[Float[Array, "... c_in c_out"], Float[Array, " c_out"]]:
     """The kernel and the bias of the plain layer that a normalised one amounts to.
 
@@ -33,6 +34,7 @@ def normalized_kernel(
       scale: s, (c_out,).
       bias: beta, (c_out,).
       moments: of the inputs, (c_in,).
+      groups: of a grouped convolution, see `through_kernel`.
 
     Returns:
       A kernel and a bias, at least float32; gradients flow through mu and sigma too.
@@ -49,34 +51,43 @@ def normalized_kernel(
       >>> kernel.round(4).ravel().tolist(), bias.round(4).tolist()
       ([1.0, 1.0], [-2.0])
     """
-    mu, variance = through_kernel(moments, kernel)
+    mu, variance = through_kernel(moments, kernel, groups=groups)
     s = scale / jnp.sqrt(variance)
     return s * kernel, bias - s * mu
 
 
-class _VPLayer(nnx.Module):
+class _VariancePropagation(ComputedKernel):
     """What the dense layer and the convolution share."""
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        kernel_init: Initializer | None,
-        dtype: Any,
-        param_dtype: Any,
-        rngs: nnx.Rngs,
-    ):
-        self.dtype, self.param_dtype = dtype, param_dtype
-        init = kernel_init or nnx.initializers.lecun_normal()
-        self.kernel = nnx.Param(init(rngs.params(), tuple(shape), param_dtype))
-        self.scale = nnx.Param(jnp.ones(shape[-1], param_dtype))
-        self.bias = nnx.Param(jnp.zeros(shape[-1], param_dtype))
+    def __init__(self: Any, *sizes: Any, use_bias: bool = True, **options: Any):
+        if not use_bias:
+            raise ValueError("the outputs have the mean beta, got use_bias=False; leave the bias, it starts at 0")
+        super().__init__(*sizes, **options)
+        self.scale = nnx.Param(jnp.ones(self.out_features, self.param_dtype))
 
-    def moments(self) -> Moments:
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Array, "... c"], moments: Moments, **options: Any
+    ) -> tuple[Float[Array, "... c_out"], Moments]:
+        """x and the moments of its channels, (in_features,) -> y and the moments of its own, (out_features,)."""
+        return super().__call__(x, moments, **options), self.moments()
+
+    def weights(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self: Any, moments: Moments
+    ) -> tuple[Array, Array]:
+        """The kernel and the bias for inputs of these moments, see `normalized_kernel`."""
+        return normalized_kernel(self.masked, self.scale[...], self.bias[...], moments, groups=self._groups)
+
+    def fold(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, moments: Moments
+    ) -> Any:
+        """The plain layer with the same output for inputs of these moments, (in_features,), also at padded borders."""
+        return super().fold(moments)
+
+    def moments(self: Any) -> Moments:
         """Those of the outputs, (beta, s^2), whatever comes in; at least float32."""
-        wide = jnp.promote_types(self.param_dtype, jnp.float32)
-        return Moments(self.bias[...].astype(wide), jnp.square(self.scale[...].astype(wide)))
+        return Moments(wide(self.bias[...]), jnp.square(wide(self.scale[...])))
 
-    def preserve(self, moments: Moments, bias: Float[Array, " c_out"] | None = None) -> Moments:
+    def preserve(self: Any, moments: Moments, bias: Float[Array, " c_out"] | None = None) -> Moments:
         """Set s = sigma and beta = b + mu, so that the layer computes W x + b for now.
 
         Args:
@@ -89,35 +100,29 @@ class _VPLayer(nnx.Module):
         Raises:
           ValueError: if the moments do not fit the kernel.
         """
-        mu, variance = through_kernel(moments, self.kernel[...])
+        mu, variance = through_kernel(moments, self.masked, groups=self._groups)
         self.scale[...] = jnp.sqrt(variance).astype(self.param_dtype)
         self.bias[...] = (mu if bias is None else mu + bias).astype(self.param_dtype)
         return self.moments()
 
-    def _plain(self, moments: Moments) -> tuple[Array, Array]:
-        return normalized_kernel(self.kernel[...], self.scale[...], self.bias[...], moments)
-
-    def _folded_into(self, plain: Any, moments: Moments) -> Any:
-        kernel, bias = self._plain(moments)
-        plain.kernel[...], plain.bias[...] = kernel.astype(self.param_dtype), bias.astype(self.param_dtype)
-        return plain
+    @property
+    def _groups(self) -> int:
+        return getattr(self, "feature_group_count", 1)
 
 
-class VPLinear(_VPLayer):
+class VPLinear(_VariancePropagation, nnx.Linear):
     """A dense layer that normalises by the moments of its inputs: x (..., in_features) -> y (..., out_features).
 
         y = s (W x - mu) / sigma + beta,   mu = W mean,   sigma^2 = W^2 var + 1e-10
 
-    `scale` s starts at 1 and `bias` beta at 0. `preserve` starts from a plain layer instead.
+    `scale` s starts at 1 and `bias` beta at 0. `preserve` starts from a plain layer instead; `fold(moments)` gives one
+    for deployment.
 
     Args:
       in_features: the number of inputs.
       out_features: the number of outputs.
-      kernel_init: init(key, shape, dtype) of W; that of `flax.nnx.Linear` if None. Its size does not matter, but for
-        how fast it trains.
-      dtype: of the computation; that of x and the parameters if None. Moments are at least float32.
-      param_dtype: of the parameters.
-      rngs: Flax random streams; `params` is used.
+      options: as `flax.nnx.Linear`, but there is always a bias. The size of W only matters for how fast it trains.
+        Moments are at least float32.
 
     Raises:
       ValueError: if a number of features is below 1; when called, if x or the moments do not fit.
@@ -139,37 +144,8 @@ class VPLinear(_VPLayer):
       ((1, 4), Array([1., 1., 1., 1.], dtype=float32))
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        kernel_init: Initializer | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        check_sizes(in_features=in_features, out_features=out_features)
-        super().__init__((in_features, out_features), kernel_init, dtype, param_dtype, rngs)
 
-    def __call__(self, x: Float[Array, "... c"], moments: Moments) -> tuple[Float[Array, "... c_out"], Moments]:
-        """x (..., in_features) and its moments (in_features,) -> y (..., out_features) and its moments."""
-        return apply_kernel(x, *self._plain(moments), dtype=_computed_in(self, x)), self.moments()
-
-    def fold(self, moments: Moments) -> nnx.Linear:
-        """A plain dense layer with the same output, for deployment.
-
-        Args:
-          moments: of the inputs, (in_features,).
-
-        Returns:
-          A `flax.nnx.Linear` with parameters of its own.
-        """
-        options: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": nnx.Rngs(0)}
-        return self._folded_into(nnx.Linear(*self.kernel.shape, **options), moments)
-
-
-class VPConv(_VPLayer):
+class VPConv(_VariancePropagation, nnx.Conv):
     """A convolution that normalises by the moments of its inputs: x (N, *space, in_features) -> y, and moments.
 
         y = s (W * x - mu) / sigma + beta,   mu = sum_k W_k mean,   sigma^2 = sum_k W_k^2 var + 1e-10
@@ -181,18 +157,12 @@ class VPConv(_VPLayer):
       in_features: the number of input channels.
       out_features: the number of output channels.
       kernel_size: an integer (one spatial axis) or a sequence, one size per spatial axis.
-      strides: an integer or one per spatial axis.
-      padding: "SAME", "VALID" or explicit pairs, zeros all of them.
-      kernel_init: init(key, shape, dtype) of W; that of `flax.nnx.Conv` if None.
-      dtype: of the computation; that of x and the parameters if None. Moments are at least float32.
-      param_dtype: of the parameters.
-      rngs: Flax random streams; `params` is used.
+      options: as `flax.nnx.Conv`; see `VPLinear`.
 
     Raises:
       ValueError: if a number of features or a size is below 1; when called, if x or the moments do not fit.
 
-    Reference: Shekhovtsov and Flach, Normalization of neural networks using analytic variance propagation, 2018. The
-    start at s = 1 and beta = 0 is that of batch norm.
+    Reference: as for `VPLinear`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -204,46 +174,3 @@ class VPConv(_VPLayer):
       >>> y.shape, moments.mean.shape
       ((1, 4, 4, 8), (8,))
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        *,
-        strides: int | Sequence[int] = 1,
-        padding: Padding = "SAME",
-        kernel_init: Initializer | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        check_sizes(in_features=in_features, out_features=out_features, kernel_size=kernel_size, strides=strides)
-        window = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-        super().__init__((*window, in_features, out_features), kernel_init, dtype, param_dtype, rngs)
-        self.strides = strides if isinstance(strides, int) else tuple(strides)
-        self.padding: Padding = padding if isinstance(padding, str) else tuple((a, b) for a, b in padding)
-
-    def __call__(self, x: Float[Array, "... c"], moments: Moments) -> tuple[Float[Array, "... c_out"], Moments]:
-        """x (N, *space, in_features) and its moments (in_features,) -> y (N, *space', out_features) and its moments."""
-        options: Any = {"strides": self.strides, "padding": self.padding, "dtype": _computed_in(self, x)}
-        return apply_kernel(x, *self._plain(moments), **options), self.moments()
-
-    def fold(self, moments: Moments) -> nnx.Conv:
-        """A plain convolution with the same output, also at padded borders, for deployment.
-
-        Args:
-          moments: of the inputs, (in_features,).
-
-        Returns:
-          A `flax.nnx.Conv` with parameters of its own.
-        """
-        *window, in_features, out_features = self.kernel.shape
-        options: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": nnx.Rngs(0)}
-        geometry: Any = {"strides": self.strides, "padding": self.padding}
-        return self._folded_into(nnx.Conv(in_features, out_features, tuple(window), **geometry, **options), moments)
-
-
-def _computed_in(layer: _VPLayer, x: Array) -> Any:
-    """The dtype that x and the parameters give, not the wider one of the moments."""
-    return layer.dtype or jnp.promote_types(x.dtype, layer.param_dtype)

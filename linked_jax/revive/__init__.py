@@ -5,21 +5,20 @@
 The added weights are zero and get gradient in the first update; then the dead unit's own weights get it too.
 """
 
-from linked_jax.revive.expand import Pair, link_moments, link_params
-from linked_jax.revive.fold import fold_batch_norm, fold_normprop, fold_sequential
+from linked_jax.revive.expand import Pair, link_params, link_params_opt_state
+from linked_jax.revive.fold import fold_batch_norm, fold_sequential
 from linked_jax.revive.redo import redo
-from linked_jax.revive.sequential import link_opt_state, link_sequential
+from linked_jax.revive.sequential import link_sequential, link_sequential_opt_state
 from linked_jax.revive.unlink import unlink
 
 __all__ = [
     "Pair",
     "fold_batch_norm",
-    "fold_normprop",
     "fold_sequential",
-    "link_moments",
-    "link_opt_state",
     "link_params",
+    "link_params_opt_state",
     "link_sequential",
+    "link_sequential_opt_state",
     "redo",
     "unlink",
 ]

@@ -24,37 +24,38 @@ _COLLECTIONS = (("params",), ("batch_stats",))
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Where an activation stands: after one layer and before the next. Only what follows it gets new weights.
+    """The two layers around an activation, in the order of the data. Only the one after it gets new weights.
 
     Paths are names from the root of the parameters, "block/Dense_1" or ("block", "Dense_1"); the Linen collections
     "params" and "batch_stats" are not part of them and are left out of a path that starts with one.
 
     Args:
-      after: path of the layer after the activation, with a `kernel` of shape (*window, rows, c_out).
-      before: path of the layer before it, whose `kernel` gives the number of units C.
+      before: path of the layer before the activation, whose `kernel` gives the number of units C; or C itself.
+      after: path of the layer after it, with a `kernel` of shape (*window, rows, c_out).
       norm: path of a batch norm between the activation and the next layer, if there is one. Layer norm, group norm and
         instance norm are refused: the added members would change what they give.
       positions: needed if rows is not C: height times width where a flatten stands between the activation and the next
         layer, and 1 where it stands before the activation.
 
     Raises:
-      ValueError: if a path is no path or positions is no integer of at least 1.
+      ValueError: if a path has no names, or positions is no integer of at least 1.
 
     Example:
       >>> from linked_jax.revive import Pair
-      >>> Pair(before="block/Conv_0", after="block/Dense_1", positions=16).after
+      >>> Pair("block/Conv_0", "block/Dense_1", positions=16).after
       ('block', 'Dense_1')
     """
 
-    after: Any
     before: Any
+    after: Any
     norm: Any = None
     positions: int | None = None
 
     def __post_init__(self):
-        for field in ("after", "before", "norm"):
+        for field in ("before", "after", "norm"):
             path = getattr(self, field)
-            if path is not None or field != "norm":
+            units_or_none = type(path) is int and path >= 1 if field == "before" else path is None and field == "norm"
+            if not units_or_none:
                 object.__setattr__(self, field, _path(path, field))
         if self.positions is not None and not (isinstance(self.positions, int) and self.positions >= 1):
             raise ValueError(f"positions is an integer of at least 1, height * width, got {self.positions!r}")
@@ -85,7 +86,7 @@ def link_params(params: Any, pairs: Sequence[Pair], link: Link) -> Any:
     Args:
       params: nested dictionaries, or an NNX state; with a `norm` the running statistics too, so all variables.
       pairs: where the activations are.
-      link: the new activation. Its first member is the old one, which nobody can check here.
+      link: the new activation. Its first member is the old one; parameters alone cannot show whether it is.
 
     Returns:
       A new tree like params.
@@ -107,7 +108,7 @@ def link_params(params: Any, pairs: Sequence[Pair], link: Link) -> Any:
       ...         return nn.Dense(3)(x.reshape(len(x), -1))
       >>> x = jnp.ones((2, 8, 8, 1))
       >>> variables = Net().init(jax.random.key(0), x)
-      >>> pair = Pair(before="Conv_0", after="Dense_0", positions=8 * 8)
+      >>> pair = Pair("Conv_0", "Dense_0", positions=8 * 8)
       >>> revived = link_params(variables, [pair], lk_relu)
       >>> revived["params"]["Dense_0"]["kernel"].shape
       (512, 3)
@@ -116,7 +117,7 @@ def link_params(params: Any, pairs: Sequence[Pair], link: Link) -> Any:
     return edit(params, _edits(params, pairs, link, moments=False), leaves_by_name(params))
 
 
-def link_moments(opt_state: Any, params: Any, pairs: Sequence[Pair], link: Link) -> Any:
+def link_params_opt_state(opt_state: Any, params: Any, pairs: Sequence[Pair], link: Link) -> Any:
     """The Optax state for the parameters that `link_params` gives: moments of kept weights kept, new ones 0.
 
     Counts and learning rates stay. With Adam the first step of a new weight is then up to 3.2 times the learning rate,
@@ -141,16 +142,16 @@ def link_moments(opt_state: Any, params: Any, pairs: Sequence[Pair], link: Link)
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from linked_jax import lk_relu
-      >>> from linked_jax.revive import Pair, link_moments
+      >>> from linked_jax.revive import Pair, link_params_opt_state
       >>> params = {"in": {"kernel": jnp.ones((2, 4))}, "out": {"kernel": jnp.ones((4, 3))}}
       >>> state = optax.adam(1e-3).init(params)
-      >>> link_moments(state, params, [Pair(before="in", after="out")], lk_relu)[0].mu["out"]["kernel"].shape
+      >>> link_params_opt_state(state, params, [Pair("in", "out")], lk_relu)[0].mu["out"]["kernel"].shape
       (8, 3)
     """
-    return edit_moments(opt_state, _edits(params, pairs, link, moments=True), leaves_by_name(params))
+    return edit_opt_state(opt_state, _edits(params, pairs, link, moments=True), leaves_by_name(params))
 
 
-def edit_moments(opt_state: Any, edits: Mapping[Names, Callable[[Any], Any]], weights: Mapping[Names, Any]) -> Any:
+def edit_opt_state(opt_state: Any, edits: Mapping[Names, Callable[[Any], Any]], weights: Mapping[Names, Any]) -> Any:
     """`edit` of an optimiser's state, for arrays of the weights' shapes only; refuses a state of other weights."""
     arrays = [
         _names(path)
@@ -253,20 +254,21 @@ def _widened(a: Array, *, axis: int, units: int, link: Link, fill: Fill) -> Arra
 
 def _units(leaves: Mapping[Names, Any], pair: Pair) -> int:
     """The width of the pre-activation: the units, times the positions of a flatten before the activation."""
-    kernel, units = _kernel(leaves, pair.after), _kernel(leaves, pair.before).shape[-1]
+    kernel, counted = _kernel(leaves, pair.after), type(pair.before) is int
+    units = pair.before if counted else _kernel(leaves, pair.before).shape[-1]
+    whose = f"{units} units{'' if counted else ' of ' + '/'.join(pair.before)}"
     positions, left = divmod(kernel.shape[-2], units)
     one_of = {positions} if kernel.ndim > 2 else {1, positions}
     if left or (kernel.ndim > 2 and positions != 1) or (pair.positions or positions) not in one_of:
         raise ValueError(
             f"{'/'.join(pair.after)} has a kernel of shape {kernel.shape}, which does not take {pair.positions or 1} "
-            f"positions of {units} units of {'/'.join(pair.before)}; positions is height * width where a flatten "
-            "stands between the activation and a dense layer, else 1"
+            f"positions of {whose}; positions is height * width where a flatten stands between the activation and a "
+            "dense layer, else 1"
         )
     if pair.positions is None and positions != 1:
         raise ValueError(
-            f"{'/'.join(pair.after)} has a kernel of shape {kernel.shape} after {units} units of "
-            f"{'/'.join(pair.before)}; pass positions={positions} if a flatten stands after the activation, and "
-            "positions=1 if it stands before the activation"
+            f"{'/'.join(pair.after)} has a kernel of shape {kernel.shape} after {whose}; pass positions={positions} if "
+            "a flatten stands after the activation, and positions=1 if it stands before the activation"
         )
     return kernel.shape[-2] // (pair.positions or 1)
 

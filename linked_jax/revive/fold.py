@@ -1,20 +1,16 @@
-"""Fold for deployment: batch norm, LCW and NormProp become plain weights with the same outputs in evaluation.
+"""Fold for deployment: batch norm and computed kernels become plain weights with the same outputs in evaluation.
 
 ((x K + b) - mean) r + beta = x (K r) + ((b - mean) r + beta),   r = gamma / sqrt(var + epsilon)
 """
 
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from linked_jax.remedies.lcw import LCWConv, LCWLinear
-from linked_jax.remedies.normprop import NormPropConv, NormPropLinear, unit_filters
+from linked_jax.revive.foldable import Foldable, link_and_layer, plain
 from linked_jax.revive.joints import check_sequential, is_activation
-from linked_jax.revive.unlink import opened
 
-_FOLDED = (LCWLinear, LCWConv, NormPropLinear, NormPropConv, nnx.BatchNorm)
 Layer = TypeVar("Layer", nnx.Linear, nnx.Conv)
 
 
@@ -32,7 +28,7 @@ def fold_batch_norm(layer: Layer, norm: nnx.BatchNorm) -> Layer:
         dtype, which may not be the norm's: a bfloat16 layer and a float32 norm give bfloat16 once folded.
 
     Raises:
-      ValueError: if the two are something else or do not fit.
+      ValueError: if the two have other types, or other numbers of channels.
 
     Reference: Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only
     inference, 2018.
@@ -61,51 +57,19 @@ def fold_batch_norm(layer: Layer, norm: nnx.BatchNorm) -> Layer:
         for a in (layer.kernel, layer.bias, norm.mean, norm.var, norm.scale, norm.bias)
     )
     ratio = (1.0 if norm.scale is None else scale) / jnp.sqrt(var + norm.epsilon)
-    return _with_weights(layer, kernel * ratio, (bias - mean) * ratio + shift)
-
-
-def fold_normprop(layer: NormPropLinear | NormPropConv) -> nnx.Linear | nnx.Conv:
-    """A plain layer with the weights of a NormProp layer, and the same output.
-
-        K = gamma w / ||w||,   b = beta
-
-    Its activation, `normalized(link)`, stays what it is.
-
-    Args:
-      layer: a `NormPropLinear` or `NormPropConv`.
-
-    Returns:
-      An nnx.Linear or nnx.Conv with parameters of its own.
-
-    Raises:
-      ValueError: if the layer is something else.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from linked_jax.remedies import NormPropLinear
-      >>> from linked_jax.revive import fold_normprop
-      >>> layer, x = NormPropLinear(8, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 8))
-      >>> jnp.abs(fold_normprop(layer)(x) - layer(x)).max() < 1e-6
-      Array(True, dtype=bool)
-    """
-    if not isinstance(layer, (NormPropLinear, NormPropConv)):
-        raise ValueError(f"fold_normprop takes a NormPropLinear or a NormPropConv, got a {type(layer).__name__}")
-    *window, in_features, out_features = layer.kernel.shape
-    options: dict[str, Any] = {"dtype": layer.dtype, "param_dtype": layer.param_dtype, "rngs": nnx.Rngs(0)}
-    if isinstance(layer, NormPropConv):
-        geometry: dict[str, Any] = {"strides": layer.strides, "padding": layer.padding}
-        plain = nnx.Conv(in_features, out_features, tuple(window), **geometry, **options)
-    else:
-        plain = nnx.Linear(in_features, out_features, **options)
-    return _with_weights(plain, layer.scale[...] * unit_filters(layer.kernel[...]), layer.bias[...])
+    folded = nnx.clone(layer)
+    folded.kernel[...] = (kernel * ratio).astype(layer.kernel.dtype)
+    folded.bias = nnx.Param(((bias - mean) * ratio + shift).astype(layer.kernel.dtype))
+    folded.use_bias = True
+    return folded
 
 
 def fold_sequential(model: nnx.Sequential) -> nnx.Sequential:
-    """The model with everything folded that can be: LCW, NormProp, and batch norm into the layer right before it.
+    """The model with all computed kernels folded, and each batch norm into the layer right before it.
 
-    Linked layers become a link and a plain layer. A batch norm after an activation is refused: its shift does not pass
-    the activation, g(r z + s) is not r g(z) + s, and its scale passes one only where g is positively homogeneous.
+    A layer with a method `fold()`, such as those of `linked_jax.remedies`, becomes what that gives; linked
+    layers become a link and a plain layer. A batch norm after an activation is refused: its shift does not pass the
+    activation, g(r z + s) is not r g(z) + s, and its scale passes only where g is positively homogeneous.
 
     Args:
       model: trained.
@@ -114,8 +78,8 @@ def fold_sequential(model: nnx.Sequential) -> nnx.Sequential:
       A new `nnx.Sequential` with variables of its own and the same outputs in evaluation.
 
     Raises:
-      ValueError: if a batch norm does not follow an nnx.Linear or nnx.Conv directly, or a module has inside what would
-        be folded; with its index.
+      ValueError: if a batch norm does not follow an nnx.Linear or nnx.Conv directly, a module has inside what would
+        be folded, or a layer's `fold` has arguments; with its index.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -129,17 +93,13 @@ def fold_sequential(model: nnx.Sequential) -> nnx.Sequential:
     check_sequential(model)
     layers: list[Any] = []
     for i, layer in enumerate(nnx.clone(model).layers):
-        for part in opened(layer):
-            if isinstance(part, (LCWLinear, LCWConv)):
-                layers.append(part.fold())
-            elif isinstance(part, (NormPropLinear, NormPropConv)):
-                layers.append(fold_normprop(part))
-            elif isinstance(part, nnx.BatchNorm):
+        for part in link_and_layer(layer):
+            if isinstance(part, nnx.BatchNorm):
                 _check_before(layers[-1] if layers else None, i)
                 layers[-1] = fold_batch_norm(layers[-1], part)
             else:
                 _check_inside(part, i)
-                layers.append(part)
+                layers.append(plain(part, i))
     return nnx.Sequential(*layers)
 
 
@@ -152,19 +112,10 @@ def _check_before(before: Any, i: int) -> None:
 
 
 def _check_inside(layer: Any, i: int) -> None:
-    inside = [module for _, module in nnx.iter_modules(layer)] if isinstance(layer, nnx.Module) else []
-    found = next((type(module).__name__ for module in inside if isinstance(module, _FOLDED)), None)
+    inside = [module for path, module in nnx.iter_modules(layer) if path] if isinstance(layer, nnx.Module) else []
+    found = next((type(module).__name__ for module in inside if isinstance(module, (nnx.BatchNorm, Foldable))), None)
     if found:
         raise ValueError(
             f"layers[{i}], a {type(layer).__name__}, has a {found} inside, which would not be folded; flatten the "
             "Sequential: nnx.Sequential(*inner.layers, ...)"
         )
-
-
-def _with_weights(layer: Any, kernel: jax.Array, bias: jax.Array) -> Any:
-    layer = nnx.clone(layer)
-    dtype = layer.kernel.dtype
-    layer.kernel[...] = kernel.astype(dtype)
-    layer.bias = nnx.Param(bias.astype(dtype))
-    layer.use_bias = True
-    return layer

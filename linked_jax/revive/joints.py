@@ -1,8 +1,9 @@
 """Where the activations of an `nnx.Sequential` are, and the layers around them.
 
-An activation is a `Link`, or a function that is elementwise and not affine; functions are tried on a few numbers, each
-compiled for itself, so that a `jax.jit` or `jax.vmap` around does not count. What stands between it and the next
-nnx.Linear or nnx.Conv must treat channels alike: pools, flatten, dropout, batch norm.
+A layer is an nnx.Linear or nnx.Conv, or folds to one. An activation is a `Link`, or a function that is elementwise and
+not affine: functions are tried on a few numbers, each compiled by itself, so that a `jax.jit` or `jax.vmap` around the
+call does not matter. What stands between an activation and the next layer must treat channels alike: pools, flatten,
+dropout, batch norm.
 """
 
 import dataclasses
@@ -17,15 +18,12 @@ from jaxtyping import Array
 
 from linked_jax.layers import LinkedConv, LinkedLinear, LinkedPReLU
 from linked_jax.linking import Link, join
-from linked_jax.remedies.lcw import LCWConv, LCWLinear
-from linked_jax.remedies.normprop import NormPropConv, NormPropLinear
+from linked_jax.revive.foldable import LAYERS, Foldable, is_layer, plain
 
 Function = Any
-_LAYERS = (nnx.Linear, nnx.Conv)
 _NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
-_REMEDIES = (LCWLinear, LCWConv, NormPropLinear, NormPropConv)
 _LINKED = (LinkedLinear, LinkedConv, LinkedPReLU)
-_KNOWN = (*_LAYERS, *_NORMS, *_REMEDIES, *_LINKED, nnx.Dropout, nnx.Embed, nnx.ConvTranspose)
+_KNOWN = (*LAYERS, *_NORMS, *_LINKED, nnx.Dropout, nnx.Embed, nnx.ConvTranspose)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +66,7 @@ def activations(model: nnx.Sequential) -> list[int]:
     modules = [id(layer) for layer in layers if _has_variables(layer)]
     if len(set(modules)) < len(modules):
         raise ValueError("a layer stands in the model twice, and shared weights are not handled; give each its own")
-    first = next((i for i, layer in enumerate(layers) if isinstance(layer, _LAYERS)), len(layers))
+    first = next((i for i, layer in enumerate(layers) if is_layer(layer)), len(layers))
     return [i for i in range(first, len(layers)) if is_activation(layers[i], i)]
 
 
@@ -84,7 +82,7 @@ def check_sequential(model: Any) -> None:
 
 def last_layer(model: nnx.Sequential) -> int:
     """The index of the last nnx.Linear or nnx.Conv; -1 if there is none."""
-    return max((i for i, layer in enumerate(model.layers) if isinstance(layer, _LAYERS)), default=-1)
+    return max((i for i, layer in enumerate(model.layers) if is_layer(layer)), default=-1)
 
 
 def joint_at(model: nnx.Sequential, index: int) -> Joint:
@@ -94,8 +92,8 @@ def joint_at(model: nnx.Sequential, index: int) -> Joint:
       ValueError: if something there is not handled; with the index of the layer.
     """
     layers: list[Any] = list(model.layers)
-    before = max(i for i in range(index) if isinstance(layers[i], _LAYERS))
-    after = next((i for i in range(index + 1, len(layers)) if isinstance(layers[i], _LAYERS)), None)
+    before = max(i for i in range(index) if is_layer(layers[i]))
+    after = next((i for i in range(index + 1, len(layers)) if is_layer(layers[i])), None)
     if after is None:
         raise nothing_after(model, index)
     inner, outer = range(before + 1, index), range(index + 1, after)
@@ -106,12 +104,13 @@ def joint_at(model: nnx.Sequential, index: int) -> Joint:
     norms = [i for i in outer if isinstance(layers[i], _NORMS)]
     for i in norms:
         _check_outer_norm(layers[i], i, first=i == norms[0])
-    _check_next(layers[after], after)
+    first, following = plain(layers[before], before), plain(layers[after], after)
+    _check_next(following, after)
 
     activation = layers[index]
     link = activation if isinstance(activation, Link) else Link((activation,))
-    units, rows = layers[before].out_features, layers[after].in_features
-    space = len(layers[before].kernel_size) if isinstance(layers[before], nnx.Conv) else None
+    units, rows = first.out_features, following.in_features
+    space = len(first.kernel_size) if isinstance(first, nnx.Conv) else None
     inner_functions, outer_functions = (
         [layers[i] for i in span if not isinstance(layers[i], (*_NORMS, nnx.Dropout))] for span in (inner, outer)
     )
@@ -177,7 +176,7 @@ def is_activation(layer: Any, i: int) -> bool:
 
 
 def apart(layer: Function) -> Function:
-    """The function compiled for itself; jax.nn.relu alone would join a `jax.vmap` around it."""
+    """The function, compiled by itself: jax.nn.relu alone would join a `jax.vmap` around it."""
     changeable = isinstance(layer, nnx.Module) or layer.__hash__ is None
     return jax.jit((lambda x: layer(x)) if changeable else layer)
 
@@ -253,7 +252,7 @@ def _check_open(layer: Any, i: int) -> None:
             f"layers[{i}] is an nnx.Sequential in the model, whose activations would be left out; flatten the "
             "Sequential: nnx.Sequential(*inner.layers, ...)"
         )
-    own = isinstance(layer, nnx.Module) and not isinstance(layer, _KNOWN)
+    own = isinstance(layer, nnx.Module) and not isinstance(layer, (*_KNOWN, Foldable))
     if own and (_has_variables(layer) or len(list(nnx.iter_modules(layer))) > 1):
         raise ValueError(
             f"layers[{i}], a {type(layer).__name__}, has variables or modules of its own and may hide an activation; "
@@ -280,7 +279,7 @@ def _check_outer_norm(norm: Any, i: int, *, first: bool) -> None:
 
 
 def _check_next(layer: Any, i: int) -> None:
-    if type(layer) not in _LAYERS:
+    if type(layer) not in LAYERS:
         raise ValueError(
             f"layers[{i}] is a {type(layer).__name__}, whose output may not be linear in its kernel; use nnx.Linear or "
             "nnx.Conv itself"

@@ -1,6 +1,8 @@
 """ReDo: give dormant units new weights, so that they can learn again."""
 
+import collections
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,10 +11,14 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from linked_jax.diagnostics import by_member
+from linked_jax.diagnostics import by_member, relative_sizes
 from linked_jax.linking import join
-from linked_jax.revive.expand import Names, edit, edit_moments, leaves_by_name
+from linked_jax.revive.expand import Names, edit, edit_opt_state, leaves_by_name
+from linked_jax.revive.foldable import Foldable
 from linked_jax.revive.joints import Joint, activations, joint_at, last_layer, linked_layers
+
+Changes = dict[Names, list[tuple[Any, Any]]]
+"""For each weight, in order: where it changes, and to which value."""
 
 _START = {"mean": 0.0, "var": 1.0, "scale": 1.0, "bias": 0.0}
 
@@ -20,14 +26,14 @@ _START = {"mean": 0.0, "var": 1.0, "scale": 1.0, "bias": 0.0}
 def redo(
     model: nnx.Sequential, opt_state: Any, x: Float[Array, "..."], *, tau: float = 0.025, key: PRNGKeyArray
 ) -> tuple[nnx.Sequential, Any, Int[Array, ""]]:
-    """Re-initialise the units that hardly ever fire: a new model, a new optimiser state, and how many units it were.
+    """Re-initialise the units that hardly ever fire: a new model, a new optimiser state, and the number of such units.
 
         s_i = m_i / mean_k m_k,   m_i = mean of |h_i| over batch, positions and members of the link
         s_i <= tau:   incoming weights drawn anew, bias 0, outgoing weights 0, moments of all these 0
 
     A linked unit is scored as one, and the weights of all its members become 0. All layers are scored first, then
     changed. With tau = 0 and dead relu units outputs stay the same, unless a batch norm stands after the activation:
-    then the constant that it made of a dead unit is gone.
+    it makes a constant of a dead unit, which is 0 afterwards.
 
     Args:
       model: as for `link_sequential`; linked already or not. Norms between a layer and its activation are batch norms:
@@ -61,6 +67,28 @@ def redo(
       >>> int(units)
       5
     """
+    joints = _checked(model, x, tau)
+    outputs = _outputs(model, x)
+    state = nnx.state(model)
+    leaves = leaves_by_name(state)
+    changes, count = _changes(model, joints, leaves, outputs, tau=tau, key=key)
+
+    def changed(a: Array, name: Names, *, moments: bool) -> Array:
+        for where, value in changes[name]:
+            a = jnp.where(where, 0.0 if moments else value, a).astype(a.dtype)
+        return a
+
+    of_weights, of_moments = (
+        {name: functools.partial(changed, name=name, moments=moments) for name in leaves.keys() & changes}
+        for moments in (False, True)
+    )
+    new = nnx.clone(model)
+    nnx.update(new, edit(state, of_weights, leaves))
+    return new, edit_opt_state(opt_state, of_moments, leaves), count
+
+
+def _checked(model: nnx.Sequential, x: Array, tau: float) -> list[Joint]:
+    """The joints of the activations between two layers, if all is as `redo` needs it."""
     if not tau >= 0:
         raise ValueError(f"tau is at least 0, got {tau}; 0 finds the units that never fire")
     finite = jnp.isfinite(x).all()
@@ -72,42 +100,43 @@ def redo(
             f"layers[{i}], a {type(model.layers[i]).__name__}, is already linked, and its link would be left out; "
             "write it as two layers, the link and then its nnx.Linear or nnx.Conv"
         )
+    for i in (i for joint in joints for i in (joint.before, joint.after)):
+        if isinstance(model.layers[i], Foldable):
+            raise ValueError(
+                f"layers[{i}], a {type(model.layers[i]).__name__}, computes its kernel, so it does not apply weights "
+                "that are drawn anew; fold it first, see fold_sequential"
+            )
     if not joints:
         raise ValueError("no activation between two layers (nnx.Linear or nnx.Conv) is in the model, so no units")
-    outputs = _outputs(model, x)
-    state = nnx.state(model)
-    leaves = leaves_by_name(state)
-    new: dict[Names, tuple[Any, Any]] = {}  # where, and what
-    gone: dict[Names, Any] = {}  # where there will be 0
+    return joints
+
+
+def _changes(
+    model: nnx.Sequential, joints: list[Joint], leaves: Mapping[Names, Array], outputs: list[Array], *, tau: float,
+    key: Array,
+) -> tuple[Changes, Array]:  # fmt: skip
+    """What becomes of the weights of dormant units, and how many those are."""
+    changes: Changes = collections.defaultdict(list)
     count = jnp.zeros((), int)
-    for joint, subkey in zip(joints, jax.random.split(key, len(joints)), strict=True):
+    # From the last to the first: a layer's own weights are drawn before what dormant inputs have there becomes 0.
+    for joint, subkey in reversed(list(zip(joints, jax.random.split(key, len(joints)), strict=True))):
         dormant = _dormant(outputs[joint.activation], joint, tau)
         count += dormant.sum()
         layer = ("layers", str(joint.before))
         kernel = leaves[*layer, "kernel"]
-        new[*layer, "kernel"] = dormant, nnx.initializers.lecun_normal()(subkey, kernel.shape, kernel.dtype)
-        new[*layer, "bias"] = dormant, 0.0
+        fresh = nnx.initializers.lecun_normal()(subkey, kernel.shape, kernel.dtype)
+        changes[*layer, "kernel"].append((dormant, fresh))
+        changes[*layer, "bias"].append((dormant, 0.0))
         members = join([jnp.tile(dormant, joint.width // joint.units)] * joint.link.arity, -1, joint.link.layout)
         for i in joint.inner_norms:
             _check_norm(model.layers[i], i)
-            new |= _restarted(model.layers[i], i, dormant)
-        if joint.norm is not None:
-            new |= _restarted(model.layers[joint.norm], joint.norm, members)
-        gone["layers", str(joint.after), "kernel"] = jnp.tile(members, joint.positions)[:, None]
-
-    def renewed(a: Array, name: Names) -> Array:
-        where, what = new.get(name, (False, 0.0))
-        return jnp.where(gone.get(name, False), 0, jnp.where(where, what, a)).astype(a.dtype)
-
-    def forgotten(a: Array, name: Names) -> Array:
-        where, _ = new.get(name, (False, 0.0))
-        return jnp.where(where | gone.get(name, False), 0, a)
-
-    names = leaves.keys() & {*new, *gone}
-    fresh = nnx.clone(model)
-    nnx.update(fresh, edit(state, {name: functools.partial(renewed, name=name) for name in names}, leaves))
-    forget = {name: functools.partial(forgotten, name=name) for name in names}
-    return fresh, edit_moments(opt_state, forget, leaves), count
+        channels = [(i, dormant) for i in joint.inner_norms] + [(i, members) for i in (joint.norm,) if i is not None]
+        for i, where in channels:
+            where = jnp.tile(where, len(leaves["layers", str(i), "mean"]) // len(where))
+            for name, value in _START.items():
+                changes["layers", str(i), name].append((where, value))
+        changes["layers", str(joint.after), "kernel"].append((jnp.tile(members, joint.positions)[:, None], 0.0))
+    return changes, count
 
 
 def _outputs(model: nnx.Sequential, x: Array) -> list[Array]:
@@ -118,16 +147,10 @@ def _outputs(model: nnx.Sequential, x: Array) -> list[Array]:
 
 
 def _dormant(h: Array, joint: Joint, tau: float) -> Bool[Array, " c"]:
-    """s_i <= tau, without the division: all units of a silent layer are dormant."""
+    """s_i <= tau; all units of a silent layer are dormant."""
     size = jnp.abs(by_member(h, joint.link.arity, joint.link.layout)).astype(jnp.promote_types(h.dtype, jnp.float32))
     size = size.mean(axis=(0, 1)).reshape(-1, joint.units).mean(axis=0)
-    return size <= tau * size.mean()
-
-
-def _restarted(norm: Any, i: int, mask: Array) -> dict[Names, tuple[Any, Any]]:
-    """The entries of a batch norm as at its start, for the masked channels."""
-    where = jnp.tile(mask, norm.num_features // len(mask))
-    return {("layers", str(i), name): (where, value) for name, value in _START.items()}
+    return relative_sizes(size, finite=jnp.isfinite(size)) <= tau
 
 
 def _check_norm(norm: Any, i: int) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 
 from linked_jax.linking import Link
-from linked_jax.revive.expand import Pair, check_link, link_moments, link_params
+from linked_jax.revive.expand import Pair, check_link, link_params, link_params_opt_state
+from linked_jax.revive.foldable import Foldable, plain
 from linked_jax.revive.joints import Joint, activations, apart, joint_at, last_layer, linked_layers, nothing_after
 
 
@@ -19,18 +20,19 @@ def link_sequential(model: nnx.Sequential, link: Link) -> nnx.Sequential:
 
     Links of two or more members stay, and so do functions before the first layer and after the last one, and functions
     that are not elementwise, such as one that is relu and a pool. Added channels of a batch norm after an activation:
-    see `link_params`. Dropout draws other masks for more channels.
+    see `link_params`. Dropout draws other masks for more channels. A next layer that computes its kernel, such as
+    `linked_jax.remedies.WSConv`, is folded, for zeros in its parameters need not be zeros in its kernel.
 
     Outputs stay equal where all members are finite: at a large -z the mirror of exp is inf, and inf * 0 is NaN.
 
     Args:
-      model: of nnx.Linear, nnx.Conv, activations, norms, nnx.Dropout, pools, flatten and other functions; no modules
-        of several layers. Norms other than batch norm stand before activations only. A flatten must leave the number
-        of channels open.
+      model: of nnx.Linear, nnx.Conv and layers that fold to them, activations, norms, nnx.Dropout, pools, flatten and
+        other functions; no modules of several layers. Norms other than batch norm stand before activations only. A
+        flatten must leave the number of channels open.
       link: its first member is the model's activation, compared in values; axis -1.
 
     Returns:
-      A new `nnx.Sequential` with variables of its own. Optimiser: `link_opt_state`.
+      A new `nnx.Sequential` with variables of its own. Optimiser: `link_sequential_opt_state`.
 
     Raises:
       ValueError: if there is no plain activation, one is not the link's first member or has no layer after it, what
@@ -49,9 +51,10 @@ def link_sequential(model: nnx.Sequential, link: Link) -> nnx.Sequential:
       (Array(True, dtype=bool), (32, 3))
     """
     joints = _plain_joints(model, link)
-    state = link_params(nnx.state(model), _pairs(joints), link)
     new = nnx.clone(model)
-    nnx.update(new, state)
+    for joint in joints:
+        new.layers[joint.after] = plain(new.layers[joint.after], joint.after)
+    nnx.update(new, link_params(nnx.state(new), _pairs(joints), link))
     for joint in joints:
         new.layers[joint.activation] = link
         fit(new.layers[joint.after])
@@ -60,7 +63,7 @@ def link_sequential(model: nnx.Sequential, link: Link) -> nnx.Sequential:
     return new
 
 
-def link_opt_state(opt_state: Any, model: nnx.Sequential, link: Link) -> Any:
+def link_sequential_opt_state(opt_state: Any, model: nnx.Sequential, link: Link) -> Any:
     """The Optax state for the model that `link_sequential` gives: moments of kept weights kept, new ones 0.
 
         m' = [m; 0],   v' = [v; 0]   of each next layer
@@ -72,7 +75,7 @@ def link_opt_state(opt_state: Any, model: nnx.Sequential, link: Link) -> Any:
 
     Args:
       opt_state: of tx.init(nnx.state(model, nnx.Param)), or an nnx.Optimizer's; gradient moments only, so no copies of
-        the parameters (schedule_free, lookahead); see `link_moments`.
+        the parameters (schedule_free, lookahead); see `link_params_opt_state`.
       model: the plain model, before `link_sequential`.
       link: the same one.
 
@@ -80,26 +83,33 @@ def link_opt_state(opt_state: Any, model: nnx.Sequential, link: Link) -> Any:
       A new state, like that of tx.init(nnx.state(link_sequential(model, link), nnx.Param)).
 
     Raises:
-      ValueError: as `link_sequential` and `link_moments`.
+      ValueError: as `link_sequential` and `link_params_opt_state`, or if a next layer is one that has to be folded.
 
     Example:
       >>> import jax, optax
       >>> from flax import nnx
       >>> from linked_jax import lk_relu
-      >>> from linked_jax.revive import link_opt_state, link_sequential
+      >>> from linked_jax.revive import link_sequential_opt_state, link_sequential
       >>> rngs = nnx.Rngs(0)
       >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=rngs), jax.nn.relu, nnx.Linear(16, 3, rngs=rngs))
       >>> tx = optax.adam(1e-3)
       >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
       >>> revived = link_sequential(model, lk_relu)
       >>> revived_optimizer = nnx.Optimizer(revived, tx, wrt=nnx.Param)
-      >>> revived_optimizer.opt_state = link_opt_state(optimizer.opt_state, model, lk_relu)
+      >>> revived_optimizer.opt_state = link_sequential_opt_state(optimizer.opt_state, model, lk_relu)
       >>> grads = nnx.grad(lambda net: net(jax.numpy.ones((2, 8))).sum())(revived)
       >>> _ = revived_optimizer.update(revived, grads)
       >>> revived_optimizer.opt_state[0].nu["layers"][2]["kernel"].shape
       (32, 3)
     """
-    return link_moments(opt_state, nnx.state(model, nnx.Param), _pairs(_plain_joints(model, link)), link)
+    joints = _plain_joints(model, link)
+    for joint in joints:
+        if isinstance(layer := model.layers[joint.after], Foldable):
+            raise ValueError(
+                f"layers[{joint.after}], a {type(layer).__name__}, is folded and has other parameters then; start the "
+                "optimiser anew (tx.init)"
+            )
+    return link_params_opt_state(opt_state, nnx.state(model, nnx.Param), _pairs(joints), link)
 
 
 def fit(layer: Any) -> None:
@@ -138,7 +148,7 @@ def _pairs(joints: list[Joint]) -> list[Pair]:
     """Where the activations stand, as paths in the model's state."""
     return [
         Pair(
-            before=("layers", joint.before),
+            before=joint.units,
             after=("layers", joint.after),
             norm=None if joint.norm is None else ("layers", joint.norm),
             positions=joint.positions,

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from linked_jax.layers import LinkedConv, LinkedLinear
+from linked_jax.diagnostics import by_member
 from linked_jax.linking import Link
+from linked_jax.revive.foldable import link_and_layer, plain
 from linked_jax.revive.joints import Joint, activations, check_sequential, joint_at
 from linked_jax.revive.sequential import fit
 
@@ -41,13 +43,13 @@ def unlink(model: nnx.Sequential) -> nnx.Sequential:
       (Link(relu(z)), (16, 3))
     """
     check_sequential(model)
-    parts = [(i, part) for i, layer in enumerate(nnx.clone(model).layers) for part in opened(layer)]
+    parts = [(i, part) for i, layer in enumerate(nnx.clone(model).layers) for part in link_and_layer(layer)]
     new: Any = nnx.Sequential(*(part for _, part in parts))
     links = [i for i in activations(new) if getattr(new.layers[i], "arity", 1) > 1]
     if not links:
         raise ValueError("no link of two or more members follows an nnx.Linear or nnx.Conv in the model; nothing to do")
     for joint in [joint_at(new, i) for i in links]:
-        layer = new.layers[joint.after]
+        layer = new.layers[joint.after] = plain(new.layers[joint.after], parts[joint.after][0])
         used = _used_member(layer.kernel[...], joint, parts[joint.after][0])
         new.layers[joint.activation] = Link((joint.link.members[used],))
         layer.kernel.set_value(_member_rows(layer.kernel[...], -2, used, joint))
@@ -61,21 +63,11 @@ def unlink(model: nnx.Sequential) -> nnx.Sequential:
     return new
 
 
-def opened(layer: Any) -> list[Any]:
-    """The layer; a linked one as two, its link and its plain layer."""
-    if isinstance(layer, (LinkedLinear, LinkedConv)):
-        return [layer.link, layer.linear if isinstance(layer, LinkedLinear) else layer.conv]
-    return [layer]
-
-
 def _member_rows(a: Array, axis: int, member: int, joint: Joint) -> Array:
     """An axis of positions * d * C entries -> those of one member, positions * C."""
-    axis %= a.ndim
-    blocked = joint.link.layout == "blocked"
-    parts = (-1, joint.link.arity, joint.width) if blocked else (-1, joint.width, joint.link.arity)
-    split = a.reshape(*a.shape[:axis], *parts, *a.shape[axis + 1 :])
-    one = split.take(member, axis + (1 if blocked else 2))
-    return one.reshape(*a.shape[:axis], -1, *a.shape[axis + 1 :])
+    rows, d = jnp.moveaxis(a, axis, -1), joint.link.arity
+    one = by_member(rows.reshape(-1, d * joint.width), d, joint.link.layout)[:, member]
+    return jnp.moveaxis(one.reshape(*rows.shape[:-1], -1), -1, axis)
 
 
 def _used_member(kernel: Array, joint: Joint, i: int) -> int:

@@ -64,6 +64,7 @@ def a_run(tmp_path_factory):
     return command(*TINY, "--act", "relu", "lk_relu", "--seeds", 2, "--seed", 7, "--out", folder), folder
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_does(a_run):
     run, folder = a_run
     assert (run.returncode, run.stderr) == (0, "")
@@ -84,6 +85,7 @@ def test_a_run_says_what_it_does(a_run):
     assert str(folder) in run.stdout
 
 
+@pytest.mark.slow
 def test_the_closing_table_is_the_mean_and_the_deviation_over_seeds(a_run):
     run, folder = a_run
     table = run.stdout[run.stdout.index("Table 2") :]
@@ -98,6 +100,7 @@ def test_the_closing_table_is_the_mean_and_the_deviation_over_seeds(a_run):
         assert re.search(rf" {dead:g}(/| of )12 ", row[0])
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_record(a_run):
     _, folder = a_run
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint", "config.json", "depth.png", "metrics.jsonl"]

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,18 @@ import pytest
 from flax import nnx
 
 from experiments.dynamics import __main__ as dynamics
+from experiments.dynamics import links, toy, training
 from experiments.dynamics import plots as dynamics_plots
-from experiments.engine.console import Console
 from experiments.engine.errors import run_command
-from experiments.engine.optimizers import OPTIMIZERS
-from linked_jax import Certificate, lk_relu, lk_tanh
+from linked_jax import (
+    ACTIVATION_NAMES,
+    Certificate,
+    activation_arity,
+    get_activation,
+    live_units,
+    lk_relu,
+    lk_tanh,
+)
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--act", "relu", "lk_prelu", "--steps", "9", "--units", "3"]
@@ -44,7 +52,7 @@ def in_process():
         with pytest.MonkeyPatch.context() as patch, out.open("w") as stdout, error.open("w") as stderr:
             patch.chdir(folder)
             patch.setenv("COLUMNS", "100")
-            patch.setattr(dynamics_plots, "named_links", lambda: {"lk_relu": lk_relu, "lk_tanh": lk_tanh})
+            patch.setattr(links, "named_links", lambda: {"lk_relu": lk_relu, "lk_tanh": lk_tanh})
             patch.setattr(sys, "argv", ["dynamics.py", *map(str, arguments)])
             patch.setattr(sys, "stdout", stdout)
             patch.setattr(sys, "stderr", stderr)
@@ -62,12 +70,12 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-SGD = OPTIMIZERS["sgd"](0.1)  # one object, so that each net is compiled once
+def trained(act, *, seed=0, **changes):
+    return training.train(toy.Toy(**changes), toy.moons(), act=act, seed=seed)
 
 
-def trained(act, **changes):
-    settings = dynamics.Settings(**changes)
-    return list(dynamics.train(settings, act, settings.seed, dynamics.moons(), SGD, Console()))
+def restored(act, line, *, seed=0, **changes):
+    return toy.Toy(**changes).restore({"act": act, "seed": seed, **line})
 
 
 # --- a whole run
@@ -123,8 +131,8 @@ def test_a_run_leaves_its_record(a_run):
         assert len(line["gradient_norms"]) == 3
         assert ("parameters" in line) == (line["step"] in (0, 9))
     config = json.loads((folder / "config.json").read_text())
-    expected = {"act": ["relu", "lk_prelu"], "steps": 9, "units": 3, "bias": -10, "seed": 7, "seeds": 2}
-    assert {key: value for key, value in config["settings"].items() if key in expected} == expected
+    assert config["protocol"] == {"bias": -10, "units": 3, "steps": 9, "lr": 0.1, "optimizer": "sgd"}
+    assert config["command"] == f"python -m experiments.dynamics {' '.join(TINY)} --seeds 2 --seed 7"
     assert {"versions", "hardware", "commit", "time", "data"} <= set(config)
     assert str(folder.parent) not in (folder / "config.json").read_text()
 
@@ -146,13 +154,15 @@ def test_help_explains_each_option(in_process, tmp_path):
     code, out, error = in_process(tmp_path, "--help")
     assert (code, error) == (0, "")
     text = " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())
-    (settings,) = (
-        node
-        for node in ast.parse(Path(dynamics.__file__).read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef) and node.name == "Settings"
-    )
-    fields = settings.body[1:]
-    options = {field.target.id: doc.value.value for field, doc in zip(fields[::2], fields[1::2], strict=True)}
+    options = {}
+    for module, name in ((dynamics, "Settings"), (toy, "Toy")):
+        (settings,) = (
+            node
+            for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body
+            if isinstance(node, ast.ClassDef) and node.name == name
+        )
+        fields = [node for node in settings.body[1:] if not isinstance(node, ast.FunctionDef)]
+        options |= {field.target.id: doc.value.value for field, doc in zip(fields[::2], fields[1::2], strict=True)}
     assert set(options) == {field.name for field in dataclasses.fields(dynamics.Settings)}
     for name, explanation in options.items():
         assert f"--{name}" in text
@@ -212,41 +222,106 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_record_is_refused_and_kept(in_process, tmp_path):
+def test_a_folder_that_is_no_record_is_refused_and_kept(in_process, tmp_path):
     (tmp_path / "record").mkdir()
     (tmp_path / "record" / "metrics.jsonl").write_text("mine")
     code, _, error = in_process(tmp_path, *TINY, "--out", "record")
     assert code == 2
-    assert "exists; pass another --out" in error
+    assert "is there and is no record; pass --out with a new folder" in error
     assert [path.read_text() for path in (tmp_path / "record").iterdir()] == ["mine"]
 
 
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(in_process, tmp_path):
+    code, out, error = in_process(tmp_path, *TINY, "--out", "x" * 300)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"error: cannot write the record x+ .*; pass --out with a folder that you can write\n", error)
+
+
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_with_3_and_keeps_the_record(in_process, tmp_path):
-    code, _, error = in_process(tmp_path, "--act", "lk_relu", "--steps", 9, "--lr", 1e30, "--out", "record")
-    assert code == 3
-    assert re.fullmatch(r"stopped: the loss or its gradient is not finite at step \d; .*--lr.*\n", error)
-    steps = [line["step"] for line in metrics(tmp_path / "record")]
-    assert steps == list(range(len(steps)))
-    assert 1 <= len(steps) < 10
+def test_a_loss_that_is_not_finite_ends_with_3_and_keeps_the_runs_before_it(in_process, tmp_path):
+    command = "--act", "relu", "lk_relu", "--steps", 9, "--lr", 1e30, "--out", "record"
+    for _ in range(2):  # nor does the second one take the run for done
+        code, _, error = in_process(tmp_path, *command)
+        assert code == 3
+        assert re.fullmatch(r"stopped: the loss or its gradient is not finite at step \d; .*--lr.*\n", error)
+        found = metrics(tmp_path / "record")
+        assert [(line["act"], line["step"]) for line in found] == [("relu", step) for step in range(10)]
+
+
+# --- a run that resumes
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_resumes_to_the_same_record(a_run, in_process, tmp_path):
+    (_, out, _), whole = a_run
+    folder, lines = tmp_path / "record", metrics(whole)
+    shutil.copytree(whole, folder)
+    texts = (whole / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    of_first = [text for text, line in zip(texts, lines, strict=True) if (line["act"], line["seed"]) == ("relu", 7)]
+    (folder / "metrics.jsonl").write_text("".join(of_first), encoding="utf-8")
+    code, again, error = in_process(tmp_path, *TINY, "--seeds", 2, "--seed", 7, "--out", "record")
+    assert (code, error) == (0, "")
+    assert "\nrelu seed 7" not in again
+    assert [text for text in again.splitlines() if "  step " in text] == [
+        text for text in out.splitlines() if "  step " in text and not text.startswith("relu seed 7")
+    ]
+    assert metrics(folder) == lines
+    assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert (
+        again[again.index("From step 0") : again.index("record ")]
+        == out[out.index("From step 0") : out.index("record ")]
+    )
+
+
+@pytest.mark.slow
+def test_a_record_takes_more_runs_and_none_of_another_protocol(a_run, in_process, tmp_path):
+    shutil.copytree(a_run[1], tmp_path / "record")
+    code, out, _ = in_process(tmp_path, *TINY, "--seeds", 1, "--seed", 9, "--out", "record")
+    assert code == 0
+    assert len(metrics(tmp_path / "record")) == 60
+    assert "seed 7" not in out  # the table and the picture are of what was asked for
+    code, _, error = in_process(tmp_path, *TINY, "--lr", 0.2, "--out", "record")
+    assert (code, error.count("\n"), "is a record with another protocol" in error) == (2, 1, True)
+
+
+def test_the_committed_record_can_be_read():
+    folder = ROOT / "results" / "records" / "dynamics"
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
+    made = toy.Toy(**{field.name: settings[field.name] for field in dataclasses.fields(toy.Toy)})
+    lines, data = metrics(folder), toy.moons()
+    shown = [line for line in lines if "parameters" in line and line["seed"] == 0]
+    assert len(shown) == 25
+    (last,) = (line for line in shown if (line["act"], line["step"]) == ("lk_selu", 10_000))
+    accuracy = (made.restore(last)(data.points).argmax(axis=1) == data.labels).mean()
+    assert float(accuracy) == pytest.approx(last["accuracy"], abs=1e-6)
+    page = " ".join((dynamics.__doc__ or "").split())
+    accuracies = [row["accuracy"].split()[0] for row in dynamics_plots.table(made, lines)]
+    assert " ".join(f"{float(accuracy):.3f}" for accuracy in accuracies) in page
 
 
 # --- what the numbers are
 
 
 def test_the_data_are_fixed_balanced_and_shorter_than_the_bias():
-    points, labels = dynamics.moons()
+    points, labels = toy.moons()
     assert points.shape == (200, 2)
     assert np.bincount(labels).tolist() == [100, 100]
     # so |w.x| <= |x| < 10 for columns of length 1: at bias -10 every z is negative
     assert float(jnp.linalg.norm(points, axis=1).max()) < 10
-    kernel = dynamics.unit_columns(jax.random.key(3), (2, 50))
+    kernel = toy.unit_columns(jax.random.key(3), (2, 50))
     np.testing.assert_allclose(np.linalg.norm(kernel, axis=0), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 999, 10_000, 12_345])
+def test_blocks_are_all_the_steps_in_few_lengths(steps):
+    assert sum(training.blocks(steps)) == steps
+    assert set(training.blocks(steps)) <= {1, 10, 100, 1000}
+    assert len(training.blocks(steps)) <= 27 + steps // 1000
 
 
 @pytest.mark.parametrize("steps", [1, 7, 10_000])
 def test_recorded_steps_hold_the_start_the_end_and_the_snapshots(steps):
-    recorded, kept = dynamics.recorded_steps(steps), dynamics.snapshots(steps)
+    recorded, kept = training.recorded_steps(steps), training.snapshots(steps)
     assert (recorded[0], recorded[-1], kept[0], kept[-1]) == (0, steps, 0, steps)
     assert set(kept) <= set(recorded)
     assert len(recorded) <= 90
@@ -262,8 +337,8 @@ MEMBERS = {
 @pytest.mark.parametrize(("act", "bias"), [("relu", -2.0), ("lk_selu", -10.0)])
 def test_one_step_is_gradient_descent_and_the_norms_are_of_its_gradient(act, bias):
     lines = trained(act, steps=1, bias=bias, seed=3)
-    points, labels = dynamics.moons()
-    net = dynamics.restore(dynamics.Settings(bias=bias, seed=3), lines[0])
+    points, labels = toy.moons()
+    net = restored(act, lines[0], bias=bias, seed=3)
     start = [
         jnp.asarray(leaf[...])
         for layer in (net.hidden, net.read_out.linear)
@@ -286,19 +361,31 @@ def test_one_step_is_gradient_descent_and_the_norms_are_of_its_gradient(act, bia
 @pytest.mark.parametrize(("act", "bias"), [("relu", -5.0), ("lk_relu", -5.0)])
 def test_dead_and_one_sided_units_are_those_that_numpy_counts(act, bias):
     lines = trained(act, steps=1, bias=bias)
-    net = dynamics.restore(dynamics.Settings(bias=bias), lines[0])
-    z = np.asarray(dynamics.moons()[0]) @ np.asarray(net.hidden.kernel[...]) + np.asarray(net.hidden.bias[...])
+    net = restored(act, lines[0], bias=bias)
+    z = np.asarray(toy.moons()[0]) @ np.asarray(net.hidden.kernel[...]) + np.asarray(net.hidden.bias[...])
     negative = int((z <= 0).all(axis=0).sum())
     assert 0 < negative < 8
     assert lines[0]["one_sided_units"] == negative
     assert lines[0]["dead_units"] == (negative if act == "relu" else 0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ACTIVATION_NAMES)
+def test_the_units_are_those_of_any_activation(act):
+    made, data = toy.Toy(bias=-5.0), toy.moons()
+    net = made.net(act, 0)
+    z = net.hidden(data.points)
+    found = training.measure(net, data)
+    live = live_units(get_activation(act, 8)(z), arity=activation_arity(act))
+    assert int(found["dead_units"]) == int((~live).sum())
+    assert int(found["one_sided_units"]) == int(((z > 0).all(axis=0) | (z < 0).all(axis=0)).sum())
+
+
 def test_a_dead_relu_net_cannot_move_its_units():
     lines = trained("relu", steps=500)
     assert all(line["gradient_norms"] == [0.0] * 8 for line in lines)
     assert all(line["dead_units"] == 8 and line["accuracy"] == 0.5 for line in lines)
-    first, last = (dynamics.restore(dynamics.Settings(), line) for line in (lines[0], lines[-1]))
+    first, last = (restored("relu", line) for line in (lines[0], lines[-1]))
     for before, after in zip(*(jax.tree.leaves(nnx.state(net.hidden)) for net in (first, last)), strict=True):
         np.testing.assert_array_equal(before, after)
 
@@ -324,9 +411,9 @@ def test_the_same_seed_gives_the_same_numbers():
 
 
 def test_every_named_link_is_in_the_picture_once():
-    links = dynamics_plots.named_links()
-    assert len(links) == len(set(links.values())) == 12
-    assert {"lk_relu", "lk_prelu", "min_max", "fourier"} <= set(links)
+    named = links.named_links()
+    assert len(named) == len(set(named.values())) == 12
+    assert {"lk_relu", "lk_prelu", "min_max", "fourier"} <= set(named)
 
 
 def test_the_verdicts_are_the_certificates():
@@ -334,11 +421,11 @@ def test_the_verdicts_are_the_certificates():
         linked=True, dtype="bfloat16", min_gradient=0.5, argmin=-2.25, dead_intervals=(), dead_interval_count=0,
         nonfinite_count=0, first_nonfinite=None, num_inputs=65280, seconds=0.1, platform="cpu",
     )  # fmt: skip
-    assert dynamics_plots.verdict(good) == "linked: least max|g'| = 0.5, at z = -2.2"
+    assert links.verdict(good) == "linked: least max|g'| = 0.5, at z = -2.2"
     broken = dataclasses.replace(good, linked=False, nonfinite_count=1234, first_nonfinite=7.0)
-    assert dynamics_plots.verdict(broken) == "not linked: g' not finite at 1,234 values"
+    assert links.verdict(broken) == "not linked: g' not finite at 1,234 values"
     dead = dataclasses.replace(good, linked=False, dead_intervals=((-3.39e38, -4.0), (1.0, 2.0)), dead_interval_count=2)
-    assert dynamics_plots.verdict(dead) == "not linked: dead for z <= -4, [1, 2]"
+    assert links.verdict(dead) == "not linked: dead for z <= -4, [1, 2]"
 
 
 def test_a_zero_line_runs_through_the_points_where_z_is_zero():

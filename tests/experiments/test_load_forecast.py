@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,10 @@ from flax import nnx
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
 from experiments.load_forecast import __main__ as load_forecast
+from experiments.load_forecast import forecast as forecasts
 from experiments.load_forecast import net as recurrent_net
 from experiments.load_forecast import series as load_series
+from tests.cases import first_fast
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--cells", "lk_relu", "tanh", "--parameters", 250, "--epochs", 2]
@@ -83,8 +86,14 @@ def changed_after(series, hour):
 
 
 def trained(series, cell="tanh", units=5, **changes):
-    settings = load_forecast.Settings(**({"epochs": 2, "seeds": 2} | changes))
-    return list(load_forecast.train(settings, cell, units, series, load_series.windows(series), Console()))
+    options = {"epochs": 2, "seeds": 2, "lr": 0.01, "console": Console()} | changes
+    return forecasts.train(cell, units, series, load_series.windows(series), **options)
+
+
+def stacked_start(cell, units):
+    """The graph of a net, and its parameters before training, stacked over one seed."""
+    graph, parameters = nnx.split(forecasts.nets(cell, units, 1)[0])
+    return graph, jax.tree.map(lambda leaf: leaf[None], parameters)
 
 
 # --- a whole run
@@ -114,7 +123,7 @@ def test_a_run_leaves_its_record(a_run):
     assert epochs == [(cell, epoch, seed) for cell in ("lk_relu", "tanh") for epoch in (1, 2) for seed in (0, 1)]
     config = json.loads((folder / "config.json").read_text())
     assert {"versions", "hardware", "commit", "time"} <= set(config)
-    assert config["settings"]["csv"] == config["data"]["name"] == "town.csv"
+    assert config["protocol"]["csv"] == config["data"]["name"] == "town.csv"
     assert str(folder.parent) not in (folder / "config.json").read_text()
     assert "town.csv: 960 hours, 2023-12-25 05h to 2024-02-03 04h" in out
     assert (folder / "load_forecast.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -149,6 +158,32 @@ def test_the_best_epoch_is_that_of_the_least_validation_error(a_run):
             assert min(mine, key=lambda one: one["validation_mape"])["epoch"] == line["best_epoch"]
 
 
+@pytest.mark.slow
+def test_the_same_command_resumes_a_record_and_another_one_does_not(a_run, in_process, tmp_path):
+    (_, table, _), folder = a_run
+    written(tmp_path / "town.csv", hourly())
+    shutil.copytree(folder, tmp_path / "record")
+    whole = metrics(folder)
+    kept = [line for line in whole if line["cell"] != "tanh"]
+    (tmp_path / "record" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    same = ("--csv", "town.csv", *TINY, "--seeds", 2, "--out", "record")
+    code, out, error = in_process(tmp_path, *same)
+    assert (code, error) == (0, "")
+    assert metrics(tmp_path / "record") == whole
+    assert out[out.index("Test MAPE") :].split("record")[0] == table[table.index("Test MAPE") :].split("record")[0]
+    assert "lk_relu seed" not in out  # it was there
+    code, _, error = in_process(tmp_path, *same, "--lr", "0.02")
+    assert (code, "is a record with another protocol; pass another --out" in error) == (2, True)
+    written(tmp_path / "town.csv", hourly(start="2023-12-25T06:00"))
+    code, _, error = in_process(tmp_path, *same)
+    assert (code, "is a record with another data; pass another --out" in error) == (2, True)
+
+
+def test_an_out_with_a_name_that_is_too_long_is_refused(in_process, tmp_path):
+    code, _, error = in_process(tmp_path, *TINY, "--out", "x" * 300)
+    assert (code, "too long" in error, len(error.splitlines())) == (2, True, 1)
+
+
 def test_help_explains_each_option(in_process, tmp_path):
     code, out, error = in_process(tmp_path, "--help")
     assert (code, error) == (0, "")
@@ -181,7 +216,7 @@ def test_each_target_hour_is_in_one_part_and_the_parts_follow_each_other():
     for count in (load_series.LEAST_HOURS, HOURS, 1001):
         series = load_series.Series(np.datetime64("2024-01-01T00"), np.arange(1.0, count + 1), "line")
         cut = load_series.windows(series)
-        hours = {part: load_forecast.targets(series, starts) - 1 for part, starts in cut.starts.items()}
+        hours = {part: forecasts.targets(series, starts) - 1 for part, starts in cut.starts.items()}
         assert all(len(starts) for starts in cut.starts.values())
         assert hours["train"].min() >= load_series.HISTORY
         assert hours["train"].max() < hours["validation"].min()
@@ -195,15 +230,15 @@ def test_each_target_hour_is_in_one_part_and_the_parts_follow_each_other():
 def test_a_forecast_sees_nothing_of_its_own_hours():
     series = load_series.made(days=60)
     cut = load_series.windows(series)
-    graph, state = load_forecast.start("lk_relu", 5, 1)
+    graph, state = stacked_start("lk_relu", 5)
     for start in cut.starts["test"][[0, -1]]:
         features = cut.features.copy()
-        before = load_forecast.forecast(graph, state, cut, np.array([start]))
+        before = forecasts.forecast(graph, state, cut, np.array([start]))
         features[start:] += 7
-        after = load_forecast.forecast(graph, state, dataclasses.replace(cut, features=features), np.array([start]))
+        after = forecasts.forecast(graph, state, dataclasses.replace(cut, features=features), np.array([start]))
         np.testing.assert_array_equal(before, after)
         features[start - 1] += 7
-        after = load_forecast.forecast(graph, state, dataclasses.replace(cut, features=features), np.array([start]))
+        after = forecasts.forecast(graph, state, dataclasses.replace(cut, features=features), np.array([start]))
         assert np.abs(before - after).max() > 1
 
 
@@ -235,7 +270,8 @@ def test_the_validation_part_has_no_part_in_training():
 def test_the_baselines_are_the_loads_of_a_week_and_of_a_day_before():
     series = load_series.made(days=50)
     cut = load_series.windows(series)
-    for line, back in zip(load_forecast.baselines(series, cut), (168, 24), strict=True):
+    for name, back in {"last week": 168, "yesterday": 24}.items():
+        line = forecasts.baseline(name, series, cut)
         for ahead in (0, 11, 23):
             errors = [
                 abs(series.load[t + ahead - back] - series.load[t + ahead]) / series.load[t + ahead]
@@ -257,7 +293,7 @@ NUMPY = {
 }
 
 
-@pytest.mark.parametrize("cell", NUMPY)
+@pytest.mark.parametrize("cell", first_fast(NUMPY))
 def test_the_net_is_the_loop(cell):
     x = np.random.default_rng(0).normal(size=(3, 6, 4))
     with jax.enable_x64(True):
@@ -280,7 +316,7 @@ def test_the_net_is_the_loop(cell):
 def test_the_number_of_parameters_is_that_of_the_net_and_alike_for_all(cell):
     wanted = load_forecast.Settings().parameters
     units = load_forecast.units_of(cell, wanted)
-    _, state = load_forecast.start(cell, units, 1)
+    _, state = stacked_start(cell, units)
     count = sum(leaf.size for leaf in jax.tree.leaves(state))
     assert count == load_forecast.parameters_of(cell, units)
     assert abs(count / wanted - 1) < 0.01
@@ -305,18 +341,17 @@ def test_the_first_loss_and_the_validation_error_are_those_of_the_start():
     series = load_series.made(days=28)
     cut = load_series.windows(series)
     cut = dataclasses.replace(cut, starts=cut.starts | {"train": cut.starts["train"][:64]})  # one batch
-    settings = load_forecast.Settings(epochs=1, seeds=1, lr=1e-12)
-    first, _ = load_forecast.train(settings, "tanh", 5, series, cut, Console())
-    graph, state = load_forecast.start("tanh", 5, 1)
+    first, _ = forecasts.train("tanh", 5, series, cut, epochs=1, seeds=1, lr=1e-12, console=Console())
+    graph, state = stacked_start("tanh", 5)
     errors = {
-        part: np.abs(load_forecast.forecast(graph, state, cut, starts)[0] - load_forecast.targets(series, starts))
+        part: np.abs(forecasts.forecast(graph, state, cut, starts)[0] - forecasts.targets(series, starts))
         for part, starts in cut.starts.items()
     }
     filled = np.random.default_rng(0).permutation(cut.starts["train"])
     weights = np.bincount(np.resize(filled, 64), minlength=filled.max() + 1)[cut.starts["train"]]
     loss = np.average(errors["train"].mean(axis=1), weights=weights) / cut.deviation
     assert first["train_loss"] == pytest.approx(loss, rel=1e-4)
-    relative = errors["validation"] / load_forecast.targets(series, cut.starts["validation"])
+    relative = errors["validation"] / forecasts.targets(series, cut.starts["validation"])
     assert first["validation_mape"] == pytest.approx(100 * relative.mean(), rel=1e-4)
 
 
@@ -385,6 +420,16 @@ def test_a_csv_is_read_as_it_is(tmp_path):
     assert other.fingerprint == series.fingerprint
 
 
+def test_blank_lines_and_a_comma_at_each_end_are_no_fault(tmp_path):
+    rows = hourly()
+    series = read(written(tmp_path / "a.csv", rows))
+    blank = written(tmp_path / "b.csv", [*rows[:5], [], *rows[5:], []])
+    ended = written(tmp_path / "c.csv", [[*row, ""] for row in rows])
+    assert read(blank).fingerprint == read(ended).fingerprint == series.fingerprint
+    with pytest.raises(UsageError, match="row 9: an hour is missing"):  # the blank line, row 7, is counted
+        read(written(tmp_path / "d.csv", [*rows[:5], [], rows[5], *rows[7:]]))
+
+
 def test_hours_that_begin_at_half_past_are_hours(tmp_path):
     series = read(written(tmp_path / "a.csv", hourly(start="2023-12-25T05:30")))
     assert (str(series.start), len(series.load)) == ("2023-12-25T05", HOURS)
@@ -429,7 +474,7 @@ BAD_ROWS = {
     "empty": (put(700, 1, ""), "row 700: load is a number such as 1234.5, got ''"),
     "zero": (put(8, 1, "0"), "row 8: load is positive, since errors are in per cent of it", "got 0"),
     "negative": (put(8, 1, "-3.5"), "row 8: load is positive", "got -3.5"),
-    "nan": (put(8, 1, "nan"), "row 8: load is positive", "got nan"),
+    "nan": (put(8, 1, "nan"), "row 8: load is a number such as 1234.5, got 'nan'"),
     "infinite": (put(8, 1, "inf"), "row 8: load is positive", "got inf"),
     "a row cut short": (lambda rows: [*rows[:-1], rows[-1][:1]], "row 961: load is a number", "got ''"),
     "too short": (lambda rows: rows[:671], "has 671 hours; a forecast needs 672 at least"),
@@ -510,7 +555,7 @@ def test_an_existing_record_is_refused_and_kept(in_process, tmp_path):
     (tmp_path / "record" / "metrics.jsonl").write_text("mine")
     code, _, error = in_process(tmp_path, *TINY, "--out", "record")
     assert code == 2
-    assert "exists; pass another --out" in error
+    assert "is there and is no record; pass --out with a new folder" in error
     assert [path.read_text() for path in (tmp_path / "record").iterdir()] == ["mine"]
 
 
@@ -520,7 +565,7 @@ def test_a_loss_that_is_not_finite_ends_with_3_and_keeps_the_record(in_process, 
         return np.full((1, len(starts), 24), np.nan)
 
     written(tmp_path / "town.csv", hourly())
-    monkeypatch.setattr(load_forecast, "forecast", broken)
+    monkeypatch.setattr(forecasts, "forecast", broken)
     code, _, error = in_process(tmp_path, "--csv", "town.csv", *TINY, "--seeds", 1, "--out", "record")
     assert code == 3
     assert re.fullmatch(r"stopped: .*not finite \(lk_relu, seed 0, epoch 1\); try a smaller --lr\n", error)

@@ -1,6 +1,6 @@
-"""The comparison of remedies and the headline claims: every row builds, records go on, tables come from lines alone."""
+"""The comparison of remedies and the claims: every row builds, records resume, tables come from lines alone."""
 
-import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -13,12 +13,19 @@ from flax import nnx
 
 from experiments.engine import data as data_lib
 from experiments.engine.errors import UsageError
+from experiments.engine.records import Record
 from experiments.headlines import __main__ as headlines
+from experiments.headlines import batch_one, bcn, bkn, ic, riemannian
 from experiments.headlines.claim import Claim
+from experiments.headlines.claims import CLAIMS
+from experiments.headlines.net import WIDTHS
 from experiments.remedies import __main__ as remedies
+from experiments.remedies import runs
 from experiments.remedies import table as remedies_table
 from experiments.remedies.methods import METHODS
 from experiments.remedies.net import NETS
+from linked_jax.probe import observe
+from tests.cases import first_fast
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,18 +40,28 @@ def costs(row, size=10, *, batch_one=True):
     return {"net": "depth", "row": row, "says": row, "batch_one": batch_one, **counted}
 
 
-@pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_makes_every_network(name, net):
-    model = nnx.eval_shape(lambda: METHODS[name].build(net, (8, 8, 1), 10, 0))
+def units_of(build):
+    """The net, its parameters as shapes, and the units of each layer; no number is computed."""
+    model = nnx.eval_shape(build)
     graph, state = nnx.split(model)
 
     def forward(state, images):
-        return nnx.merge(graph, state, copy=True)(images, train=True, tap=lambda link, z, units: jnp.zeros(units))
+        trained = nnx.merge(graph, state, copy=True)(images, train=True)
+        return trained, observe(lambda state, x: nnx.merge(graph, state, copy=True)(x), state, images)
 
-    logits, taps = jax.eval_shape(forward, state, jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32))
-    assert logits.shape == (2, 10)
-    assert len(taps) == sum(stage.active for stage in NETS[net](10))
+    trained, (logits, taps) = jax.eval_shape(forward, state, jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32))
+    assert trained.shape == logits.shape == (2, 10)
+    return model, [tap.stats.live.shape[-1] for tap in taps]
+
+
+@pytest.mark.parametrize("net", first_fast(NETS))
+@pytest.mark.parametrize("name", first_fast(METHODS))
+def test_every_method_makes_every_network(name, net):
+    model, units = units_of(lambda: METHODS[name].build(net, (8, 8, 1), 10, 0))
+    stages = NETS[net](10)
+    layers = [before.features for before, stage in itertools.pairwise(stages) if stage.active]
+    members = 2 if name == "drelu" else 1  # both of its pre-activations are layers to the probe
+    assert units == [width for width in layers for _ in range(members)]
     optimizer, _ = METHODS[name].rule(net, METHODS[name].rates[0])
     jax.eval_shape(optimizer.init, nnx.split(model, nnx.Param, ...)[1])  # masks and chains find their layers
 
@@ -73,8 +90,41 @@ def test_costs_are_relative_to_relu():
     assert "raw" not in relu
 
 
+def test_the_shift_is_the_spread_of_means_relative_to_the_deviation():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(jnp.array([1.0, -3.0]))
+
+        def __call__(self, x, train=False):
+            return nnx.relu(x * self.scale + jnp.array([4.0, 0.0]))
+
+    x = jax.random.normal(jax.random.key(0), (500, 2))
+    z = x * jnp.array([1.0, -3.0]) + jnp.array([4.0, 0.0])
+    wanted = z.mean(0).std() / jnp.sqrt(z.var(0).mean())
+    assert runs.relative_shift(Net(), x) == pytest.approx(float(wanted), rel=1e-4)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("stress", [True, False])
+def test_as_many_runs_are_done_as_are_planned(stress, learns, tmp_path):
+    made = []
+
+    def make(**key):
+        made.append(key)
+        return {"test_accuracy": 0.9 if learns else 0.1, "train_loss": key["rate"]}
+
+    methods, options = ("relu", "sgd_g"), {"seeds": 3, "stress": stress, "make": make}
+    with Record.create(tmp_path / "record", {}) as record:
+        for _ in range(2):  # the second time everything is there
+            done = [sum(runs.of_method(record, "depth", method, **options)) for method in methods]
+            assert sum(done) == runs.planned(methods, ("depth",), 3, stress)
+    assert len(made) == len(record.lines) == 2 * (5 + (9 if stress and learns else 0))
+    rates = {key["stress"]: key["rate"] for key in made if key["row"] == "sgd_g" and key["seed"] == 2}
+    assert rates == {"none": 0.06} | ({"batch 2": 0.06, "raw": 0.06, "rate x10": 0.6} if stress and learns else {})
+
+
 @pytest.mark.slow
-def test_the_command_leaves_a_record_that_goes_on(tmp_path):
+def test_the_command_leaves_a_record_that_is_resumed(tmp_path):
     command = [
         sys.executable, "-m", "experiments.remedies", "--methods", "relu", "enorm", "--nets", "four_conv",
         "--seeds", "1", "--epochs", "1", "--time-steps", "2", "--out", str(tmp_path / "run"),
@@ -111,17 +161,33 @@ def test_bad_options_are_refused(options, said):
         remedies.check(remedies.Settings(**options))
 
 
-@pytest.mark.parametrize("name", headlines.NAMES)
+@pytest.mark.parametrize("name", CLAIMS)
 def test_a_claim_says_what_it_compares(name):
-    claim = importlib.import_module(f"experiments.headlines.{name}").CLAIM
+    claim = CLAIMS[name]
     assert (claim.name, len(set(claim.rows))) == (name, len(claim.rows))
+    assert (claim.rate in claim.measures) == bool(claim.rates)
     assert len(claim.rows) >= 2
     assert "20" in claim.says  # the paper's year
     assert "Adam" in claim.protocol or "SGD" in claim.protocol
 
 
+CLAIMS_NETS = {
+    **{f"bcn {row}": lambda row=row: bcn.net(row, 0) for row in bcn.CLAIM.rows},
+    **{f"ic {row}": lambda row=row: ic.net(row, 0) for row in ic.CLAIM.rows},
+    **{f"batch_one {row}": lambda row=row: batch_one.net(row, 0) for row in batch_one.CLAIM.rows},
+    "bkn": lambda: bkn.Net(0.9, False, nnx.Rngs(0)),
+    "riemannian": lambda: riemannian.net(0),
+}
+
+
+@pytest.mark.parametrize("name", first_fast(CLAIMS_NETS))
+def test_the_nets_of_claims_give_logits_and_their_units_are_channels(name):
+    widths = batch_one.WIDTHS if "batch_one" in name else WIDTHS
+    assert units_of(CLAIMS_NETS[name])[1] == list(widths)
+
+
 @pytest.mark.slow
-def test_a_claim_is_recorded_gone_on_with_and_tabled(tmp_path, monkeypatch, capsys):
+def test_a_claim_is_recorded_resumed_and_tabled(tmp_path, monkeypatch, capsys):
     ran = []
 
     def run(row, seed, _data, epochs):
@@ -139,8 +205,30 @@ def test_a_claim_is_recorded_gone_on_with_and_tabled(tmp_path, monkeypatch, caps
         headlines._test(claim, headlines.Settings(("toy",), epochs=3, out=str(tmp_path)), data)
 
 
+def test_a_claim_keeps_the_rate_that_has_the_least_loss_with_seed_0(tmp_path):
+    ran = []
+
+    def run(row, seed, _data, _epochs, rate):
+        ran.append((row, seed, rate))
+        diverged = rate == 0.1
+        return {} if diverged else {"loss": {0.2: 2.0, 0.3: 1.0}[rate] * (-1 if row == "b" else 1), "accuracy": rate}
+
+    measures = {"accuracy": "accuracy", "factor": "factor"}
+    options = {"rates": (0.1, 0.2, 0.3), "rate": "factor"}
+    claim = Claim("toy", "Toy", "It is so.", "Any.", ("a", "b"), measures, 2, run, **options)
+    data = data_lib.load("digits", None)
+    headlines._test(claim, headlines.Settings(("toy",), seeds=1, out=str(tmp_path)), data)
+    assert ran == [(row, 0, rate) for row in ("a", "b") for rate in claim.rates]
+    headlines._test(claim, headlines.Settings(("toy",), seeds=2, out=str(tmp_path)), data)
+    assert ran[6:] == [("a", 1, 0.3), ("b", 1, 0.2)]
+    lines = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["seed"], line["factor"]) for line in lines] == [
+        ("a", 0, 0.3), ("b", 0, 0.2), ("a", 1, 0.3), ("b", 1, 0.2),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("arguments", [["nope"], [], ["lcw", "--seeds", "0"]])
 def test_bad_claims_are_refused(arguments, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["headlines", *arguments])
-    with pytest.raises(UsageError, match=r"nope|no claim was named|at least 1"):
+    with pytest.raises(UsageError, match=r"no claim 'nope'|no claim was named|at least 1"):
         headlines.main()

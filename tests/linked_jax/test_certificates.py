@@ -249,6 +249,7 @@ def test_another_command_is_refused(command_lines):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_commands_print_one_line_of_error_and_no_warning(command_lines):
     assert command_lines["linked"][1] == command_lines["certify"][1] == ""
     assert len(command_lines["unknown"][1].splitlines()) == 1

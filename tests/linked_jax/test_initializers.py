@@ -518,13 +518,20 @@ def test_default_is_looks_linear_where_there_is_a_read_out_and_else_variance_pre
 # --- what every init obeys ----------------------------------------------------------------------------------------
 
 INITS = {
-    "looks_linear": looks_linear(lk_relu),
-    "strided": looks_linear(lk_softplus, strides=2),
-    "interleaved": looks_linear(laid_out(min_max, "interleaved")),
-    "variance_preserving": variance_preserving(lk_elu),
-    "default": default_kernel_init(fourier),
+    "looks_linear": lambda: looks_linear(lk_relu),
+    "strided": lambda: looks_linear(lk_softplus, strides=2),
+    "interleaved": lambda: looks_linear(laid_out(min_max, "interleaved")),
+    "variance_preserving": lambda: variance_preserving(lk_elu),
+    "default": lambda: default_kernel_init(fourier),
+    "transposed": lambda: looks_linear(lk_relu, strides=2, transpose=True),
+    "grouped": lambda: looks_linear(laid_out(lk_relu, "interleaved"), feature_group_count=1),
 }
-over_inits = pytest.mark.parametrize("init", first_fast(INITS.values()), ids=INITS)
+over_inits = pytest.mark.parametrize("init", first_fast(INITS), indirect=True)
+
+
+@pytest.fixture
+def init(request):
+    return INITS[request.param]()
 
 
 @over_inits

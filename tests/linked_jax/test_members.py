@@ -157,6 +157,7 @@ def test_no_memory_address_stands_in_a_link_or_its_marks():
         assert "0x" not in str(jax.make_jaxpr(link)(1.0)).replace("jvp_jaxpr_fun", "")
 
 
+@pytest.mark.slow
 def test_a_name_is_the_same_in_every_process():
     code = "from tests.linked_jax.test_members import Nameless, linked; print(linked(Nameless()))"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]

@@ -225,7 +225,8 @@ def resnet_written_out(model, images, inner, outer):
     return dense(h.reshape(len(h), -1), model.read_out.linear)
 
 
-@pytest.mark.parametrize("act", ["lk_relu", pytest.param("relu", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ["lk_relu", "relu"])
 def test_tables_5_and_6_written_out(act, images):
     """Links inside the bottlenecks only: the sums keep their width, and their activation stays a plain relu."""
     model = net(resnet50, act)

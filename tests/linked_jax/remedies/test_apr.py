@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from linked_jax.remedies.apr import apr_p, apr_s, recombine
+from tests.cases import first_fast
 
 AXES = (-3, -2, -1)
 
@@ -95,7 +96,7 @@ def pairs(key, x, probability):
     return apr_p(key, x, probability=probability)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", first_fast(range(4)))
 def test_a_mixed_batch_has_the_amplitudes_of_a_permutation_and_its_own_phases(seed):
     x = images(5, seed=seed)
     with jax.enable_x64(True):
@@ -180,7 +181,7 @@ def test_one_augmentation_draws_twice_and_probability_zero_is_plain_augmentation
     assert 3 <= as_a.sum() <= 17
 
 
-@pytest.mark.parametrize("probability", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("probability", first_fast([-0.1, 1.1, float("nan")]))
 def test_a_wrong_probability_is_named(probability):
     x = jnp.ones((2, 4, 4, 1))
     for call in (apr_p, functools.partial(apr_s, augment_a=darken)):

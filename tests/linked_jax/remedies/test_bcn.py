@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from linked_jax.remedies.bcn import BatchChannelNorm, EstimatedBatchNorm, channel_normalize, estimate_statistics
+from tests.cases import first_fast
 
-FORMS = pytest.mark.parametrize("estimate", [True, False], ids=["estimated", "batch"])
+FORMS = pytest.mark.parametrize("estimate", first_fast([True, False]), ids=["estimated", "batch"])
 SHAPES = [((2, 3, 2, 6), 3), ((1, 4), 2), ((3, 4, 2), 2), ((2, 2, 1, 2, 6), 1)]
 seeds = st.integers(0, 2**32 - 1)
 
@@ -48,7 +49,7 @@ def float64_norm(make):
 # --- the channel part ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shape", "groups"), SHAPES)
+@pytest.mark.parametrize(("shape", "groups"), first_fast(SHAPES))
 @given(seeds, st.floats(1e-6, 1.0))
 def test_channel_normalize_is_its_equation(shape, groups, seed, epsilon):
     x, scale, bias = white(*shape, seed=seed), white(groups, seed=1), white(groups, seed=2)
@@ -90,7 +91,7 @@ def test_gradient_of_the_channel_part_against_differences():
 # --- the estimated batch part -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("batch", "channels"), [(3, 2), (1, 1), (1, 3)])
+@pytest.mark.parametrize(("batch", "channels"), first_fast([(3, 2), (1, 1), (1, 3)]))
 @given(seeds, st.floats(0.0, 0.99))
 def test_estimated_statistics_over_three_batches(batch, channels, seed, momentum):
     x = white(3, batch, 2, channels, seed=seed)
@@ -237,7 +238,8 @@ def test_batch_size_one_has_finite_outputs_and_gradients(estimate):
 
 
 @pytest.mark.parametrize(
-    ("features", "groups", "fits"), [(48, 32, 24), (48, 7, 6), (16, 32, 8), (7, 4, 1), (1, 32, 1), (8, 0, 1)]
+    ("features", "groups", "fits"),
+    first_fast([(48, 32, 24), (48, 7, 6), (16, 32, 8), (7, 4, 1), (1, 32, 1), (8, 0, 1)]),
 )
 def test_a_group_count_that_does_not_fit_is_refused_with_one_that_does(unchecked, features, groups, fits):
     said = f"num_groups={groups} and num_features={features}; take e.g. num_groups={fits}$"

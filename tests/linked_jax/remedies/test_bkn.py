@@ -11,8 +11,9 @@ from flax import nnx
 from jax.test_util import check_grads
 
 from linked_jax import LinkedConv
-from linked_jax.remedies.bkn import BatchKalmanNorm, add_branches, channel_moments, fuse, predict
+from linked_jax.remedies.bkn import BatchKalmanNorm, channel_moments, fuse, predict
 from linked_jax.remedies.moment_calculus import Moments
+from tests.cases import first_fast
 
 means = hnp.arrays(np.float64, 3, elements=st.floats(-5, 5, allow_subnormal=False))
 variances = hnp.arrays(np.float64, 3, elements=st.floats(0.1, 5))
@@ -55,7 +56,9 @@ def test_weight_zero_is_the_batch_and_weight_one_the_prediction(predicted, obser
         close(fuse(as_moments(predicted), as_moments(observed), 1.0), Moments(*predicted))
 
 
-@pytest.mark.parametrize(("ratio", "trusted"), [(99.0, True), (101.0, False), (np.inf, False), (np.nan, False)])
+@pytest.mark.parametrize(
+    ("ratio", "trusted"), first_fast([(99.0, True), (101.0, False), (np.inf, False), (np.nan, False)])
+)
 def test_a_prediction_is_left_out_where_its_variance_is_a_hundred_times_too_large(ratio, trusted):
     observed = some_moments()
     predicted = Moments(observed.mean + 1, observed.variance * ratio)
@@ -142,7 +145,7 @@ def test_the_gradient_passes_the_draw_the_kernel_and_the_mixture():
         check_grads(posterior_of, (some_moments(3, jnp.float64), normal(3, 2, dtype=jnp.float64)), 1, ["rev"])
 
 
-@pytest.mark.parametrize("shape", [(4, 4, 2), (), (3, 4, 4)])
+@pytest.mark.parametrize("shape", first_fast((each,) for each in [(4, 4, 2), (), (3, 4, 4)]))
 def test_a_shape_ends_with_the_channels(shape):
     with pytest.raises(ValueError, match=r"shape is \(\*space, C\)"):
         predict(some_moments(), jax.random.key(0), nnx.relu, shape)
@@ -153,23 +156,6 @@ def test_one_value_for_each_channel_is_refused():
         predict(some_moments(), jax.random.key(0), nnx.Linear(3, 4, rngs=nnx.Rngs(0)), (3,))
     with pytest.raises(ValueError, match="samples is at least 1"):
         predict(some_moments(), jax.random.key(0), nnx.relu, (3,), samples=0)
-
-
-def test_branches_add_and_the_narrower_is_padded_with_zeros():
-    narrow, wide = some_moments(2), some_moments(4)
-    padded = Moments(*(np.concatenate([each, np.zeros(2)]) for each in narrow))
-    for order in [(narrow, wide), (wide, narrow)]:
-        close(add_branches(*order), Moments(padded.mean + wide.mean, padded.variance + wide.variance), 1e-6)
-
-
-@pytest.mark.slow
-@hypothesis.given(pairs, pairs)
-def test_branches_have_the_moments_of_independent_sums(left, right):
-    """Each branch takes two values, m - sqrt(v) and m + sqrt(v), and all four pairs are equally likely."""
-    values = [np.stack([m - np.sqrt(v), m + np.sqrt(v)]) for m, v in (left, right)]
-    sums = (values[0][:, None] + values[1][None]).reshape(4, -1)
-    with jax.enable_x64(True):
-        close(add_branches(as_moments(left), as_moments(right)), Moments(sums.mean(0), sums.var(0)), 1e-10)
 
 
 # --- the norm -------------------------------------------------------------------------------------------------------
@@ -192,8 +178,10 @@ def made(features=3, dtype=jnp.float32, **options):
     return norm
 
 
-@pytest.mark.parametrize("predicted", [some_moments(), None], ids=["p=0", "no prediction"])
-@pytest.mark.parametrize("shape", [(4, 5, 5, 3), (4, 3)])
+@pytest.mark.parametrize(
+    "predicted", first_fast((each,) for each in [some_moments(), None]), ids=["p=0", "no prediction"]
+)
+@pytest.mark.parametrize("shape", first_fast((each,) for each in [(4, 5, 5, 3), (4, 3)]))
 def test_weight_zero_or_no_prediction_is_batch_norm(shape, predicted):
     norm = made(prediction_weight=0.9 if predicted is None else 0.0)
     other = batch_norm_like(norm)
@@ -238,7 +226,7 @@ def test_the_posterior_is_that_of_the_output(predicted, p):
         close(posterior, channel_moments(two), 1e-7)
 
 
-@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("reference", first_fast([False, True]))
 def test_evaluation_uses_running_statistics_and_changes_nothing(reference):
     norm = made(reference=reference)
     norm(normal(2, 4, 4, 3), some_moments())
@@ -282,7 +270,7 @@ def test_bfloat16_has_moments_in_float32():
     assert half(normal(2, 3))[0].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("reference", first_fast([False, True]))
 def test_gradients_equal_finite_differences(reference):
     with jax.enable_x64(True):
         graph, params, rest = nnx.split(made(dtype=jnp.float64, reference=reference), nnx.Param, ...)
@@ -388,7 +376,7 @@ def test_a_batch_over_two_devices_has_the_numbers_of_one():
     close(apply(jax.device_put(x, place)), apply(x), 1e-5)
 
 
-@pytest.mark.parametrize("options", [{"prediction_weight": -0.1}, {"prediction_weight": 1.1}])
+@pytest.mark.parametrize("options", first_fast([{"prediction_weight": -0.1}, {"prediction_weight": 1.1}]))
 def test_a_weight_outside_zero_and_one_is_refused(options):
     with pytest.raises(ValueError, match=r"prediction_weight is in \[0, 1\]"):
         BatchKalmanNorm(3, **options)

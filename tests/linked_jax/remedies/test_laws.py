@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from linked_jax import lk_relu, remedies
+from tests.cases import first_fast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ LAYERS = {
         lambda **k: remedies.QuasiRecurrent(4, 4, candidate=lk_relu, **k), shape=(6, 4), sees_batch=True
     ),
 }
-cases = pytest.mark.parametrize("name", LAYERS)
+cases = pytest.mark.parametrize("name", first_fast(LAYERS))
 
 
 def build(name, seed=0, **kwargs):
@@ -108,7 +109,7 @@ def test_vmap_over_seeds_is_each_by_itself(name):
         chex.assert_trees_all_close(_numbers(of_seed), _numbers(alone), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name, case in LAYERS.items() if case.carries])
+@pytest.mark.parametrize("name", first_fast([name for name, case in LAYERS.items() if case.carries]))
 def test_a_scan_over_layers_is_the_layers_in_turn(name):
     graph = nnx.graphdef(build(name))
     states = [nnx.state(build(name, seed)) for seed in range(3)]

@@ -8,14 +8,15 @@ from jax.test_util import check_grads
 from linked_jax.activations import lk_relu, lk_swish, relu
 from linked_jax.remedies.moment_calculus import Moments, through_link
 from linked_jax.remedies.variance_propagation import VPConv, VPLinear
+from tests.cases import first_fast
 
 GEOMETRIES = {
     "same": {"strides": 1, "padding": "SAME"},
     "strided": {"strides": (1, 2), "padding": "VALID"},
     "pairs": {"strides": 2, "padding": ((1, 0), (2, 1))},
 }
-over_geometries = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-over_links = pytest.mark.parametrize("link", [lk_relu, relu, lk_swish], ids=["lk_relu", "relu", "lk_swish"])
+over_geometries = pytest.mark.parametrize("geometry", first_fast(GEOMETRIES.values()), ids=GEOMETRIES)
+over_links = pytest.mark.parametrize("link", first_fast([lk_relu, relu, lk_swish]), ids=["lk_relu", "relu", "lk_swish"])
 
 
 @pytest.fixture(autouse=True)
@@ -278,5 +279,5 @@ def test_sizes_below_one_and_moments_of_other_features_are_refused():
     for call in (lambda: linear()(white(2, 3), unit(4)), lambda: linear().preserve(unit(4))):
         with pytest.raises(ValueError, match=r"got moments of shape \(4,\)"):
             call()
-    with pytest.raises(ValueError, match="got x of shape"):
+    with pytest.raises(ValueError, match=r"takes x of shape .* got \(2, 4\)"):
         linear()(white(2, 4), unit(3))

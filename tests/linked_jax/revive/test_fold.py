@@ -8,8 +8,10 @@ from flax import nnx
 
 from linked_jax.activations import lk_relu, relu
 from linked_jax.layers import LinkedLinear
-from linked_jax.remedies import LCWConv, LCWLinear, NormPropConv, NormPropLinear, normalized
-from linked_jax.revive import fold_batch_norm, fold_normprop, fold_sequential
+from linked_jax.remedies import LCWConv, LCWLinear, NormPropConv, NormPropLinear, VPLinear, WSConv
+from linked_jax.remedies.normprop import normalized
+from linked_jax.revive import fold_batch_norm, fold_sequential
+from tests.cases import first_fast
 
 LAYERS = {
     "linear": (functools.partial(nnx.Linear, 3, 5), (4, 3)),
@@ -33,9 +35,11 @@ def trained(module):
     return module
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.float64, 1e-12)])
-@pytest.mark.parametrize("options", [{}, {"use_scale": False}, {"use_bias": False, "epsilon": 0.1}], ids=str)
-@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize(("dtype", "tolerance"), first_fast([(jnp.float32, 1e-5), (jnp.float64, 1e-12)]))
+@pytest.mark.parametrize(
+    "options", first_fast([{}, {"use_scale": False}, {"use_bias": False, "epsilon": 0.1}]), ids=str
+)
+@pytest.mark.parametrize(("make", "shape"), first_fast(LAYERS.values()), ids=LAYERS)
 def test_one_layer_gives_what_layer_and_norm_give(make, shape, options, dtype, tolerance):
     with jax.enable_x64(dtype == jnp.float64):
         layer = trained(make(param_dtype=dtype, rngs=nnx.Rngs(0)))
@@ -59,7 +63,7 @@ def test_normprop_becomes_plain(conv):
     else:
         layer = NormPropLinear(3, 5, rngs=nnx.Rngs(0))
     layer, x = trained(layer), white(2, 6, 7, 3)
-    folded = fold_normprop(layer)
+    folded = layer.fold()
     assert type(folded) is (nnx.Conv if conv else nnx.Linear)
     np.testing.assert_allclose(folded(x), layer(x), atol=1e-5)
 
@@ -69,6 +73,7 @@ def test_a_whole_model():
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(
         nnx.Conv(2, 4, (3, 3), use_bias=False, rngs=rngs), nnx.BatchNorm(4, rngs=rngs), jax.nn.relu,
+        WSConv(4, 4, (3, 3), padding="CIRCULAR", rngs=rngs), nnx.BatchNorm(4, rngs=rngs), lambda x: x * jnp.cos(x),
         LCWConv(4, 4, (3, 3), strides=2, rngs=rngs), nnx.BatchNorm(4, rngs=rngs), normalized(relu),
         NormPropConv(4, 4, (2, 2), rngs=rngs), lambda x: x.reshape(len(x), -1),
         LCWLinear(24, 6, rngs=rngs), lk_relu, NormPropLinear(12, 5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs),
@@ -79,7 +84,7 @@ def test_a_whole_model():
     model.eval()
     folded, x = fold_sequential(model), white(2, 4, 6, 2)
     kinds = [type(layer) for layer in folded.layers if isinstance(layer, nnx.Module)]
-    assert kinds == [nnx.Conv, nnx.Conv, nnx.Conv, nnx.Linear, nnx.Linear, nnx.Dropout, nnx.Linear]
+    assert kinds == [nnx.Conv, nnx.Conv, nnx.Conv, nnx.Conv, nnx.Linear, nnx.Linear, nnx.Dropout, nnx.Linear]
     np.testing.assert_allclose(folded(x), model(x), atol=1e-5)
     assert isinstance(model.layers[1], nnx.BatchNorm)
 
@@ -95,8 +100,10 @@ def test_bad_input(unchecked):
         fold_batch_norm(layer, nnx.BatchNorm(5, rngs=rngs))
     with pytest.raises(ValueError, match="got 4 on axis 1"):
         fold_batch_norm(layer, nnx.BatchNorm(4, axis=1, rngs=rngs))
-    with pytest.raises(ValueError, match="got a Linear"):
-        fold_normprop(layer)
+    with pytest.raises(ValueError, match=r"layers\[1\], a VPLinear, does not fold by itself"):
+        fold_sequential(nnx.Sequential(layer, VPLinear(4, 3, rngs=rngs)))
+    with pytest.raises(ValueError, match=r"layers\[0\], a Sequential, has a WSConv inside"):
+        fold_sequential(nnx.Sequential(nnx.Sequential(WSConv(3, 4, (3, 3), rngs=rngs), jax.nn.relu)))
     for between in (jnp.tanh, jax.nn.relu, lk_relu):
         with pytest.raises(ValueError, match=r"layers\[2\] follows an activation, which its shift does not pass"):
             fold_sequential(nnx.Sequential(layer, between, norm))

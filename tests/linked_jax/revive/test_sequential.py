@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from linked_jax.activations import ACTIVATIONS, lk_relu, lk_swish, relu
 from linked_jax.layers import LinkedLinear
 from linked_jax.linking import Link
-from linked_jax.revive import link_opt_state, link_sequential
+from linked_jax.remedies import LCWConv, LCWLinear, NormPropConv, VPLinear, WSConv
+from linked_jax.revive import link_sequential, link_sequential_opt_state, redo, unlink
+from tests.cases import first_fast
 
 LINKS = {name: a for name, a in ACTIVATIONS.items() if isinstance(a, Link) and a.arity > 1 and name != "crelu"}
-layouts = pytest.mark.parametrize("layout", ["blocked", "interleaved"])
+layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
 
 
 def flatten(x):
@@ -48,7 +50,7 @@ ARCHITECTURES = {  # (layers, input shape); the activation stands as "g"
     "dropout": ([("linear", 5, 7), "g", ("dropout",), ("linear", 7, 3)], (4, 5)),
     "scaled": ([lambda x: x / 255, ("linear", 5, 7), "g", lambda x: 2 * x, ("linear", 7, 3), jnp.tanh], (4, 5)),
 }  # fmt: skip
-over_architectures = pytest.mark.parametrize(("layers", "shape"), ARCHITECTURES.values(), ids=ARCHITECTURES)
+over_architectures = pytest.mark.parametrize(("layers", "shape"), first_fast(ARCHITECTURES.values()), ids=ARCHITECTURES)
 
 
 def build(layers, g, *, seed=0, evaluate=True):
@@ -92,7 +94,7 @@ def test_the_linked_model_computes_the_same(layers, shape, layout, bits):
 
 
 @layouts
-@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("name", first_fast(LINKS))
 def test_every_named_link_revives_its_first_member(name, layout):
     link = Link(LINKS[name].members, layout=layout)
     layers, shape = ARCHITECTURES["max pool"]
@@ -233,7 +235,7 @@ def test_moments_of_kept_weights_are_kept_and_new_ones_zero(tx, name):
     model, x = build(layers, jax.nn.relu), white(*shape)
     model, opt_state, _ = train(model, tx, tx.init(nnx.state(model, nnx.Param)), x, 3)
     link = Link(lk_relu.members, layout="interleaved")
-    revived, revived_state = link_sequential(model, link), link_opt_state(opt_state, model, link)
+    revived, revived_state = link_sequential(model, link), link_sequential_opt_state(opt_state, model, link)
     fresh = tx.init(nnx.state(revived, nnx.Param))
     assert jax.tree.map(jnp.shape, revived_state) == jax.tree.map(jnp.shape, fresh)
 
@@ -364,13 +366,13 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("layers", "message"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("layers", "message"), first_fast(BAD.values()), ids=BAD)
 def test_what_cannot_be_linked_is_refused_by_name(layers, message):
     model = nnx.Sequential(*layers)
     with pytest.raises(ValueError, match=message):
         link_sequential(model, lk_relu)
     with pytest.raises(ValueError, match=message):
-        link_opt_state((), model, lk_relu)
+        link_sequential_opt_state((), model, lk_relu)
 
 
 def test_other_refusals(unchecked):
@@ -384,3 +386,65 @@ def test_other_refusals(unchecked):
             link_sequential(nnx.Sequential(*after_relu(linear(4, 2))), link)
     with pytest.raises(ValueError, match="axis=1"):
         link_sequential(nnx.Sequential(*after_relu(linear(4, 2))), Link(lk_relu.members, axis=1))
+
+
+# --- layers that compute their kernel -----------------------------------------------------------------------------
+
+
+def computed(kind):
+    """A stem, then twice an activation and a layer of the kind: the first is before an activation, both are after."""
+    rngs = nnx.Rngs(0)
+    layers = [kind(4, 4, (3, 3), rngs=rngs), kind(4, 3, (3, 3), padding="CIRCULAR", rngs=rngs)]
+    return nnx.Sequential(nnx.Conv(2, 4, (3, 3), rngs=rngs), jax.nn.relu, layers[0], jax.nn.relu, layers[1])
+
+
+@pytest.mark.parametrize("kind", first_fast([WSConv, LCWConv, NormPropConv]))
+def test_a_next_layer_that_computes_its_kernel_is_folded(kind):
+    model, x = computed(kind), white(2, 5, 6, 2)
+    revived = link_sequential(model, lk_relu)
+    close(revived(x), model(x))
+    assert [type(revived.layers[i]) for i in (2, 4)] == [nnx.Conv] * 2
+    assert [layer.in_features for layer in (revived.layers[2], model.layers[2])] == [8, 4]
+    close(unlink(revived)(x), model(x))
+
+
+def test_a_layer_before_an_activation_stays_what_it_is():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(LCWLinear(3, 4, rngs=rngs), jax.nn.relu, nnx.Linear(4, 2, rngs=rngs))
+    revived = link_sequential(model, lk_relu)
+    assert type(revived.layers[0]) is LCWLinear
+    close(revived(white(5, 3)), model(white(5, 3)))
+    opt_state = optax.adam(1e-3).init(nnx.state(model, nnx.Param))
+    linked_state = link_sequential_opt_state(opt_state, model, lk_relu)
+    jax.tree.map(lambda a, b: a.shape == b.shape or pytest.fail(f"{a.shape} {b.shape}"), linked_state[0].mu,
+                 nnx.state(revived, nnx.Param))  # fmt: skip
+
+
+def test_a_layer_that_folds_needs_no_place_in_a_list():
+    class Doubled(nnx.Module):
+        def __init__(self, rngs):
+            self.inner = nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.inner(2 * x)
+
+        def fold(self):
+            plain = nnx.clone(self.inner)
+            plain.kernel[...] *= 2
+            return plain
+
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(2, 4, rngs=rngs), jax.nn.relu, Doubled(rngs))
+    close(link_sequential(model, lk_relu)(white(5, 2)), model(white(5, 2)))
+
+
+def test_an_optimiser_does_not_know_the_parameters_of_a_folded_layer():
+    model = computed(NormPropConv)
+    opt_state = optax.adam(1e-3).init(nnx.state(model, nnx.Param))
+    with pytest.raises(ValueError, match=r"layers\[2\], a NormPropConv, is folded .* start the optimiser anew"):
+        link_sequential_opt_state(opt_state, model, lk_relu)
+    with pytest.raises(ValueError, match=r"layers\[2\], a NormPropConv, computes its kernel.* fold it first"):
+        redo(model, opt_state, white(2, 5, 6, 2), key=jax.random.key(0))
+    vp = nnx.Sequential(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), jax.nn.relu, VPLinear(4, 3, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"layers\[2\], a VPLinear, does not fold by itself"):
+        link_sequential(vp, lk_relu)

@@ -1,0 +1,60 @@
+"""What the remedies ask of arguments: sizes of 1 at least, shares below 1, float32 at least, and names that exist."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype, or float32 if that has more precision.
+
+    >>> from linked_jax.remedies.arguments import wide_dtype
+    >>> wide_dtype("bfloat16"), wide_dtype("float64")
+    (dtype('float32'), dtype('float64'))
+    """
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def wide(x: Any) -> Any:
+    """x in float32 at least: sums of many numbers of half precision are wrong."""
+    return x.astype(wide_dtype(x.dtype))
+
+
+def check_sizes(**sizes: int | Sequence[int]) -> None:
+    """Refuse numbers of features and kernel sizes below 1, by name.
+
+    Raises:
+      ValueError: with the name and what was received.
+    """
+    for name, size in sizes.items():
+        if min((size,) if isinstance(size, int) else size, default=1) < 1:
+            raise ValueError(f"{name} is at least 1, got {size}")
+
+
+def check_shares(**shares: float) -> None:
+    """Refuse shares that are kept, such as a momentum, outside [0, 1), by name.
+
+    Raises:
+      ValueError: with the name and what was received.
+    """
+    for name, share in shares.items():
+        if not 0 <= share < 1:
+            raise ValueError(f"{name} is at least 0 and below 1, got {share}")
+
+
+def dotted(path: Any) -> str:
+    """The names of a path in a tree, joined by dots, without NNX' `.value`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """The three names that are most like a wrong one, for an error.
+
+    >>> from linked_jax.remedies.arguments import nearest
+    >>> nearest("conv_1", ["dense", "conv1"])
+    'conv1, dense'
+    """
+    return ", ".join(difflib.get_close_matches(name, names, 3, 0)) or "none"
