@@ -18,14 +18,8 @@ from jaxtyping import Array, Float
 
 from linked_jax.activations import ACTIVATIONS, SYNONYMS, lk_relu
 from linked_jax.initializers import Initializer, check_groups, default_kernel_init
-<<<<<<< HEAD
-from linked_jax.linking import Activation, Layout, Link, linked, scope
-
-Share = Literal["layer", "channel", "element"]
-=======
 from linked_jax.learned import ChannelPReLU, LinkedPReLU
 from linked_jax.linking import Activation, Link
->>>>>>> main
 
 
 class WeightOptions(TypedDict, total=False):
@@ -299,44 +293,6 @@ def _known(name: str) -> str:
     return known
 
 
-<<<<<<< HEAD
-def apply_slopes(
-    z: Float[Array, "..."], *slopes: Float[Array, "..."], layout: Layout = "blocked"
-) -> Float[Array, "..."]:
-    """PReLU with one array of slopes, linked PReLU with two; `linked_jax.probe` sees one activation.
-
-    Args:
-      z: pre-activations, (..., C).
-      *slopes: each of the shape of z's last axes, or a scalar.
-      layout: of two, see `Link`.
-
-    Returns:
-      (..., C) with one array of slopes, (..., 2*C) with two.
-
-    Raises:
-      ValueError: if slopes are not of the shape of z's last axes.
-    """
-    for slope in slopes:
-        if z.shape[z.ndim - slope.ndim :] != slope.shape:
-            raise ValueError(
-                f"slopes of shape {slope.shape} do not fit z of shape {z.shape}; build it with z's features"
-            )
-    if len(slopes) == 1:
-        with scope("ChannelPReLU(z)"):
-            return prelu(z, *slopes)
-    with scope("LinkedPReLU(z)"):
-        return linked_prelu(z, *slopes, layout=layout)
-
-
-def check_share(share: Share) -> Share:
-    """Raise ValueError if slopes cannot be shared like that."""
-    if share not in ("layer", "channel", "element"):
-        raise ValueError(f"share is 'layer', 'channel' or 'element', got {share!r}")
-    return share
-
-
-=======
->>>>>>> main
 def conv_start(
     link: Activation, strides: int | Sequence[int], input_dilation: int | Sequence[int] | None, groups: int
 ) -> Initializer:

@@ -18,12 +18,8 @@ from experiments.engine.tasks import Task
 from experiments.plasticity.net import METHODS, TAU, Method, Round, build, loop_for
 from experiments.plasticity.plots import chosen, ends
 from linked_jax.diagnostics import dead_units, dormant_units
-<<<<<<< HEAD
-from linked_jax.signal_statistics import effective_rank, feature_moments
-=======
 from linked_jax.probe import observe
 from linked_jax.signal_statistics import effective_rank
->>>>>>> main
 
 RATES = (3e-4, 1e-3, 3e-3)
 _CHANGE = 2**31 - 1  # minus the round: the key of what is not training
@@ -134,16 +130,9 @@ def _measure(graph, parameters, task) -> dict[str, Float[Array, ""]]:
     """What the net does on the test images of the task that it has just learnt."""
     logits, taps = observe(lambda model, x: model(x), nnx.merge(graph, parameters), task.test_images)
     return {
-<<<<<<< HEAD
-        "accuracy": (logits.argmax(axis=1) == own.test_labels).mean(),
-        "dead": jnp.concatenate([dead_units(layer) for layer in stats]).mean(),
-        "dormant": jnp.concatenate([dormant_units(layer, TAU) for layer in stats]).mean(),
-        "rank": jnp.nan_to_num(effective_rank(feature_moments(features))),
-=======
         "accuracy": (logits.argmax(axis=1) == task.test_labels).mean(),
         "dead": jnp.concatenate([dead_units(tap.stats) for tap in taps]).mean(),
         "dormant": jnp.concatenate([dormant_units(tap.stats, TAU) for tap in taps]).mean(),
-        "rank": jnp.nan_to_num(effective_rank(taps[-1].gram)),
->>>>>>> main
+        "rank": jnp.nan_to_num(effective_rank(taps[-1].features)),
         "finite": jnp.isfinite(logits).all(),
     }

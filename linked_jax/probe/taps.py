@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from linked_jax.diagnostics import combine, unit_statistics
-from linked_jax.probe.graph import Atom, Factor, Value, inner_jaxprs, open_jaxpr
+from linked_jax.probe.graph import Factor, Value, inner_jaxprs, open_jaxpr
 from linked_jax.probe.names import module_of, source_of
 from linked_jax.probe.recognise import evaluate_op, name_of
 from linked_jax.probe.regions import Region
@@ -125,17 +125,18 @@ def measure(region: Region, env: dict[int, Any]) -> Tap:
     def f(z: Array) -> Array:
         inside = {id(region.z): z}
         for op in region.ops:
-            operands = [_operand(x, inside, env) for x in op.operands]
+            operands = [x.val if isinstance(x, Literal) else inside.get(id(x), env.get(id(x))) for x in op.operands]
             inside |= zip(map(id, op.outputs), evaluate_op(op, operands), strict=True)
         pairs = zip(region.members, region.orders, strict=True)
         return jnp.stack([inside[id(member)].transpose(order).astype(z.dtype) for member, order in pairs])
 
-    z = jax.lax.stop_gradient(_whole(env[id(region.z)]))
+    z = jax.lax.stop_gradient(env[id(region.z)])
     h, slopes = (
-        jnp.concatenate([by_unit(x) for x in xs], axis=-1) for xs in jax.lax.stop_gradient(_with_slopes(f, z, region))
+        jnp.concatenate([by_unit(x) for x in _whole(xs)], axis=-1)
+        for xs in jax.lax.stop_gradient(_with_slopes(f, z, region))
     )
     return Tap(
-        stats=unit_statistics(by_unit(z), h, slopes, arity=len(region.members)),
+        stats=unit_statistics(by_unit(_whole(z)), h, slopes, arity=len(region.members)),
         features=feature_moments(h) if h.shape[-1] <= LARGEST_SCATTER else None,
         gradient_square_sum=jnp.zeros(()),
         name=module_of(region.ops[0].scope),
@@ -145,13 +146,7 @@ def measure(region: Region, env: dict[int, Any]) -> Tap:
     )
 
 
-def _operand(x: Atom, inside: dict[int, Any], env: dict[int, Any]) -> Any:
-    if isinstance(x, Literal):
-        return x.val
-    return inside[id(x)] if id(x) in inside else _whole(env[id(x)])
-
-
-def _whole(x: Any) -> Any:
+def _whole(x: Array) -> Array:
     """x, on all devices where it was split over an Explicit mesh: statistics are of the whole batch."""
     sharding = getattr(jax.typeof(x), "sharding", None)
     mesh = getattr(sharding, "mesh", None)
