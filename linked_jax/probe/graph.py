@@ -10,9 +10,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
-from linked_jax.probe.names import scope_of
+from linked_jax.probe.names import scope_of, source_of
 
 CALLS = {"jit", "pjit", "closed_call", "core_call", "core_closed_call", "remat2", "remat", "checkpoint"}
 CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
@@ -56,6 +57,7 @@ class Value:
       axes: the factors of each axis; those of one axis are merged, the last one varies fastest. Units are the channels
         of the operation that made the array, and the members of a vmap over parameters; all else are positions.
       op: the operation that made it.
+      number: of a constant that is one; else None.
     """
 
     aval: Any
@@ -63,6 +65,7 @@ class Value:
     samples: tuple[int, ...]
     axes: Axes
     op: "Op | None" = None
+    number: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,6 +74,13 @@ class Value:
 
 
 Atom = Value | Literal
+
+
+class Where(NamedTuple):
+    """The names of the modules and calls around an operation; and the file and line, of the user's own code."""
+
+    scope: str
+    source: str
 
 
 @dataclasses.dataclass(eq=False)
@@ -82,7 +92,7 @@ class Op:
       jaxpr: that equation alone.
       operands: values, and literals.
       outputs: values.
-      scope: the names of the modules and calls around it.
+      where: it was written.
       graphs: of the jaxprs inside: the body of a scan, the branches of a cond.
     """
 
@@ -90,7 +100,7 @@ class Op:
     jaxpr: Jaxpr
     operands: list[Atom]
     outputs: list[Value]
-    scope: str
+    where: Where
     graphs: "list[Graph]" = dataclasses.field(default_factory=list)
 
     @property
@@ -115,7 +125,7 @@ class Graph:
 
     Attributes:
       inputs: of the jaxpr.
-      activations: regions, once `recognise.activations` has looked for them.
+      found: what `recognise.activations` found in it, once it was asked.
       constants: values with their arrays.
       ops: the operations.
       outputs: values, and literals.
@@ -125,7 +135,7 @@ class Graph:
 
     inputs: list[Value]
     has_samples: bool
-    activations: list[Any] | None = None
+    found: Any = None
     constants: list[tuple[Value, Any]] = dataclasses.field(default_factory=list)
     ops: list[Op] = dataclasses.field(default_factory=list)
     outputs: list[Atom] = dataclasses.field(default_factory=list)
@@ -154,7 +164,7 @@ def graph_of(jaxpr: Any, larger: Any, from_data: Sequence[bool]) -> Graph:
     invars = open_jaxpr(jaxpr)[0].invars
     grown = open_jaxpr(larger)[0].invars if larger is not None else [None] * len(invars)
     inputs = [_value(var, more, data) for var, more, data in zip(invars, grown, from_data, strict=True)]
-    return _graph(jaxpr, larger, inputs, "")
+    return _graph(jaxpr, larger, inputs, Where("", ""))
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
@@ -183,27 +193,29 @@ def is_elementwise(equation: JaxprEqn) -> bool:
     return kind in ELEMENTWISE and len(equation.outvars) == 1
 
 
-def _graph(jaxpr: Any, larger: Any, inputs: list[Value], scope: str) -> Graph:
+def _graph(jaxpr: Any, larger: Any, inputs: list[Value], where: Where) -> Graph:
     graph = Graph(inputs, larger is not None and any(x.from_data and x.samples for x in inputs))
-    graph.outputs = _inline(graph, jaxpr, larger, list(inputs), scope, {})
+    graph.outputs = _inline(graph, jaxpr, larger, list(inputs), where, {})
     return graph
 
 
 def _inline(
-    graph: Graph, jaxpr: Any, larger: Any, operands: list[Atom], scope: str, seen: dict[Any, list[Value]]
+    graph: Graph, jaxpr: Any, larger: Any, operands: list[Atom], where: Where, seen: dict[Any, list[Value]]
 ) -> list[Atom]:
     """Add the operations of a jaxpr to a graph; its outputs."""
     body, constants = open_jaxpr(jaxpr)
     more = open_jaxpr(larger)[0].eqns if larger is not None else [None] * len(body.eqns)
     env: dict[Any, Atom] = dict(zip(body.invars, operands, strict=True))
     for var, array in zip(body.constvars, constants, strict=True):
-        env[var] = _value(var, var if larger is not None else None, False)
-        graph.constants.append((env[var], array))
+        env[var] = value = _value(var, var if larger is not None else None, False)
+        if not value.shape and not isinstance(array, jax.core.Tracer):
+            value.number = array
+        graph.constants.append((value, array))
     for equation, same in zip(body.eqns, more, strict=True):
         if same is not None and same.primitive != equation.primitive:
             raise ValueError(f"one jaxpr has a {equation.primitive} and the other a {same.primitive}")
         args = [x if isinstance(x, Literal) else env[x] for x in equation.invars]
-        here, inner = scope_of(equation, scope), inner_jaxprs(equation)
+        here, inner = Where(scope_of(equation, where.scope), source_of(equation, where.source)), inner_jaxprs(equation)
         inner_more = inner_jaxprs(same) if same is not None else [None] * len(inner)
         if equation.primitive.name in CALLS:
             outputs = _inline(graph, inner[0], inner_more[0], args, here, seen)
@@ -213,7 +225,7 @@ def _inline(
             outputs = seen.get(key)
             if outputs is None:
                 if not op.is_elementwise:
-                    op.graphs = [_inner(op, *pair, here) for pair in zip(inner, inner_more, strict=True)]
+                    op.graphs = [_inner(op, *pair) for pair in zip(inner, inner_more, strict=True)]
                 graph.ops.append(op)
                 outputs = seen[key] = op.outputs
         env |= dict(zip(equation.outvars, outputs, strict=True))
@@ -230,16 +242,17 @@ def params_of(equation: JaxprEqn) -> tuple[str, ...]:
     """What an equation does, in words, without its operands."""
     inner = inner_jaxprs(equation)
     params = {} if inner else {k: v for k, v in equation.params.items() if not callable(v)}
-    return equation.primitive.name, str(sorted(params.items())), str(inner)
+    rules = [v.debug_info.func_src_info for v in equation.params.values() if callable(v) and hasattr(v, "debug_info")]
+    return equation.primitive.name, str(sorted(params.items())), str(inner), str(rules)
 
 
-def _op(body: Jaxpr, equation: JaxprEqn, same: JaxprEqn | None, operands: list[Atom], scope: str) -> Op:
+def _op(body: Jaxpr, equation: JaxprEqn, same: JaxprEqn | None, operands: list[Atom], where: Where) -> Op:
     from_data = any(isinstance(x, Value) and x.from_data for x in operands)
     invars = list(dict.fromkeys(x for x in equation.invars if not isinstance(x, Literal)))
     alone = body.replace(constvars=[], invars=invars, outvars=equation.outvars, eqns=[equation])
     grown = same.outvars if same is not None else [None] * len(equation.outvars)
     outputs = [_value(var, more, from_data) for var, more in zip(equation.outvars, grown, strict=True)]
-    op = Op(equation, alone, operands, outputs, scope)
+    op = Op(equation, alone, operands, outputs, where)
     for output in outputs:
         output.op = op
     if len(outputs) == 1 and from_data and (axes := _axes(op)) and len(axes) == len(outputs[0].shape):
@@ -247,7 +260,7 @@ def _op(body: Jaxpr, equation: JaxprEqn, same: JaxprEqn | None, operands: list[A
     return op
 
 
-def _inner(op: Op, jaxpr: Any, larger: Any, scope: str) -> Graph:
+def _inner(op: Op, jaxpr: Any, larger: Any) -> Graph:
     """The graph inside an operation; what it knows of its inputs is what the operation knows of its operands."""
     invars = open_jaxpr(jaxpr)[0].invars
     grown = open_jaxpr(larger)[0].invars if larger is not None else [None] * len(invars)
@@ -261,7 +274,7 @@ def _inner(op: Op, jaxpr: Any, larger: Any, scope: str) -> Graph:
             value.axes = operand.axes
         elif isinstance(operand, Value) and operand.shape[1:] == value.shape and operand.from_data:
             value.axes = operand.axes[1:]  # what a scan runs over
-    return _graph(jaxpr, larger, inputs, scope)
+    return _graph(jaxpr, larger, inputs, op.where)
 
 
 def _carried(op: Op, flags: list[bool], count: int) -> list[bool]:
@@ -362,7 +375,7 @@ def _regrouped(factors: list[Factor], shape: tuple[int, ...]) -> Axes | None:
 
 def is_number(x: Atom) -> bool:
     """Whether it is made of numbers alone, and the same for each element."""
-    if isinstance(x, Literal):
+    if isinstance(x, Literal) or x.number is not None:
         return True
     if x.op is None or x.from_data or not (x.op.is_elementwise or x.op.kind == "broadcast_in_dim"):
         return False

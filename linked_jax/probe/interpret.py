@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, graph_of
 from linked_jax.probe.models import merge, split
-from linked_jax.probe.names import named_calls, source_of
+from linked_jax.probe.names import module_of, named_calls
 from linked_jax.probe.recognise import activations, evaluate_op
 from linked_jax.probe.regions import Region
 from linked_jax.probe.taps import Tap, all_times, is_tap, measure, nothing_yet, together
@@ -123,7 +123,7 @@ def _twice(x: Any) -> Any:
 
 def _evaluate(graph: Graph, arguments: list[Any], probes: Mapping[Key, Any]) -> tuple[list[Any], Taps]:
     """The outputs of a graph and the taps inside."""
-    found = activations(graph)
+    found, unseen = activations(graph)
     env: Env = {}
     watched = [((region.place,), region.z) for region in found] + _arguments_of_custom(graph)
 
@@ -143,6 +143,7 @@ def _evaluate(graph: Graph, arguments: list[Any], probes: Mapping[Key, Any]) -> 
             taps |= {(i, *key): tap for key, tap in inside.items()}
         else:
             outputs = evaluate_op(op, operands)
+            taps |= {(i,): _not_seen(op)} if op in unseen else {}
         for value, x in zip(op.outputs, outputs, strict=True):
             define(value, x)
     taps |= {(region.place,): measure(region, env) for region in found}
@@ -155,7 +156,7 @@ def read(x: Atom, env: Env) -> Any:
 
 
 def _has_activation(graph: Graph) -> bool:
-    return bool(activations(graph)) or any(_has_activation(inner) for op in graph.ops for inner in op.graphs)
+    return any(activations(graph)) or any(_has_activation(inner) for op in graph.ops for inner in op.graphs)
 
 
 def _enter(op: Op, operands: list[Any], probes: Mapping[Key, Any]) -> tuple[list[Any], dict[Key, Any]]:
@@ -171,7 +172,11 @@ def _enter(op: Op, operands: list[Any], probes: Mapping[Key, Any]) -> tuple[list
         inside = _evaluate(op.graphs[0], jax.lax.stop_gradient(operands), {})[1]
         shown = {(region.place,) for region, _ in _of_arguments(op)}
         return outputs, {key: tap if key in shown else _without_gradient(tap) for key, tap in inside.items()}
-    return outputs, {(0,): NotSeen(f"{op.kind} in {op.scope or source_of(op.equation) or 'the model'}")}
+    return outputs, {(0,): _not_seen(op)}
+
+
+def _not_seen(op: Op) -> NotSeen:
+    return NotSeen(f"{op.kind} in {module_of(op.where.scope) or op.where.source or 'the model'}")
 
 
 def _without_gradient(tap: Any) -> Any:
@@ -182,7 +187,7 @@ def _of_arguments(op: Op) -> list[tuple[Region, Atom]]:
     """The activations of a function's own arguments, with the operands that these are."""
     inner = op.graphs[0]
     pairs = list(zip(inner.inputs, op.operands, strict=True))
-    return [(region, x) for region in activations(inner) for z, x in pairs if region.z is z]
+    return [(region, x) for region in activations(inner)[0] for z, x in pairs if region.z is z]
 
 
 def _arguments_of_custom(graph: Graph) -> list[tuple[Key, Atom]]:

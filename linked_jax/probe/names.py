@@ -75,12 +75,12 @@ def module_of(scope: str) -> str:
     return "/".join(part for part in scope.split("/") if not part.startswith(LINK))
 
 
-def source_of(equation: Any) -> str:
-    """`file.py:12`, the innermost line outside JAX, Flax and this library; empty where JAX kept none."""
+def source_of(equation: Any, outer: str = "") -> str:
+    """`file.py:12`, the innermost line outside JAX, Flax and this library; that of the caller where JAX kept none."""
     for frame in _frames(equation):
         if not frame.file_name.startswith(_LIBRARIES):
             return f"{Path(frame.file_name).name}:{frame.line_num}"
-    return ""
+    return outer
 
 
 def _frames(equation: Any) -> list[Any]:

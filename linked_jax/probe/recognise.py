@@ -12,7 +12,7 @@ from jax.extend.core import JaxprEqn, Literal
 
 from linked_jax.probe.graph import Atom, Graph, Op, Value, inner_jaxprs, is_number, open_jaxpr, params_of
 from linked_jax.probe.names import link_of
-from linked_jax.probe.regions import Region, regions
+from linked_jax.probe.regions import Region, find
 
 KNOWN: dict[str, Callable[[Any], Any]] = {
     "relu": jax.nn.relu,
@@ -51,11 +51,12 @@ _GRID = np.concatenate([np.linspace(-6, 6, 97), [-19.0, -8.5, 8.5, 19.0]])  # od
 _PARAMETER = 0.3  # in the place of one: a slope, a scale
 
 
-def activations(graph: Graph) -> list[Region]:
-    """The activations of a graph, each from where it has a plain name; those that are affine in fact are none."""
-    if graph.activations is None:
-        graph.activations = [_widest(region) for region in regions(graph) if not _is_affine(region)]
-    return graph.activations
+def activations(graph: Graph) -> tuple[list[Region], list[Op]]:
+    """`regions.find`, once: each activation from where it has a plain name; those that are affine in fact are none."""
+    if graph.found is None:
+        regions, others = find(graph)
+        graph.found = [_widest(region) for region in regions if not _is_affine(region)], others
+    return graph.found
 
 
 def name_of(region: Region) -> str:
@@ -65,13 +66,13 @@ def name_of(region: Region) -> str:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.probe.graph import graph_of
       >>> from linked_jax.probe.recognise import name_of
-      >>> from linked_jax.probe.regions import regions
+      >>> from linked_jax.probe.regions import find
       >>> z = jnp.ones((3, 4))
       >>> forms = jax.nn.silu, lambda z: z / (1 + jnp.exp(-z)), lambda z: jnp.where(z < 0, 0.2 * z, z)
-      >>> [name_of(regions(graph_of(jax.make_jaxpr(f)(z), None, [True]))[0]) for f in forms]
+      >>> [name_of(find(graph_of(jax.make_jaxpr(f)(z), None, [True]))[0][0]) for f in forms]
       ['silu', 'silu', 'leaky_relu']
     """
-    links = {link_of(op.scope) for op in region.ops}
+    links = {link_of(op.where.scope) for op in region.ops}
     names = links.pop() if len(links) == 1 else ""
     names = names or _judge(region)[0]
     return names.removesuffix("(z)") if len(region.members) == 1 else names
@@ -171,6 +172,8 @@ def _constant(x: Value) -> Any:
     """A number in the place of what is no data: its own if it is one number throughout, else a parameter's."""
     if not is_number(x):
         return True if x.aval.dtype == bool else _PARAMETER
+    if x.number is not None:
+        return x.number
     assert x.op is not None
     operands = [o.val if isinstance(o, Literal) else _constant(o) for o in x.op.operands]
     if x.op.kind == "broadcast_in_dim":
@@ -204,6 +207,8 @@ def _by_form(values: np.ndarray) -> str:
     positive, negative = _GRID > 0, _GRID < 0
     a, b = (float(values[side] @ _GRID[side] / (_GRID[side] @ _GRID[side])) for side in (positive, negative))
     if _close(values, np.where(positive, a, b) * _GRID):
+        if abs(a - b) < 2e-2 * abs(a):
+            return "z" if abs(a - 1) < 2e-2 else f"{a:.3g} z"
         mirrored = abs(b) > abs(a)
         return f"leaky_relu({'-' if mirrored else ''}z)"
     if _close(values, np.clip(_GRID, values.min(), values.max())):

@@ -41,21 +41,26 @@ class Region:
     wider: "Region | None" = None
 
 
-def regions(graph: Graph) -> list[Region]:
-    """The activations of a graph, in order of execution; those inside its operations have graphs of their own.
+def find(graph: Graph) -> tuple[list[Region], list[Op]]:
+    """The activations of a graph, and the operations that may be some and are not of one region; both in order.
+
+    The latter choose between values by what else was computed of them: the k largest of a layer, `jnp.piecewise`.
+    What is inside of operations has graphs of its own.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.probe.graph import graph_of
-      >>> from linked_jax.probe.regions import regions
+      >>> from linked_jax.probe.regions import find
       >>> def f(x):
       ...     z = x @ jnp.ones((4, 2)) + 1
       ...     return jnp.maximum(z, 0) + 0.2 * jnp.minimum(z, 0)  # a leaky relu, however it is written
-      >>> region, = regions(graph_of(jax.make_jaxpr(f)(jnp.ones((3, 4))), None, [True]))
+      >>> (region,), _ = find(graph_of(jax.make_jaxpr(f)(jnp.ones((3, 4))), None, [True]))
       >>> [op.kind for op in region.ops], len(region.members)
       (['max', 'min', 'mul', 'add'], 1)
     """
-    return _Finder(graph).found()
+    finder = _Finder(graph)
+    every = [region for values in finder.values.values() for region in finder.regions(values[0], values)]
+    return sorted(every, key=lambda region: region.place), list(filter(finder.chooses_by_itself, graph.ops))
 
 
 class _Finder:
@@ -88,9 +93,18 @@ class _Finder:
         for x in graph.outputs:
             self._use(x, None)
 
-    def found(self) -> list[Region]:
-        every = [region for values in self.values.values() for region in self._regions(values[0], values)]
-        return sorted(every, key=lambda region: region.place)
+    def chooses_by_itself(self, op: Op) -> bool:
+        """Whether the predicate of a select is computed from what it chooses from, and not elementwise."""
+        if op.kind != "select_n" or op.operands[0] not in op.data:
+            return False
+        which, *cases = op.data
+        roots = [self._unmoved(self.root[id(x)]) for x in cases]
+        return any(root is not self.root[id(which)] and self._derives(which, root) for root in roots)
+
+    def _unmoved(self, root: Value) -> Value:
+        while root.op is not None and root.op.kind in _MOVEMENT and root.op.data:
+            root = self.root[id(root.op.data[0])]
+        return root
 
     def _use(self, x: Atom, op: Op | None) -> None:
         if isinstance(x, Value):
@@ -121,7 +135,7 @@ class _Finder:
         self.core[id(output)] = next(iter(cores.values())) if len(cores) == 1 and _is_affine(op) else output
         self.values[id(root)].append(output)
 
-    def _regions(self, root: Value, values: list[Value]) -> Iterable[Region]:
+    def regions(self, root: Value, values: list[Value]) -> Iterable[Region]:
         if not root.from_data or len(values) == 1:
             return
         exits = [v for v in values if _is_float(v) and any(True for _ in self._outside(v))]
@@ -317,7 +331,8 @@ def _is_of_positives(op: Op) -> bool:
     if op.kind == "integer_pow":
         return op.equation.params["y"] < 0
     if op.kind == "pow":
-        return not (isinstance(op.operands[1], Literal) and op.operands[1].val == round(op.operands[1].val) > 0)
+        exponent = float(op.operands[1].val) if isinstance(op.operands[1], Literal) else 0.5
+        return not (exponent > 0 and exponent.is_integer())
     return op.kind in ("sqrt", "rsqrt", "log") or (op.kind == "div" and not isinstance(op.operands[1], Literal))
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from linked_jax.diagnostics import combine, unit_statistics
 from linked_jax.probe.graph import Factor, Value, inner_jaxprs, open_jaxpr
-from linked_jax.probe.names import module_of, source_of
+from linked_jax.probe.names import module_of
 from linked_jax.probe.recognise import evaluate_op, name_of
 from linked_jax.probe.regions import Region
 from linked_jax.signal_statistics import combine_features, feature_moments
@@ -139,8 +139,8 @@ def measure(region: Region, env: dict[int, Any]) -> Tap:
         stats=unit_statistics(by_unit(_whole(z)), h, slopes, arity=len(region.members)),
         features=feature_moments(h) if h.shape[-1] <= LARGEST_SCATTER else None,
         gradient_square_sum=jnp.zeros(()),
-        name=module_of(region.ops[0].scope),
-        source=source_of(region.ops[0].equation),
+        name=module_of(region.ops[0].where.scope),
+        source=region.ops[0].where.source,
         activation=name_of(region),
         arity=len(region.members),
     )
