@@ -310,6 +310,8 @@ def _axes(op: Op) -> Axes | None:
     if kind == "conv_general_dilated" and len(data) == 1:
         channel = params["dimension_numbers"].out_spec[1]
         return tuple((Factor(n, k == channel),) for k, n in enumerate(shape))
+    if kind == "gather" and op.operands[0] is not first:  # an embedding
+        return tuple((Factor(n, k in params["dimension_numbers"].offset_dims),) for k, n in enumerate(shape))
     if kind == "transpose":
         return tuple(first.axes[k] for k in params["permutation"])
     if kind == "stack":
