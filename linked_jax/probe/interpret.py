@@ -12,7 +12,7 @@ from jax.extend.core import Literal
 from jaxtyping import Array, Float
 
 from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, graph_of
-from linked_jax.probe.models import merge, split
+from linked_jax.probe.models import is_key, merge, split
 from linked_jax.probe.names import module_of, named_calls
 from linked_jax.probe.recognise import activations, evaluate_op
 from linked_jax.probe.regions import Region
@@ -45,7 +45,8 @@ def observe(f: Callable[[Any, Any], Any], parameters: Any, inputs: Any) -> tuple
     Args:
       f: f(parameters, inputs) -> outputs, any pytree.
       parameters: any pytree, or an NNX module. f sees a copy of the module, and the taps have its paths for names.
-      inputs: an array (N, ...), or a pytree of them. One more trace, for 2 N, tells which axes are of samples.
+      inputs: an array (N, ...), or a pytree of them, with PRNG keys and None in it or without. One more trace, for
+        2 N, tells which axes are of samples.
 
     Returns:
       The outputs, exactly those of f; and a list of `Tap`, in order of execution. The tap of a layer in a scan over
@@ -85,7 +86,7 @@ class Trace:
 
         jaxpr, outputs = jax.make_jaxpr(forward, return_shape=True)(arrays, inputs)
         parts = jax.tree.leaves(arrays), jax.tree.leaves(inputs)
-        from_data = [False] * len(parts[0]) + [True] * len(parts[1])
+        from_data = [False] * len(parts[0]) + [not is_key(x) for x in parts[1]]
         try:
             larger = jax.make_jaxpr(forward)(arrays, jax.tree.map(_twice, inputs))
         except Exception:  # whatever a model made for one size of batch raises: its samples are along the first axis

@@ -223,7 +223,8 @@ def _close(values: np.ndarray, wanted: np.ndarray) -> bool:
 @functools.cache
 def _known() -> dict[str, np.ndarray]:
     with jax.ensure_compile_time_eval():
-        return {name: np.asarray(jax.jit(f)(jnp.asarray(_GRID, jnp.float32)), np.float64) for name, f in KNOWN.items()}
+        values = jax.jit(lambda z: [f(z) for f in KNOWN.values()])(jnp.asarray(_GRID, jnp.float32))
+    return {name: np.asarray(x, np.float64) for name, x in zip(KNOWN, values, strict=True)}
 
 
 @functools.cache

@@ -192,12 +192,15 @@ class _Finder:
 
     def _member(self, value: Value) -> Value:
         """The last value from the core on that is made with numbers alone: before a dropout, a scale for each unit."""
-        member, x = value, value
-        while x is not self.core[id(value)]:
+        core, member, x = self.core[id(value)], value, value
+        while x is not core:
             assert x.op is not None
-            if not _adds_numbers(x.op):
-                member = x.op.data[0]
-            x = x.op.data[0]
+            x, op = x.op.data[0], x.op
+            if not _adds_numbers(op):
+                is_dropout = (
+                    op.kind == "select_n" and x is not core and x.op is not None and x.op.kind in ("mul", "div")
+                )
+                member = x.op.data[0] if is_dropout and x.op is not None else x  # it divides by the share that it keeps
         return member
 
     def _pre_activations(self, root: Value, values: list[Value], curved: list[Value]) -> list[Value]:
