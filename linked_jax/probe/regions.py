@@ -6,18 +6,16 @@ pre-activation z. What leaves it and is not affine in z is an activation; a link
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable
 
 import jax.numpy as jnp
-from jax.extend.core import Literal
 
-from linked_jax.probe.graph import ELEMENTWISE, REDUCTIONS, Atom, Graph, Op, Value, is_number
+from linked_jax.probe.graph import Graph, Op, Value, is_number
+from linked_jax.probe.uses import MOVEMENT, Uses
 
 _AFFINE = {"add", "add_any", "sub", "neg", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint",
            "stop_gradient", "optimization_barrier", "transpose"}  # fmt: skip
-_MOVEMENT = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose", "convert_element_type"}
-_TERMS = {"square", "integer_pow", "abs", "exp", "exp2"}
+_BOUNDS = {"max", "min", "clamp", "abs"}
 
 
 @dataclasses.dataclass(eq=False)
@@ -66,32 +64,24 @@ def find(graph: Graph) -> tuple[list[Region], list[Op]]:
 class _Finder:
     """Attributes, by the `id` of a value.
 
-    users: the operations that read it; None where it leaves the graph.
     root: the first value of its region.
     core: the last value before it that is not affine in others of its region.
     order: of its axes, where it is a transpose of the root.
     values: those of the region of a root, in order.
-    averaged: whether all that is made of it ends in a sum over samples.
     """
 
     def __init__(self, graph: Graph):
         self.graph = graph
-        self.number = {id(op): i for i, op in enumerate(graph.ops)}
-        self.users: dict[int, list[Op | None]] = {}
+        self.uses = Uses(graph)
         self.root: dict[int, Value] = {}
         self.core: dict[int, Value] = {}
         self.values: dict[int, list[Value]] = {}
         self.order: dict[int, tuple[int, ...]] = {}
-        self.averaged: dict[int, bool] = {}
         for value in [*graph.inputs, *(value for value, _ in graph.constants)]:
             self._begin(value)
         for op in graph.ops:
-            for x in op.operands:
-                self._use(x, op)
             for output in op.outputs:
                 self._place(op, output)
-        for x in graph.outputs:
-            self._use(x, None)
 
     def chooses_by_itself(self, op: Op) -> bool:
         """Whether the predicate of a select is computed from what it chooses from, and not elementwise."""
@@ -99,16 +89,12 @@ class _Finder:
             return False
         which, *cases = op.data
         roots = [self._unmoved(self.root[id(x)]) for x in cases]
-        return any(root is not self.root[id(which)] and self._derives(which, root) for root in roots)
+        return any(root is not self.root[id(which)] and self.uses.derives(which, root) for root in roots)
 
     def _unmoved(self, root: Value) -> Value:
-        while root.op is not None and root.op.kind in _MOVEMENT and root.op.data:
+        while root.op is not None and root.op.kind in MOVEMENT and root.op.data:
             root = self.root[id(root.op.data[0])]
         return root
-
-    def _use(self, x: Atom, op: Op | None) -> None:
-        if isinstance(x, Value):
-            self.users.setdefault(id(x), []).append(op)
 
     def _begin(self, value: Value) -> None:
         self.root[id(value)] = self.core[id(value)] = value
@@ -127,9 +113,8 @@ class _Finder:
         if _is_float(output) and not _is_float(root):  # pixels, labels
             self._begin(output)
             return
-        self.order[id(output)] = (
-            tuple(order[k] for k in op.equation.params["permutation"]) if op.kind == "transpose" else order
-        )
+        permutation = op.equation.params["permutation"] if op.kind == "transpose" else range(len(order))
+        self.order[id(output)] = tuple(order[k] for k in permutation)
         cores = {id(self.core[id(x)]): self.core[id(x)] for x in data}
         self.root[id(output)] = root
         self.core[id(output)] = next(iter(cores.values())) if len(cores) == 1 and _is_affine(op) else output
@@ -139,7 +124,7 @@ class _Finder:
         if not root.from_data or len(values) == 1:
             return
         exits = [v for v in values if _is_float(v) and any(True for _ in self._outside(v))]
-        curved = [v for v in exits if self.core[id(v)] is not root and not self._is_of_a_sum(v)]
+        curved = [v for v in exits if self.core[id(v)] is not root and not self._is_summed(v)]
         for group in self._links(curved):
             members = list(dict.fromkeys(map(self._member, group)))
             by_core: dict[int, list[Value]] = {}
@@ -151,27 +136,38 @@ class _Finder:
                 yield region
 
     def _region(self, root: Value, values: list[Value], members: list[Value]) -> Region | None:
-        members.sort(key=lambda v: self.number.get(id(v.op), -1))
+        members.sort(key=lambda v: self.uses.number.get(id(v.op), -1))
         region = None
         for z in self._pre_activations(root, values, [v for v in members if self.core[id(v)] is not root]):
             ops = _between(z, members, values)
             step = _between(region.z, [z], values) if region is not None else []
             wider = region if all(_adds_numbers(op) for op in step) else None
             orders = [tuple(self.order[id(v)].index(k) for k in self.order[id(z)]) for v in members]
-            region = Region(z, members, orders, ops, self.number[id(ops[-1])], wider)
-        return None if region is None or self._is_statistic(region) else region
+            region = Region(z, members, orders, ops, self.uses.number[id(ops[-1])], wider)
+        if region is None:
+            return None
+        first = [op for op in region.ops if self._is_nearly_affine(op.data[-1])]
+        last = [op for v in members if (op := self.core[id(v)].op)]
+        return None if self.uses.is_statistic(root, region.z, first, last, members) else region
+
+    def _is_nearly_affine(self, value: Value) -> bool:
+        core = self.core[id(value)]
+        return core is self.root[id(value)] or (core.op is not None and core.op.kind in _BOUNDS)
 
     def _outside(self, value: Value) -> Iterable[Op | None]:
         """What reads the value and is not of its region."""
-        for user in self.users.get(id(value), []):
+        for user in self.uses.of(value):
             if user is None or all(self.root[id(x)] is not self.root[id(value)] for x in user.outputs):
                 yield user
+
+    def _is_summed(self, value: Value) -> bool:
+        return self.uses.is_of_a_sum(value, self.core[id(value)], self._outside(value))
 
     def _links(self, curved: list[Value]) -> list[list[Value]]:
         """Those of one link are concatenated, or affine in the same value; the others are alone."""
         groups: list[tuple[set[int], list[Value]]] = []
         for v in curved:
-            marks = {id(self.core[id(v)]), *map(id, self._concatenations(v))}
+            marks = {id(self.core[id(v)]), *map(id, self.uses.joins(v))}
             same = [group for group in groups if group[0] & marks]
             groups = [group for group in groups if group not in same]
             groups.append((marks.union(*(group[0] for group in same)), [x for group in same for x in group[1]] + [v]))
@@ -179,16 +175,9 @@ class _Finder:
 
     def _linear_members(self, exits: list[Value], group: list[Value]) -> list[Value]:
         """What is affine and is concatenated with what is not: a member of the same link."""
-        joined = {id(op) for v in group for op in self._concatenations(v)}
+        joined = {id(op) for v in group for op in self.uses.joins(v)}
         affine = [v for v in exits if self.core[id(v)] is self.root[id(v)]]
-        return [v for v in affine if joined & set(map(id, self._concatenations(v)))]
-
-    def _concatenations(self, value: Value) -> Iterable[Op]:
-        for user in self.users.get(id(value), []):
-            if user is not None and user.kind in ("concatenate", "stack"):
-                yield user
-            elif user is not None and user.kind in _MOVEMENT:
-                yield from self._concatenations(user.outputs[0])
+        return [v for v in affine if joined & set(map(id, self.uses.joins(v)))]
 
     def _member(self, value: Value) -> Value:
         """The last value from the core on that is made with numbers alone: before a dropout, a scale for each unit."""
@@ -197,10 +186,9 @@ class _Finder:
             assert x.op is not None
             x, op = x.op.data[0], x.op
             if not _adds_numbers(op):
-                is_dropout = (
-                    op.kind == "select_n" and x is not core and x.op is not None and x.op.kind in ("mul", "div")
-                )
-                member = x.op.data[0] if is_dropout and x.op is not None else x  # it divides by the share that it keeps
+                member = x
+                if op.kind == "select_n" and x is not core and x.op is not None and x.op.kind in ("mul", "div"):
+                    member = x.op.data[0]  # a dropout divides by the share that it keeps
         return member
 
     def _pre_activations(self, root: Value, values: list[Value], curved: list[Value]) -> list[Value]:
@@ -211,77 +199,6 @@ class _Finder:
             on_all_ways[id(v)] = set.intersection(*(on_all_ways[id(x)] for x in v.op.data)) | {id(v)}
         common = set.intersection(*(on_all_ways[id(v)] for v in curved))
         return [v for v in values if id(v) in common and self.core[id(v)] is root and _is_float(v)]
-
-    def _is_of_a_sum(self, value: Value) -> bool:
-        """Whether it is a part of a loss, or the terms of a norm or a softmax."""
-        if self._is_averaged(value):
-            return True
-        if not _is_term(self.core[id(value)].op):
-            return False
-        return all(user is not None and self._is_normed(user, value) for user in self._outside(value))
-
-    def _is_averaged(self, value: Value) -> bool:
-        """Whether every way from it leads to a sum over samples, by elementwise operations and other sums."""
-        if id(value) not in self.averaged:
-            users = self.users.get(id(value), [None])
-            self.averaged[id(value)] = all(user is not None and self._averages(user, value) for user in users)
-        return self.averaged[id(value)]
-
-    def _averages(self, user: Op, value: Value) -> bool:
-        if user.kind in REDUCTIONS and set(value.samples) & _reduced_axes(user):
-            return True
-        passes = user.is_elementwise or user.kind in REDUCTIONS | _MOVEMENT
-        return passes and bool(user.outputs) and all(map(self._is_averaged, user.outputs))
-
-    def _is_normed(self, user: Op, value: Value) -> bool:
-        """Whether the values are summed over units or samples, or divided by such a sum of themselves."""
-        if user.kind in REDUCTIONS:
-            units = {k for k, axis in enumerate(value.axes) if any(f.is_unit for f in axis)}
-            return bool(_reduced_axes(user) & (units | set(value.samples)))
-        others = [x for x in user.data if x is not value]
-        return user.is_elementwise and bool(others) and all(self._derives(x, value) for x in others)
-
-    def _derives(self, x: Value, value: Value) -> bool:
-        """Whether x is computed from the value."""
-        first, seen, left = self.number.get(id(value.op), -1), set(), [x]
-        while left:
-            v = left.pop()
-            if v is value:
-                return True
-            if id(v) not in seen and self.number.get(id(v.op), -1) > first:
-                seen.add(id(v))
-                left += v.op.data if v.op else []
-        return False
-
-    def _is_statistic(self, region: Region) -> bool:
-        """Whether z is one: of all samples, or a sum that is rooted or squared, or broadcast back along its units."""
-        z, root = region.z, self.root[id(region.z)]
-        if not z.shape or (self.graph.has_samples and not z.samples):
-            return True
-        if not _is_sum(root):
-            return False
-        if any(map(_is_of_positives, region.ops)) or any(_is_term(self.core[id(v)].op) for v in region.members):
-            return True
-        if any(map(self._is_rooted, region.members)):
-            return True
-        units = [k for k, axis in enumerate(z.axes) if any(f.is_unit for f in axis) and k not in z.samples]
-        return all(z.shape[k] == 1 for k in units) and any(map(self._is_broadcast, region.members))
-
-    def _is_rooted(self, value: Value) -> bool:
-        """Whether an activation of a sum is no more than its guard: there comes a root after it."""
-        passed = [op for op in self.users.get(id(value), []) if op and (op.is_elementwise or op.kind in _MOVEMENT)]
-        return any(_is_of_positives(op) or (len(op.data) == 1 and self._is_rooted(op.outputs[0])) for op in passed)
-
-    def _is_broadcast(self, value: Value) -> bool:
-        for user in self.users.get(id(value), []):
-            if user is None or not user.outputs:
-                continue
-            grows = math.prod(user.outputs[0].shape) > math.prod(value.shape)
-            if grows and (user.kind == "broadcast_in_dim" or user.kind in ELEMENTWISE):
-                return True
-            if user.kind in _MOVEMENT and self._is_broadcast(user.outputs[0]):
-                return True
-        return False
 
 
 def _is_float(value: Value) -> bool:
@@ -317,33 +234,3 @@ def _between(z: Value, members: list[Value], values: list[Value]) -> list[Op]:
             ops.append(v.op)
             needed |= {id(x) for x in v.op.data if x is not z}
     return ops[::-1]
-
-
-def _reduced_axes(op: Op) -> set[int]:
-    axes = op.equation.params.get("axes", (op.equation.params.get("axis", -1),))
-    return {k % len(op.data[0].shape) for k in axes}
-
-
-def _is_term(op: Op | None) -> bool:
-    """Whether its outputs are what norms and softmaxes add up: |x|, x^2, exp(x)."""
-    return op is not None and (op.kind in _TERMS or (op.kind == "mul" and op.operands[0] is op.operands[1]))
-
-
-def _is_of_positives(op: Op) -> bool:
-    """Whether it is a root, a logarithm or a fraction of data."""
-    if op.kind == "integer_pow":
-        return op.equation.params["y"] < 0
-    if op.kind == "pow":
-        exponent = float(op.operands[1].val) if isinstance(op.operands[1], Literal) else 0.5
-        return not (exponent > 0 and exponent.is_integer())
-    return op.kind in ("sqrt", "rsqrt", "log") or (op.kind == "div" and not isinstance(op.operands[1], Literal))
-
-
-def _is_sum(root: Value) -> bool:
-    """Whether it is a reduction, or elementwise of reductions alone: a variance, say."""
-    if root.op is None or not root.op.data:
-        return False
-    if root.op.kind in REDUCTIONS:
-        return True
-    moved = root.op.kind in _MOVEMENT or root.op.kind in ELEMENTWISE
-    return moved and all(_is_sum(x) for x in root.op.data)

@@ -230,6 +230,22 @@ def test_what_is_no_activation_is_none(name):
     assert [tap.activation for tap in taps] == ["tanh"]
 
 
+POOLED = {
+    "gelu": jax.nn.gelu,
+    "softplus by hand": lambda z: jnp.log(1 + jnp.exp(z)),
+    "silu as a quotient": lambda z: z / (1 + jnp.exp(-z)),
+    "a learned scale": lambda z: jnp.tanh(z / PRELU),
+    "radial": lambda z: jnp.exp(-z / 9),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POOLED)
+def test_an_activation_of_a_sum_over_positions_is_one(name):
+    (tap,) = observe(lambda w, x: POOLED[name](x.mean(1)) @ w, white(64, 3), white(4, 7, 64))[1]
+    assert tap.stats.mean.shape == (64,)
+
+
 NOT_SEEN = {
     "piecewise": lambda z: jnp.piecewise(z, [z < -1, z > 1], [-1.0, 1.0, lambda z: z]),
     "the largest alone": lambda z: jnp.where(z >= lax.top_k(z, 5)[0][:, -1:], z, 0),
