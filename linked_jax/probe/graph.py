@@ -338,8 +338,8 @@ def _axes_of_broadcast(data: list[Value], shape: tuple[int, ...]) -> Axes | None
     """The axes of the data; those that parameters alone have (a vmap over them broadcasts axes of size 1) are units."""
     if not data:
         return None
-    found = [next((x.axes[k] for x in data if x.shape[k] == n), (Factor(n, True),)) for k, n in enumerate(shape)]
-    return tuple(found)
+    data = sorted(data, key=lambda x: -math.prod(f.size for axis in x.axes for f in axis if f.is_unit))  # masks last
+    return tuple(next((x.axes[k] for x in data if x.shape[k] == n), (Factor(n, True),)) for k, n in enumerate(shape))
 
 
 def _axes_of_product(op: Op) -> Axes:

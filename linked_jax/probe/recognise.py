@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend.core import JaxprEqn, Literal
+from jaxtyping import Array
 
 from linked_jax.probe.graph import Atom, Graph, Op, Value, inner_jaxprs, is_number, open_jaxpr, params_of
 from linked_jax.probe.names import link_of
@@ -130,10 +131,10 @@ def _key(region: Region) -> Any:
 
 
 def _values(region: Region) -> np.ndarray | None:
-    """The members on the grid, (d, grid); None if they cannot be evaluated."""
+    """The members on the grid, (d, grid), in float32 at least; None if they cannot be evaluated."""
     try:
         with jax.ensure_compile_time_eval():
-            env: dict[int, Any] = {id(region.z): jnp.asarray(_GRID, region.z.aval.dtype)}
+            env: dict[int, Any] = {id(region.z): _wide(jnp.asarray(_GRID, region.z.aval.dtype))}
             for op in region.ops:
                 operands = [_operand(x, env) for x in op.operands]
                 env |= zip(map(id, op.outputs), _on_grid(op.equation, operands), strict=True)
@@ -142,12 +143,17 @@ def _values(region: Region) -> np.ndarray | None:
         return None
 
 
+def _wide(x: Any) -> Array:
+    x = jnp.asarray(x)
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 else x
+
+
 def _operand(x: Atom, env: dict[int, Any]) -> Any:
     if isinstance(x, Literal):
-        return x.val
+        return _wide(x.val)
     if id(x) in env:
         return env[id(x)]
-    value = jnp.asarray(_constant(x), x.aval.dtype)
+    value = _wide(jnp.asarray(_constant(x), x.aval.dtype))
     return jnp.broadcast_to(value, _GRID.shape) if x.shape else value
 
 
@@ -161,11 +167,11 @@ def _on_grid(equation: JaxprEqn, operands: list[Any]) -> list[Any]:
         body, constants = open_jaxpr(inner[0])
         env = dict(zip([*body.constvars, *body.invars], [*constants, *operands], strict=True))
         for eqn in body.eqns:
-            outputs = _on_grid(eqn, [x.val if isinstance(x, Literal) else env[x] for x in eqn.invars])
+            outputs = _on_grid(eqn, [_wide(x.val) if isinstance(x, Literal) else env[x] for x in eqn.invars])
             env |= zip(eqn.outvars, outputs, strict=True)
         return [x.val if isinstance(x, Literal) else env[x] for x in body.outvars]
     outputs = equation.primitive.bind(*operands, **equation.params)
-    return list(outputs) if equation.primitive.multiple_results else [outputs]
+    return list(map(_wide, outputs if equation.primitive.multiple_results else [outputs]))
 
 
 def _constant(x: Value) -> Any:
@@ -179,7 +185,7 @@ def _constant(x: Value) -> Any:
     if x.op.kind == "broadcast_in_dim":
         return operands[0]
     with jax.ensure_compile_time_eval():
-        arrays = [jnp.asarray(o, a.aval.dtype) for o, a in zip(operands, x.op.operands, strict=True)]
+        arrays = [_wide(jnp.asarray(o, a.aval.dtype)) for o, a in zip(operands, x.op.operands, strict=True)]
         return np.asarray(_on_grid(x.op.equation, arrays)[0]).ravel()[0]
 
 

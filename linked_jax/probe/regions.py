@@ -89,7 +89,8 @@ class _Finder:
             return False
         which, *cases = op.data
         roots = [self._unmoved(self.root[id(x)]) for x in cases]
-        return any(root is not self.root[id(which)] and self.uses.derives(which, root) for root in roots)
+        own = self._unmoved(self.root[id(which)])
+        return any(root is not own and self.uses.derives(which, root) for root in roots)
 
     def _unmoved(self, root: Value) -> Value:
         while root.op is not None and root.op.kind in MOVEMENT and root.op.data:
@@ -161,7 +162,15 @@ class _Finder:
                 yield user
 
     def _is_summed(self, value: Value) -> bool:
-        return self.uses.is_of_a_sum(value, self.core[id(value)], self._outside(value))
+        core = self.core[id(value)]
+        return self._divides(core) or self.uses.is_of_a_sum(value, core, self._outside(value))
+
+    def _divides(self, value: Value) -> bool:
+        """Whether it is 1 / z, to multiply others with: a division by z."""
+        op = value.op
+        if op is None or op.kind != "div" or op.operands[0] in op.data or not self._is_nearly_affine(op.data[0]):
+            return False
+        return all(user is not None and user.kind in ("mul", "dot_general") for user in self._outside(value))
 
     def _links(self, curved: list[Value]) -> list[list[Value]]:
         """Those of one link are concatenated, or affine in the same value; the others are alone."""

@@ -31,9 +31,11 @@ class Uses:
             if op.data and (op.kind in REDUCTIONS or passes):
                 self._sums.update(map(id, op.outputs))
         self._averaged: dict[int, bool] = {}
+        self._summed: dict[int, bool] = {}
         for op in reversed(graph.ops):
             for v in op.outputs:
                 self._averaged[id(v)] = all(user is not None and self._averages(user, v) for user in self.of(v))
+                self._summed[id(v)] = all(user is not None and self._sums_up(user) for user in self.of(v))
 
     def of(self, value: Value) -> list[Op | None]:
         """The operations that read it; None where it leaves the graph."""
@@ -93,18 +95,20 @@ class Uses:
 
     def _averages(self, user: Op, value: Value) -> bool:
         """Whether all that it makes of a value ends in sums over samples: by elementwise operations and other sums."""
-        if user.kind in REDUCTIONS and set(value.samples) & _reduced_axes(user):
+        if user.kind in REDUCTIONS and set(value.samples) & _reduced_axes(user, value):
             return True
         passes = user.is_elementwise or user.kind in REDUCTIONS | MOVEMENT
         return passes and all(self._averaged[id(x)] for x in user.outputs)
 
+    def _sums_up(self, user: Op) -> bool:
+        """The same of any sums."""
+        return user.kind in REDUCTIONS or (user.is_elementwise and all(self._summed[id(x)] for x in user.outputs))
+
     def _norms(self, user: Op, value: Value) -> bool:
-        """Whether it sums a value over units or samples, or divides it by such a sum of itself."""
-        if user.kind in REDUCTIONS:
-            units = {k for k, axis in enumerate(value.axes) if any(f.is_unit for f in axis)}
-            return bool(_reduced_axes(user) & (units | set(value.samples)))
+        """Whether it sums a value up, or divides it by a sum of itself."""
         others = [x for x in user.data if x is not value]
-        return user.is_elementwise and bool(others) and all(self.derives(x, value) for x in others)
+        is_by_itself = user.is_elementwise and bool(others) and all(self.derives(x, value) for x in others)
+        return is_by_itself or self._sums_up(user)
 
     def _is_rooted(self, value: Value) -> bool:
         """Whether an activation of a sum is no more than its guard: there comes a root or a fraction after it."""
@@ -125,9 +129,9 @@ class Uses:
         return False
 
 
-def _reduced_axes(op: Op) -> set[int]:
+def _reduced_axes(op: Op, x: Value) -> set[int]:
     axes = op.equation.params.get("axes", (op.equation.params.get("axis", -1),))
-    return {k % len(op.data[0].shape) for k in axes}
+    return {k % len(x.shape) for k in axes}
 
 
 def _is_power(op: Op) -> bool:
