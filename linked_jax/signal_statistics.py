@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from linked_jax.diagnostics import UnitStatistics
 
@@ -163,8 +163,15 @@ def covariate_drift(before: UnitStatistics, after: UnitStatistics) -> Drift:
     return Drift(mean.mean(), jnp.abs(variances[1] - variances[0]).mean(), jnp.hypot(mean, std).mean())
 
 
-def feature_moments(h: Float[Array, "n k"]) -> FeatureMoments:
+def feature_moments(h: Float[Array, "n k"], *, where: Bool[Array, " n"] | None = None) -> FeatureMoments:
     """The moments of one batch's features, to be combined with those of others by `combine_features`.
+
+    Args:
+      h: features, (n, k).
+      where: which rows count; all if None.
+
+    Returns:
+      A `FeatureMoments`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -174,10 +181,11 @@ def feature_moments(h: Float[Array, "n k"]) -> FeatureMoments:
              [0., 0.]], dtype=float32)
     """
     h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
-    mean = h.sum(axis=0) / max(len(h), 1)
-    centred = h - mean
-    scatter = jnp.matmul(centred.T, centred, precision="highest")
-    return FeatureMoments(jnp.asarray(len(h), h.dtype), mean, scatter)
+    count = jnp.asarray(len(h), h.dtype) if where is None else where.sum(dtype=h.dtype)
+    kept = h if where is None else jnp.where(where[:, None], h, 0)
+    mean = kept.sum(axis=0) / jnp.maximum(count, 1)
+    centred = kept - mean if where is None else jnp.where(where[:, None], kept - mean, 0)
+    return FeatureMoments(count, mean, jnp.matmul(centred.T, centred, precision="highest"))
 
 
 def combine_features(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:

@@ -4,19 +4,19 @@ import dataclasses
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, graph_of
 from linked_jax.probe.models import is_key, merge, split
 from linked_jax.probe.names import module_of, named_calls
 from linked_jax.probe.recognise import activations, evaluate_op
 from linked_jax.probe.regions import Region
-from linked_jax.probe.taps import Tap, all_times, is_tap, measure, nothing_yet, together
+from linked_jax.probe.taps import Tap, all_times, is_tap, kept, measure, nothing_yet, together
 
 Key = tuple[int, ...]
 """Where an activation begins: the number of the operation, after those of the operations that it is inside."""
@@ -33,7 +33,9 @@ class NotSeen:
     what: str = dataclasses.field(metadata={"static": True})
 
 
-def observe(f: Callable[[Any, Any], Any], parameters: Any, inputs: Any) -> tuple[Any, list[Tap]]:
+def observe(
+    f: Callable[[Any, Any], Any], parameters: Any, inputs: Any, *, mask: Array | None = None
+) -> tuple[Any, list[Tap]]:
     """The outputs of f(parameters, inputs), and what every activation did on the way.
 
         outputs, taps = observe(f, parameters, inputs)
@@ -47,6 +49,7 @@ def observe(f: Callable[[Any, Any], Any], parameters: Any, inputs: Any) -> tuple
       parameters: any pytree, or an NNX module. f sees a copy of the module, and the taps have its paths for names.
       inputs: an array (N, ...), or a pytree of them, with PRNG keys and None in it or without. One more trace, for
         2 N, tells which axes are of samples.
+      mask: which samples and steps count, (N, T) or (N,); padded steps are left out of all statistics.
 
     Returns:
       The outputs, exactly those of f; and a list of `Tap`, in order of execution. The tap of a layer in a scan over
@@ -62,7 +65,7 @@ def observe(f: Callable[[Any, Any], Any], parameters: Any, inputs: Any) -> tuple
       >>> dead_units(jnp.array([[1.0, -1.0]]), jnp.ones((5, 1)))[1]
       Array(1, dtype=int32)
     """
-    outputs, taps = Trace.of(f, parameters, inputs).evaluate()
+    outputs, taps = Trace.of(f, parameters, inputs).evaluate(mask=mask)
     return outputs, [tap for tap in with_gradients(taps, {}).values() if is_tap(tap)]
 
 
@@ -97,15 +100,28 @@ class Trace:
             graph = graph_of(jaxpr, None, from_data)
         return cls(graph, [*parts[0], *parts[1]], jax.tree.structure(outputs))
 
-    def evaluate(self, probes: Mapping[Key, Any] | None = None) -> tuple[Any, Taps]:
+    def evaluate(self, probes: Mapping[Key, Any] | None = None, mask: Array | None = None) -> tuple[Any, Taps]:
         """The outputs and the taps.
 
         Args:
           probes: for activations, by their keys, a zero of the shape of their `gradient_square_sum`; the gradient for
             it is that sum.
+          mask: as for `observe`.
         """
-        leaves, taps = _evaluate(self.graph, self.arguments, probes or {})
+        leaves, taps = _evaluate(self.graph, self.arguments, Watch(probes or {}, mask))
         return jax.tree.unflatten(self.structure, leaves), taps
+
+
+class Watch(NamedTuple):
+    """What is asked for of a graph, see `Trace.evaluate`."""
+
+    probes: Mapping[Key, Any]
+    mask: Array | None
+
+    def inside(self, i: int) -> "Watch":
+        """Of the graph inside an operation, by its number."""
+        probes = {key[1:]: probe for key, probe in self.probes.items() if key[0] == i and len(key) > 1}
+        return self._replace(probes=probes)
 
 
 def with_gradients(taps: Taps, square_sums: Mapping[Key, Any]) -> Taps:
@@ -122,7 +138,7 @@ def _twice(x: Any) -> Any:
     return aval.update(shape=(2 * aval.shape[0], *aval.shape[1:])) if aval.shape else aval
 
 
-def _evaluate(graph: Graph, arguments: list[Any], probes: Mapping[Key, Any]) -> tuple[list[Any], Taps]:
+def _evaluate(graph: Graph, arguments: list[Any], watch: Watch) -> tuple[list[Any], Taps]:
     """The outputs of a graph and the taps inside."""
     found, unseen = activations(graph)
     env: Env = {}
@@ -130,7 +146,9 @@ def _evaluate(graph: Graph, arguments: list[Any], probes: Mapping[Key, Any]) -> 
 
     def define(value: Value, x: Any) -> None:
         for key, z in watched:
-            x = _measured(x, probes[key]) if z is value and key in probes else x
+            if z is value and key in watch.probes:
+                where = jnp.ones((), bool) if watch.mask is None else kept(value, watch.mask)
+                x = _measured(x, where, watch.probes[key])
         env[id(value)] = x
 
     for value, x in [*zip(graph.inputs, arguments, strict=True), *graph.constants]:
@@ -139,15 +157,14 @@ def _evaluate(graph: Graph, arguments: list[Any], probes: Mapping[Key, Any]) -> 
     for i, op in enumerate(graph.ops):
         operands = [read(x, env) for x in op.operands]
         if any(map(_has_activation, op.graphs)) and op.data:
-            inner = {key[1:]: probe for key, probe in probes.items() if key[0] == i and len(key) > 1}
-            outputs, inside = _enter(op, operands, inner)
+            outputs, inside = _enter(op, operands, watch.inside(i))
             taps |= {(i, *key): tap for key, tap in inside.items()}
         else:
             outputs = evaluate_op(op, operands)
             taps |= {(i,): _not_seen(op)} if op in unseen else {}
         for value, x in zip(op.outputs, outputs, strict=True):
             define(value, x)
-    taps |= {(region.place,): measure(region, env) for region in found}
+    taps |= {(region.place,): measure(region, env, watch.mask) for region in found}
     return [read(x, env) for x in graph.outputs], Taps(sorted(taps.items()))
 
 
@@ -160,17 +177,17 @@ def _has_activation(graph: Graph) -> bool:
     return any(activations(graph)) or any(_has_activation(inner) for op in graph.ops for inner in op.graphs)
 
 
-def _enter(op: Op, operands: list[Any], probes: Mapping[Key, Any]) -> tuple[list[Any], dict[Key, Any]]:
+def _enter(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], dict[Key, Any]]:
     """The outputs of an operation that has graphs inside, and the taps there."""
     if op.kind == "scan":
-        return _scan(op, operands, probes)
+        return _scan(op, operands, watch)
     if op.kind == "cond":
-        return _cond(op, operands, probes)
+        return _cond(op, operands, watch)
     if op.kind == "while":
-        return _while(op, operands)
+        return _while(op, operands, watch.mask)
     outputs = evaluate_op(op, operands)
     if op.kind in CUSTOM:  # its own derivative hides what is inside, but not the gradient for its arguments
-        inside = _evaluate(op.graphs[0], jax.lax.stop_gradient(operands), {})[1]
+        inside = _evaluate(op.graphs[0], jax.lax.stop_gradient(operands), Watch({}, watch.mask))[1]
         shown = {(region.place,) for region, _ in _of_arguments(op)}
         return outputs, {key: tap if key in shown else _without_gradient(tap) for key, tap in inside.items()}
     return outputs, {(0,): _not_seen(op)}
@@ -200,32 +217,37 @@ def _arguments_of_custom(graph: Graph) -> list[tuple[Key, Atom]]:
     ]
 
 
-def _scan(op: Op, operands: list[Any], probes: Mapping[Key, Any]) -> tuple[list[Any], Taps]:
+def _scan(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], Taps]:
     """Where the scan goes over the data its iterations are times of one layer, else each is a layer."""
     params, graph = op.equation.params, op.graphs[0]
     first_x = params["num_consts"] + params["num_carry"]
     consts, carry, xs = operands[: params["num_consts"]], operands[params["num_consts"] : first_x], operands[first_x:]
-    over_time = any(isinstance(x, Value) and x.from_data for x in op.operands[first_x:])
+    data = [x for x in op.operands[first_x:] if isinstance(x, Value) and x.from_data]
+    probes, masks = ({}, None) if data else (dict(watch.probes), None)
+    if data and watch.mask is not None:  # it is of samples one by one, or of steps
+        by_sample = any(0 in x.samples for x in data)
+        steps = by_sample or (watch.mask.ndim > 1 and watch.mask.shape[1] == params["length"])
+        masks = jnp.moveaxis(watch.mask, 0 if by_sample else 1, 0) if steps else None
 
-    def step(carry: list[Any], x: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
-        outputs, taps = _evaluate(graph, [*consts, *carry, *x[0]], probes if over_time else x[1])
+    def step(carry: list[Any], x: tuple[list[Any], Any, Any]) -> tuple[list[Any], Any]:
+        mask = watch.mask if x[2] is None else x[2]
+        outputs, taps = _evaluate(graph, [*consts, *carry, *x[0]], Watch(watch.probes if data else x[1], mask))
         return outputs[: len(carry)], (outputs[len(carry) :], taps)
 
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
-    carry, (ys, taps) = jax.lax.scan(step, carry, (xs, {} if over_time else dict(probes)), **options)
-    return [*carry, *ys], jax.tree.map(all_times, taps, is_leaf=is_tap) if over_time else taps
+    carry, (ys, taps) = jax.lax.scan(step, carry, (xs, probes, masks), **options)
+    return [*carry, *ys], jax.tree.map(all_times, taps, is_leaf=is_tap) if data else taps
 
 
-def _cond(op: Op, operands: list[Any], probes: Mapping[Key, Any]) -> tuple[list[Any], dict[Key, Any]]:
+def _cond(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], dict[Key, Any]]:
     """Each branch is a layer of its own; one that was not taken has seen nothing."""
-    index, arguments = operands[0], operands[1:]
+    index, arguments, probes = operands[0], operands[1:], dict(watch.probes)
 
     def evaluated(i: int, arguments: list[Any], probes: Any) -> tuple[list[Any], Taps]:
-        inner = {key[1:]: probe for key, probe in probes.items() if key[0] == i}
-        return _evaluate(op.graphs[i], arguments, inner)
+        return _evaluate(op.graphs[i], arguments, watch._replace(probes=probes).inside(i))
 
     each = range(len(op.graphs))
-    shapes = [jax.eval_shape(functools.partial(evaluated, i), arguments, dict(probes))[1] for i in each]
+    shapes = [jax.eval_shape(functools.partial(evaluated, i), arguments, probes)[1] for i in each]
 
     def branch(i: int) -> Callable[..., Any]:
         def taken(arguments: list[Any], probes: Any) -> Any:
@@ -234,18 +256,18 @@ def _cond(op: Op, operands: list[Any], probes: Mapping[Key, Any]) -> tuple[list[
 
         return taken
 
-    outputs, taps = jax.lax.switch(index, [branch(i) for i in each], arguments, dict(probes))
+    outputs, taps = jax.lax.switch(index, [branch(i) for i in each], arguments, probes)
     return outputs, {(i, *key): tap for i, inside in enumerate(taps) for key, tap in inside.items()}
 
 
-def _while(op: Op, operands: list[Any]) -> tuple[list[Any], dict[Key, Any]]:
+def _while(op: Op, operands: list[Any], mask: Array | None) -> tuple[list[Any], dict[Key, Any]]:
     """The iterations of a loop are times of one layer; the gradient of an unbounded loop does not exist."""
     params, graph = op.equation.params, op.graphs[0]
     split_at = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     cond_consts, consts, carry = operands[: split_at[0]], operands[split_at[0] : split_at[1]], operands[split_at[1] :]
 
     def body(carry: list[Any]) -> tuple[list[Any], Taps]:
-        return _evaluate(graph, [*consts, *carry], {})
+        return _evaluate(graph, [*consts, *carry], Watch({}, mask))
 
     def more(state: tuple[list[Any], Any]) -> Any:
         return jax.core.eval_jaxpr(params["cond_jaxpr"].jaxpr, params["cond_jaxpr"].consts, *cond_consts, *state[0])[0]
@@ -260,10 +282,13 @@ def _while(op: Op, operands: list[Any]) -> tuple[list[Any], dict[Key, Any]]:
 
 
 @jax.custom_vjp
-def _measured(z: Array, probe: Float[Array, ""]) -> Array:
-    """z. The gradient for the probe is not one, but the sum of squares of the gradient for z."""
-    del probe
+def _measured(z: Array, where: Bool[Array, "..."], probe: Float[Array, ""]) -> Array:
+    """z. The gradient for the probe is not one, but the sum of squares of the gradient for z, where it counts."""
+    del where, probe
     return z
 
 
-_measured.defvjp(lambda z, _probe: (z, None), lambda _, g: (g, jnp.square(g.astype(jnp.float32)).sum()))
+_measured.defvjp(
+    lambda z, where, _probe: (z, where),
+    lambda where, g: (g, None, jnp.square(jnp.where(where, g, 0).astype(jnp.float32)).sum()),
+)

@@ -22,6 +22,7 @@ def probe(
     call: Callable[[Any, Any], Any] | None = None,
     loss_fn: Callable[[Any, Any], Any] | None = None,
     tau: float = 0.025,
+    mask: Callable[[Any], Any] | None = None,
 ) -> Report:
     """What every activation of a model does on a data set: dead, dormant, linear and saturated units, and the signal.
 
@@ -61,13 +62,15 @@ def probe(
       loss_fn: loss_fn(outputs, labels) -> the scalar mean over the batch. Then the report has the mean square of the
         gradient for each z, of a sample's own loss (that of the mean, times N).
       tau: a unit is dormant if its score is at most this, see `linked_jax.diagnostics.dormant_units`.
+      mask: mask(inputs) -> which samples and steps count, booleans (N, T) or (N,); padded steps are left out of all
+        statistics, that of the gradients too.
 
     Returns:
       A `Report`.
 
     Raises:
       ValueError: if no activation is found, there is no batch, a batch is no array or pair or its arrays differ in N,
-        the loss is no scalar, the model cannot be called, or tau is negative.
+        the loss is no scalar, the model cannot be called, the mask is of another shape, or tau is negative.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -80,7 +83,7 @@ def probe(
       >>> layer.name, layer.activation, layer.samples, layer.dead.tolist()
       ('layers.1', 'relu', 32, [False, False, True])
     """
-    return _Probe(call, loss_fn, tau)(model, batches)
+    return _Probe(call, loss_fn, tau, mask)(model, batches)
 
 
 class Monitor:
@@ -92,6 +95,7 @@ class Monitor:
       call: as for `probe`.
       loss_fn: as for `probe`.
       tau: as for `probe`.
+      mask: as for `probe`.
 
     Attributes:
       history: for each report {"step", "layers": [{"name", "dead", "dormant", "not_finite", "linearised", "saturated",
@@ -122,6 +126,7 @@ class Monitor:
         call: Callable[[Any, Any], Any] | None = None,
         loss_fn: Callable[[Any, Any], Any] | None = None,
         tau: float = 0.025,
+        mask: Callable[[Any], Any] | None = None,
     ):
         if isinstance(every, bool) or not hasattr(every, "__index__"):
             raise ValueError(f"every is an integer, got {every!r}; it is the number of steps from report to report")
@@ -132,7 +137,7 @@ class Monitor:
         self.batches, self.every = batches, every
         self.history: list[dict[str, Any]] = []
         self.report: Report | None = None
-        self._probe = _Probe(call, loss_fn, tau)
+        self._probe = _Probe(call, loss_fn, tau, mask)
 
     def __call__(self, step: int, model: Any) -> Report | None:
         """Probe if it is time: the report, or None."""
@@ -159,7 +164,13 @@ def _compact(layer: LayerReport, drift: Drift | None) -> dict[str, Any]:
 class _Probe:
     """(model, batches) -> `Report`, compiled once for each structure of the model and shape of a batch."""
 
-    def __init__(self, call: Callable[[Any, Any], Any] | None, loss_fn: Callable[[Any, Any], Any] | None, tau: float):
+    def __init__(
+        self,
+        call: Callable[[Any, Any], Any] | None,
+        loss_fn: Callable[[Any, Any], Any] | None,
+        tau: float,
+        mask: Callable[[Any], Any] | None,
+    ):
         try:
             self.tau = float(tau)
         except (TypeError, ValueError):
@@ -168,7 +179,9 @@ class _Probe:
             raise ValueError(f"tau is at least 0, got {tau}; 0 finds the units that are always zero")
         self.call, self.has_loss = call, loss_fn is not None
         apply = (lambda model, x: model(x)) if call is None else call
-        self.taps = jax.jit(functools.partial(_taps_of_batch, apply, loss_fn), static_argnums=0)
+        if mask is not None and not callable(mask):
+            raise ValueError(f"mask is a function mask(inputs), got {kind_of(mask)}; pass lambda inputs: inputs != 0")
+        self.taps = jax.jit(functools.partial(_taps_of_batch, apply, loss_fn, mask), static_argnums=0)
 
     def __call__(self, model: Any, batches: Iterable[Any]) -> Report:
         check_model(model, self.call)
@@ -198,26 +211,36 @@ class _Probe:
         return make_report(taps, not_seen, self.tau)
 
 
-def _taps_of_batch(call: Any, loss_fn: Any, static: Any, arrays: Any, batch: Any) -> Taps:
+def _taps_of_batch(call: Any, loss_fn: Any, mask: Any, static: Any, arrays: Any, batch: Any) -> Taps:
     """The taps of one batch; with a loss they have its gradients, of each sample's own loss."""
     inputs, labels = batch if loss_fn else (batch, None)
-    trace = Trace.of(call, merge(static, arrays), inputs)
+    trace, where = Trace.of(call, merge(static, arrays), inputs), _checked_mask(mask, inputs)
     if loss_fn is None:
-        return with_gradients(trace.evaluate()[1], {})
+        return with_gradients(trace.evaluate(mask=where)[1], {})
 
     def loss(probes: Any) -> tuple[Any, Any]:
-        outputs, taps = trace.evaluate(probes)
+        outputs, taps = trace.evaluate(probes, where)
         value = loss_fn(outputs, labels)
         if not jax.tree.all(jax.tree.map(lambda x: not jnp.shape(x), value)) or isinstance(value, (tuple, list, dict)):
             raise ValueError(f"loss_fn returns a scalar, the mean over the batch, got {kind_of(value)}")
         return value, taps
 
-    silent = jax.eval_shape(lambda: trace.evaluate()[1])
+    silent = jax.eval_shape(lambda: trace.evaluate(mask=where)[1])
     sums = {key: tap.gradient_square_sum for key, tap in silent.items() if is_tap(tap)}
     zeros = {key: jnp.zeros(sum_.shape) for key, sum_ in sums.items() if sum_ is not None}
     gradients, taps = jax.grad(loss, has_aux=True)(zeros)
     n = next(x.shape[0] for x in jax.tree.leaves(inputs) if not is_key(x))
     return with_gradients(taps, {key: n**2 * square_sum for key, square_sum in gradients.items()})
+
+
+def _checked_mask(mask: Any, inputs: Any) -> Any:
+    """Which samples and steps count; None for all."""
+    if mask is None:
+        return None
+    where, n = jnp.asarray(mask(inputs)), next(x.shape[0] for x in jax.tree.leaves(inputs) if not is_key(x))
+    if where.dtype != jnp.bool_ or where.ndim not in (1, 2) or len(where) != n:
+        raise ValueError(f"mask(inputs) has booleans of shape ({n}, T) or ({n},), got {kind_of(where)}")
+    return where
 
 
 @jax.jit

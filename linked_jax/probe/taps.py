@@ -115,12 +115,13 @@ def nothing_yet(tap: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tap)
 
 
-def measure(region: Region, env: dict[int, Any]) -> Tap:
+def measure(region: Region, env: dict[int, Any], mask: Array | None = None) -> Tap:
     """The tap of an activation, from the values of its graph.
 
-    The statistics need z, h = f(z) and f'(z); f is the operations of the region.
+    The statistics need z, h = f(z) and f'(z); f is the operations of the region. See `kept` for the mask.
     """
     by_unit = rows_of(region.z)
+    where = None if mask is None else by_unit(kept(region.z, mask))[:, 0]
 
     def f(z: Array) -> Array:
         inside = {id(region.z): z}
@@ -136,8 +137,8 @@ def measure(region: Region, env: dict[int, Any]) -> Tap:
         for xs in jax.lax.stop_gradient(_with_slopes(f, z, region))
     )
     return Tap(
-        stats=unit_statistics(by_unit(_whole(z)), h, slopes, arity=len(region.members)),
-        features=feature_moments(h) if h.shape[-1] <= LARGEST_SCATTER else None,
+        stats=unit_statistics(by_unit(_whole(z)), h, slopes, arity=len(region.members), where=where),
+        features=feature_moments(h, where=where) if h.shape[-1] <= LARGEST_SCATTER else None,
         gradient_square_sum=jnp.zeros(()),
         name=module_of(region.ops[0].where.scope),
         source=region.ops[0].where.source,
@@ -156,13 +157,39 @@ def _whole(x: Array) -> Array:
 
 def rows_of(z: Value) -> Callable[[Array], Array]:
     """How to bring arrays of the shape of z to (samples and positions, units)."""
-    sizes, units, rest = [], [], []
-    for k, (n, axis) in enumerate(zip(z.shape, z.axes, strict=True)):
-        for factor in axis if k not in z.samples else (Factor(n, False),):
-            (units if factor.is_unit else rest).append(len(sizes))
-            sizes.append(factor.size)
+    factors, _ = _factors(z)
+    units = [k for k, factor in enumerate(factors) if factor.is_unit]
+    rest = [k for k, factor in enumerate(factors) if not factor.is_unit]
+    sizes = [factor.size for factor in factors]
     count = math.prod(sizes[k] for k in units)
     return lambda x: x.reshape(sizes).transpose([*rest, *units]).reshape(-1, count)
+
+
+def _factors(z: Value) -> tuple[list[Factor], list[bool]]:
+    """Of all axes, in order, and which are of samples."""
+    axes = [(Factor(n, False),) if k in z.samples else z.axes[k] for k, n in enumerate(z.shape)]
+    return [f for axis in axes for f in axis], [k in z.samples for k, axis in enumerate(axes) for _ in axis]
+
+
+def kept(z: Value, mask: Array) -> Array:
+    """A mask of samples and steps, (N, T), as one of the shape of z.
+
+    Its axes are those of z that are no units and have their sizes, in order; samples and steps may be one axis. Where
+    z has no axis of steps, for it was pooled over them, all of a sample count if one does.
+    """
+    factors, of_samples = _factors(z)
+    if any(f.size == mask.size and not f.is_unit for f in factors):
+        mask = mask.reshape(-1)
+    places: list[int] = []
+    for i, size in enumerate(mask.shape):
+        free = [k for k, f in enumerate(factors) if f.size == size and not f.is_unit and k not in places]
+        free.sort(key=lambda k: of_samples[k] == (i > 0))  # N and T may be equal
+        places.append(free[0] if free else -1)
+    mask = mask.any(axis=tuple(k for k, place in enumerate(places) if place < 0))
+    places = [place for place in places if place >= 0]
+    sizes = [f.size for f in factors]
+    shape = [size if k in places else 1 for k, size in enumerate(sizes)]
+    return jnp.broadcast_to(mask.transpose(np.argsort(places)).reshape(shape), sizes).reshape(z.shape)
 
 
 def _with_slopes(f: Callable[[Array], Array], z: Array, region: Region) -> tuple[Array, Array]:

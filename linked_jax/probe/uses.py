@@ -131,7 +131,7 @@ class Uses:
 
 def _reduced_axes(op: Op, x: Value) -> set[int]:
     axes = op.equation.params.get("axes", (op.equation.params.get("axis", -1),))
-    return {k % len(x.shape) for k in axes}
+    return {int(k) % len(x.shape) for k in axes}
 
 
 def _is_power(op: Op) -> bool:

@@ -89,7 +89,7 @@ class Transformer(nn.Module):
         x = nn.Embed(11, 8)(tokens) + self.param("positions", nn.initializers.normal(), (6, 8))
         mask = nn.make_causal_mask(tokens)
         for _ in range(2):
-            x = x + nn.SelfAttention(num_heads=2)(nn.LayerNorm()(x), mask=mask)
+            x = x + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x), mask=mask)
             h = nn.gelu(nn.Dense(16)(nn.LayerNorm()(x)))
             x = x + nn.Dropout(0.1, deterministic=True)(nn.Dense(8)(h))
         return nn.Dense(3)(nn.LayerNorm()(x).mean(1))
