@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
+from jax.core import Tracer
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from linked_jax.probe.names import scope_of, source_of
@@ -208,7 +208,7 @@ def _inline(
     env: dict[Any, Atom] = dict(zip(body.invars, operands, strict=True))
     for var, array in zip(body.constvars, constants, strict=True):
         env[var] = value = _value(var, var if larger is not None else None, False)
-        if not value.shape and not isinstance(array, jax.core.Tracer):
+        if not value.shape and not isinstance(array, Tracer):
             value.number = array
         graph.constants.append((value, array))
     for equation, same in zip(body.eqns, more, strict=True):
@@ -242,7 +242,8 @@ def params_of(equation: JaxprEqn) -> tuple[str, ...]:
     """What an equation does, in words, without its operands."""
     inner = inner_jaxprs(equation)
     params = {} if inner else {k: v for k, v in equation.params.items() if not callable(v)}
-    rules = [v.debug_info.func_src_info for v in equation.params.values() if callable(v) and hasattr(v, "debug_info")]
+    rules = [getattr(v, "debug_info", None) for v in equation.params.values() if callable(v)]
+    rules = [info.func_src_info for info in rules if info]
     return equation.primitive.name, str(sorted(params.items())), str(inner), str(rules)
 
 
@@ -342,6 +343,10 @@ def _axes_of_broadcast(data: list[Value], shape: tuple[int, ...]) -> Axes | None
     return tuple(next((x.axes[k] for x in data if x.shape[k] == n), (Factor(n, True),)) for k, n in enumerate(shape))
 
 
+def _shape(x: Any) -> tuple[int, ...]:
+    return x.aval.shape
+
+
 def _axes_of_product(op: Op) -> Axes:
     """Units are the free axes of the parameters, and the axes that a vmap over parameters has put on both."""
     (contracting, batch), (left, right) = op.equation.params["dimension_numbers"], op.operands
@@ -349,11 +354,11 @@ def _axes_of_product(op: Op) -> Axes:
     for operand, gone, both in zip((left, right), contracting, batch, strict=True):
         own = isinstance(operand, Value) and operand.from_data
         axes = operand.axes if isinstance(operand, Value) else ()
-        for k, n in enumerate(operand.aval.shape):
+        for k, n in enumerate(_shape(operand)):
             if k not in gone and k not in both:
                 free.append(tuple(Factor(f.size, False) for f in axes[k]) if own else (Factor(n, True),))
     data, places = (left, batch[0]) if isinstance(left, Value) and left.from_data else (right, batch[1])
-    shared = [(Factor(data.aval.shape[k], True),) for k in places]
+    shared = [(Factor(_shape(data)[k], True),) for k in places]
     return (*shared, *free)
 
 

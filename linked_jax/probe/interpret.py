@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 from jax.extend.core import Literal
 from jaxtyping import Array, Bool, Float
 
@@ -270,7 +271,7 @@ def _while(op: Op, operands: list[Any], mask: Array | None) -> tuple[list[Any], 
         return _evaluate(graph, [*consts, *carry], Watch({}, mask))
 
     def more(state: tuple[list[Any], Any]) -> Any:
-        return jax.core.eval_jaxpr(params["cond_jaxpr"].jaxpr, params["cond_jaxpr"].consts, *cond_consts, *state[0])[0]
+        return eval_jaxpr(params["cond_jaxpr"].jaxpr, params["cond_jaxpr"].consts, *cond_consts, *state[0])[0]
 
     def step(state: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
         carry, taps = body(state[0])

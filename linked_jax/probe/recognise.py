@@ -123,7 +123,7 @@ def _key(region: Region) -> Any:
     def atom(x: Atom) -> Any:
         return str(x) if isinstance(x, Literal) else numbers.get(id(x), f"{_constant(x)}:{x.aval.dtype}")
 
-    found = [str(region.z.aval.dtype)]
+    found: list[Any] = [str(region.z.aval.dtype)]
     for op in region.ops:
         found.append((*params_of(op.equation), *map(atom, op.operands)))
         numbers |= {id(output): len(numbers) + i for i, output in enumerate(op.outputs)}
@@ -185,7 +185,9 @@ def _constant(x: Value) -> Any:
     if x.op.kind == "broadcast_in_dim":
         return operands[0]
     with jax.ensure_compile_time_eval():
-        arrays = [_wide(jnp.asarray(o, a.aval.dtype)) for o, a in zip(operands, x.op.operands, strict=True)]
+        arrays = [
+            _wide(jnp.asarray(o, getattr(a.aval, "dtype", None))) for o, a in zip(operands, x.op.operands, strict=True)
+        ]
         return np.asarray(_on_grid(x.op.equation, arrays)[0]).ravel()[0]
 
 

@@ -149,10 +149,9 @@ def measure(region: Region, env: dict[int, Any], mask: Array | None = None) -> T
 
 def _whole(x: Array) -> Array:
     """x, on all devices where it was split over an Explicit mesh: statistics are of the whole batch."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
-    split = getattr(mesh, "explicit_axes", ()) and any(sharding.spec)
-    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec())) if split else x
+    sharding: Any = getattr(jax.typeof(x), "sharding", None)
+    split = bool(sharding and sharding.mesh.explicit_axes and any(sharding.spec))
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec())) if split else x
 
 
 def rows_of(z: Value) -> Callable[[Array], Array]:
