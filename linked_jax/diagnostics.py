@@ -58,6 +58,7 @@ def unit_statistics(
     *,
     arity: int = 1,
     layout: Layout = "blocked",
+    where: Bool[Array, "*n"] | None = None,
 ) -> UnitStatistics:
     """The statistics of one batch, to be combined with those of others.
 
@@ -67,6 +68,7 @@ def unit_statistics(
       slopes: the members' derivatives g_i'(z), laid out like h: the tangent of `jax.jvp(f, (z,), (ones,))`.
       arity: the link's number of members d.
       layout: the link's layout.
+      where: which samples and positions count; all if None. The others may hold anything, NaN too.
 
     Returns:
       A `UnitStatistics`.
@@ -92,16 +94,24 @@ def unit_statistics(
         )
     dtype = jnp.promote_types(z.dtype, jnp.float32)
     x = z.astype(dtype).reshape(math.prod(z.shape[:-1]), z.shape[-1])
-    mean = x.sum(axis=0) / max(len(x), 1)
     outputs, derivatives = (jnp.abs(by_member(a, arity, layout)).astype(dtype) for a in (h, slopes))
+    count = jnp.asarray(len(x), dtype)
+    kept = jnp.ones((len(x), 1), bool)
+    if where is not None:
+        kept = where.reshape(-1, 1)
+        count = kept.sum(dtype=dtype)
+        x, outputs, derivatives = (
+            jnp.where(kept.reshape(-1, *[1] * (a.ndim - 1)), a, 0) for a in (x, outputs, derivatives)
+        )
+    mean = x.sum(axis=0) / jnp.maximum(count, 1)
     return UnitStatistics(
-        count=jnp.asarray(len(x), dtype),
-        live=live_units(h, arity=arity, layout=layout),
+        count=count,
+        live=(outputs != 0).any(axis=(0, 1)),
         steepest=derivatives.max(axis=(0, 1), initial=0),
         negative=(x < 0).any(axis=0),
         active=(x > 0).sum(axis=0, dtype=dtype),
         mean=mean,
-        m2=jnp.square(x - mean).sum(axis=0),
+        m2=jnp.square(x - mean).sum(axis=0, where=kept),
         magnitude=outputs.mean(axis=1).sum(axis=0),
     )
 

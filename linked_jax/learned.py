@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from linked_jax.activations import linked_prelu, prelu
-from linked_jax.linking import Layout, Link, linked, marked
+from linked_jax.linking import Layout, Link, linked, scope
 from linked_jax.members import brief, whole_numbers
 
 Share = Literal["layer", "channel", "element"]
@@ -40,8 +40,10 @@ def apply_slopes(
                 f"slopes of shape {slope.shape} do not fit z of shape {z.shape}; build it with z's features"
             )
     if len(slopes) == 1:
-        return marked(lambda z: prelu(z, *slopes), z, f"1:{layout}:-1:ChannelPReLU(z)")
-    return marked(lambda z: linked_prelu(z, *slopes, layout=layout), z, f"2:{layout}:-1:LinkedPReLU(z)")
+        with scope("ChannelPReLU(z)"):
+            return prelu(z, *slopes)
+    with scope("LinkedPReLU(z)"):
+        return linked_prelu(z, *slopes, layout=layout)
 
 
 def check_share(share: Share) -> Share:

@@ -8,11 +8,11 @@ A plain activation is a link with one member, so no other file asks "linked or p
 
 import dataclasses
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, ArrayLike, Float
 
 from linked_jax.members import (
@@ -108,8 +108,8 @@ class Link(Value):
     def __call__(self, z: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
         """Apply every member to z: (..., C) -> (..., d*C), and () -> (d,). The dtype stays."""
         z = floating(z)
-        label = f"{self.arity}:{self.layout}:{self.axis}:{self!r}"
-        return marked(lambda z: join([self._apply(g, z) for g in self.members], self.axis, self.layout), z, label)
+        with scope(", ".join(map(formula, self.members))):
+            return join([self._apply(g, z) for g in self.members], self.axis, self.layout)
 
     def _apply(self, member: Member, z: Array) -> Array:
         g = from_the_right(member) if self.arity > 1 and jumps_at_zero(member) else member
@@ -222,15 +222,15 @@ def join(parts: Sequence[Array], axis: int, layout: Layout) -> Array:
     return jnp.stack(parts, axis=axis + 1).reshape(*shape[:axis], len(parts) * shape[axis], *shape[axis + 1 :])
 
 
-def marked(f: Member, z: Array, label: str) -> Array:
-    """f(z), with both ends named in the jaxpr, so that `linked_jax.probe` sees one activation there. An identity."""
-    return checkpoint_name(f(checkpoint_name(z, f"linked_jax.z:{label}")), f"linked_jax.h:{label}")
+def scope(members: str) -> AbstractContextManager[Any]:
+    """A `jax.named_scope` that tells `linked_jax.probe` the names of a link's members. It computes nothing."""
+    return jax.named_scope(f"linked_jax:{members.replace('/', '|')}")
 
 
 def from_the_right(g: Member) -> Member:
     """The function g with the same values, whose derivatives at z = 0 are the limits z -> 0+.
 
-    The derivative is taken at z + where(z == 0, 2 tiny, 0). The shift is added, not substituted, so that the chain
+    The derivative is taken at z + 2 tiny [z == 0]. The shift is added, not substituted, so that the chain
     rule still sees z and second derivatives survive. Denormals count as zero, since compilers may flush them to zero
     in g and not here; not those of float16, which are computed as ordinary float32 numbers.
     """
@@ -238,7 +238,7 @@ def from_the_right(g: Member) -> Member:
     def shifted(z: Array) -> Array:
         tiny = jnp.finfo(z.dtype).tiny
         is_zero = z == 0 if z.dtype == jnp.float16 else jnp.abs(z) < tiny
-        return _value_of_derivative_of(g(z), g(z + jnp.where(is_zero, 2 * tiny, 0).astype(z.dtype)))
+        return _value_of_derivative_of(g(z), g(z + 2 * float(tiny) * is_zero.astype(z.dtype)))
 
     return shifted
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from linked_jax.diagnostics import UnitStatistics
 
@@ -34,6 +34,20 @@ class Drift(NamedTuple):
     mean: Float[Array, ""]
     variance: Float[Array, ""]
     wasserstein: Float[Array, ""]
+
+
+class FeatureMoments(NamedTuple):
+    """The moments of a layer's features h over all batches so far; made by `feature_moments`. All zeros: no data.
+
+    Attributes:
+      count: of samples and positions, ().
+      mean: of h, (k,).
+      scatter: the sum of (h - mean) (h - mean)^T, (k, k).
+    """
+
+    count: Float[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    mean: Float[Array, " k"]
+    scatter: Float[Array, "k k"]
 
 
 def mean_square(stats: UnitStatistics) -> Float[Array, ""]:
@@ -149,39 +163,84 @@ def covariate_drift(before: UnitStatistics, after: UnitStatistics) -> Drift:
     return Drift(mean.mean(), jnp.abs(variances[1] - variances[0]).mean(), jnp.hypot(mean, std).mean())
 
 
-def effective_rank(gram: Float[Array, "k k"]) -> Float[Array, ""]:
-    """How many directions a layer's features use: between 1 and k, and 0 for features that are all 0.
-
-        exp(-sum_i p_i log p_i),   p_i = sigma_i / sum_j sigma_j,   sigma_i = sqrt(lambda_i(gram))
-
-    sigma are the singular values of the features h, whose Gram matrix is the sum of h h^T over the data. Eigenvalues
-    below k times the dtype's epsilon of the largest are rounding, and count as 0.
+def feature_moments(h: Float[Array, "n k"], *, where: Bool[Array, " n"] | None = None) -> FeatureMoments:
+    """The moments of one batch's features, to be combined with those of others by `combine_features`.
 
     Args:
-      gram: sum of h h^T, (k, k), float32 or float64; sum it with `precision="highest"` on a GPU.
+      h: features, (n, k).
+      where: which rows count; all if None.
+
+    Returns:
+      A `FeatureMoments`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax.signal_statistics import feature_moments
+      >>> feature_moments(jnp.array([[1.0, 2.0], [3.0, 2.0]])).scatter
+      Array([[2., 0.],
+             [0., 0.]], dtype=float32)
+    """
+    h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
+    count = jnp.asarray(len(h), h.dtype) if where is None else where.sum(dtype=h.dtype)
+    kept = h if where is None else jnp.where(where[:, None], h, 0)
+    mean = kept.sum(axis=0) / jnp.maximum(count, 1)
+    centred = kept - mean if where is None else jnp.where(where[:, None], kept - mean, 0)
+    return FeatureMoments(count, mean, jnp.matmul(centred.T, centred, precision="highest"))
+
+
+def combine_features(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:
+    """The moments of two disjoint batches together, as `linked_jax.diagnostics.combine` for each unit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax.signal_statistics import combine_features, feature_moments
+      >>> halves = [feature_moments(jnp.array([[x]])) for x in (1.0, 3.0)]
+      >>> combine_features(*halves).scatter
+      Array([[2.]], dtype=float32)
+    """
+    count = a.count + b.count
+    share = b.count / jnp.maximum(count, 1)
+    delta = b.mean - a.mean
+    scatter = a.scatter + b.scatter + jnp.outer(delta, delta) * a.count * share
+    return FeatureMoments(count, a.mean + delta * share, scatter)
+
+
+def effective_rank(features: FeatureMoments) -> Float[Array, ""]:
+    """How many directions a layer's features use: between 1 and k, and 0 for features that are all 0.
+
+        exp(-sum_i p_i log p_i),   p_i = sigma_i / sum_j sigma_j
+
+    sigma are the singular values of the features h over the data, (n, k). They are those of the root of the scatter
+    matrix with one more row, sqrt(n) mean. The common mean of a wide layer (sigmoid, softplus, relu) would hide in
+    the rounding of sum h h^T what is 0.1 % of it. Eigenvalues of the scatter below 4 epsilon of the largest are
+    rounding, and count as 0.
+
+    Args:
+      features: from `feature_moments` and `combine_features`.
 
     Returns:
       A scalar.
 
     Raises:
-      ValueError: if gram is not square.
+      TypeError: if features are not `FeatureMoments`.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from linked_jax.signal_statistics import effective_rank
-      >>> h = jnp.array([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0]])
-      >>> effective_rank(h.T @ h).round(3)
+      >>> from linked_jax.signal_statistics import effective_rank, feature_moments
+      >>> effective_rank(feature_moments(jnp.array([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0]]))).round(3)
       Array(2., dtype=float32)
 
     Reference: Roy and Vetterli, The effective rank: a measure of effective dimensionality, 2007.
     """
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
-        raise ValueError(
-            f"gram is the sum of h h^T and square, got shape {gram.shape}; pass h.T @ h for features (n, k)"
+    if not isinstance(features, FeatureMoments):
+        raise TypeError(
+            f"the effective rank is of FeatureMoments, got {type(features).__name__}; pass feature_moments(h), h (n, k)"
         )
-    eigenvalues = jnp.linalg.eigvalsh(gram)
-    noise = len(gram) * jnp.finfo(gram.dtype).eps * eigenvalues.max()
-    sigma = jnp.sqrt(jnp.where(eigenvalues <= noise, 0, eigenvalues))
+    count, mean, scatter = features
+    eigenvalues, vectors = jnp.linalg.eigh(scatter)
+    noise = 4 * jnp.finfo(scatter.dtype).eps * eigenvalues.max()
+    roots = jnp.sqrt(jnp.where(eigenvalues <= noise, 0, eigenvalues))
+    sigma = jnp.linalg.svd(jnp.vstack([(vectors * roots).T, jnp.sqrt(count) * mean]), compute_uv=False)
     total = sigma.sum()
     p = sigma / jnp.where(total == 0, 1, total)
     return jnp.where(total == 0, 0, jnp.exp(jax.scipy.special.entr(p).sum()))

@@ -133,6 +133,6 @@ def _measure(graph, parameters, task) -> dict[str, Float[Array, ""]]:
         "accuracy": (logits.argmax(axis=1) == task.test_labels).mean(),
         "dead": jnp.concatenate([dead_units(tap.stats) for tap in taps]).mean(),
         "dormant": jnp.concatenate([dormant_units(tap.stats, TAU) for tap in taps]).mean(),
-        "rank": jnp.nan_to_num(effective_rank(taps[-1].gram)),
+        "rank": jnp.nan_to_num(effective_rank(taps[-1].features)),
         "finite": jnp.isfinite(logits).all(),
     }

@@ -1,35 +1,42 @@
-"""Evaluate a function by its jaxpr, and take the statistics of every activation on the way."""
+"""Evaluate a function by its graph, and take the statistics of every activation on the way."""
 
 import dataclasses
+import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
-from jaxtyping import Array, Float
+from jax.core import eval_jaxpr
+from jax.extend.core import Literal
+from jaxtyping import Array, Bool, Float
 
-from linked_jax.probe import variables
-from linked_jax.probe.models import merge, split
-from linked_jax.probe.names import named_calls, scope_of, source_of
-from linked_jax.probe.recognise import activation_at, has_activation, inner_jaxprs, open_jaxpr
-from linked_jax.probe.taps import Env, Tap, all_times, evaluate_equations, is_tap, measure, read
-from linked_jax.probe.variables import Origin, Path, Samples, Variable
+from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, graph_of
+from linked_jax.probe.models import is_key, merge, split
+from linked_jax.probe.names import module_of, named_calls
+from linked_jax.probe.recognise import activations, evaluate_op
+from linked_jax.probe.regions import Region
+from linked_jax.probe.taps import Tap, all_times, is_tap, kept, measure, nothing_yet, together
 
-Taps = OrderedDict[Any, Any]
-"""A `Tap` for each (pre-activation, activation), and a `NotSeen`: in order of execution. JAX keeps their order."""
+Key = tuple[int, ...]
+"""Where an activation begins: the number of the operation, after those of the operations that it is inside."""
+Taps = OrderedDict[Key, Any]
+"""A `Tap` for each activation, and a `NotSeen`: in order of execution. JAX keeps their order."""
+Env = dict[int, Any]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NotSeen:
-    """An equation that holds activations and is not entered."""
+    """An operation that holds activations and is not looked into."""
 
     what: str = dataclasses.field(metadata={"static": True})
 
 
-def observe(f: Callable[[Any, Any], Any], parameters: Any, inputs: Any) -> tuple[Any, list[Tap]]:
+def observe(
+    f: Callable[[Any, Any], Any], parameters: Any, inputs: Any, *, mask: Array | None = None
+) -> tuple[Any, list[Tap]]:
     """The outputs of f(parameters, inputs), and what every activation did on the way.
 
         outputs, taps = observe(f, parameters, inputs)
@@ -41,14 +48,13 @@ def observe(f: Callable[[Any, Any], Any], parameters: Any, inputs: Any) -> tuple
     Args:
       f: f(parameters, inputs) -> outputs, any pytree.
       parameters: any pytree, or an NNX module. f sees a copy of the module, and the taps have its paths for names.
-      inputs: an array (N, ...), or a pytree of them. One more trace, for 2 N, tells which axes are of samples.
+      inputs: an array (N, ...), or a pytree of them, with PRNG keys and None in it or without. One more trace, for
+        2 N, tells which axes are of samples.
+      mask: which samples and steps count, (N, T) or (N,); padded steps are left out of all statistics.
 
     Returns:
       The outputs, exactly those of f; and a list of `Tap`, in order of execution. The tap of a layer in a scan over
       layers has a leading axis: see `unstack`. The taps of two batches are combined by `together`.
-
-    Raises:
-      ValueError: if a link is laid along the axis of the samples.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -60,19 +66,17 @@ def observe(f: Callable[[Any, Any], Any], parameters: Any, inputs: Any) -> tuple
       >>> dead_units(jnp.array([[1.0, -1.0]]), jnp.ones((5, 1)))[1]
       Array(1, dtype=int32)
     """
-    outputs, taps = Trace.of(f, parameters, inputs).evaluate()
+    outputs, taps = Trace.of(f, parameters, inputs).evaluate(mask=mask)
     return outputs, [tap for tap in with_gradients(taps, {}).values() if is_tap(tap)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """The jaxpr of a function, its arguments, and the axes of its samples; from `Trace.of`."""
+    """The graph of a function, its arguments, and the structure of its outputs; from `Trace.of`."""
 
-    jaxpr: Any
+    graph: Graph
     arguments: list[Any]
-    from_data: list[bool]
     structure: Any
-    samples: Samples
 
     @classmethod
     def of(cls, f: Callable[[Any, Any], Any], parameters: Any, inputs: Any) -> "Trace":
@@ -85,34 +89,49 @@ class Trace:
                 return f(model, inputs)
 
         jaxpr, outputs = jax.make_jaxpr(forward, return_shape=True)(arrays, inputs)
-        larger = jax.tree.map(_twice, inputs)
-        try:
-            samples = variables.sample_axes(jaxpr, jax.make_jaxpr(forward)(arrays, larger))
-        except Exception:  # whatever a model made for one size of batch raises: its samples are along the first axis
-            samples = None
         parts = jax.tree.leaves(arrays), jax.tree.leaves(inputs)
-        from_data = [False] * len(parts[0]) + [True] * len(parts[1])
-        return cls(jaxpr, [*parts[0], *parts[1]], from_data, jax.tree.structure(outputs), samples)
+        from_data = [False] * len(parts[0]) + [not is_key(x) for x in parts[1]]
+        try:
+            larger = jax.make_jaxpr(forward)(arrays, jax.tree.map(_twice, inputs))
+        except Exception:  # whatever a model made for one size of batch raises: its samples are along the first axis
+            larger = None
+        try:
+            graph = graph_of(jaxpr, larger, from_data)
+        except ValueError:  # it does other things for another size
+            graph = graph_of(jaxpr, None, from_data)
+        return cls(graph, [*parts[0], *parts[1]], jax.tree.structure(outputs))
 
-    def evaluate(self, probes: Mapping[Origin, Any] | None = None) -> tuple[Any, Taps]:
+    def evaluate(self, probes: Mapping[Key, Any] | None = None, mask: Array | None = None) -> tuple[Any, Taps]:
         """The outputs and the taps.
 
         Args:
-          probes: for pre-activations, by their origin, a zero of the shape of their `gradient_square_sum`; the
-            gradient for it is that sum.
+          probes: for activations, by their keys, a zero of the shape of their `gradient_square_sum`; the gradient for
+            it is that sum.
+          mask: as for `observe`.
         """
-        frame = _Frame((), "", self.samples, probes or {})
-        inputs = variables.inputs_of(self.jaxpr, self.from_data, (), self.samples)
-        leaves, taps = _evaluate(self.jaxpr, self.arguments, inputs, frame)
+        leaves, taps = _evaluate(self.graph, self.arguments, Watch(probes or {}, mask))
         return jax.tree.unflatten(self.structure, leaves), taps
 
 
-def with_gradients(taps: Taps, square_sums: Mapping[Origin, Any]) -> Taps:
-    """The taps with the sums of squares of the gradients for z, by its origin; with None where there is none."""
-    return Taps(
-        (key, dataclasses.replace(tap, gradient_square_sum=square_sums.get(key[0])) if is_tap(tap) else tap)
-        for key, tap in taps.items()
-    )
+class Watch(NamedTuple):
+    """What is asked for of a graph, see `Trace.evaluate`."""
+
+    probes: Mapping[Key, Any]
+    mask: Array | None
+
+    def inside(self, i: int) -> "Watch":
+        """Of the graph inside an operation, by its number."""
+        probes = {key[1:]: probe for key, probe in self.probes.items() if key[0] == i and len(key) > 1}
+        return self._replace(probes=probes)
+
+
+def with_gradients(taps: Taps, square_sums: Mapping[Key, Any]) -> Taps:
+    """The taps with these sums of squares, by their keys; None where there is none."""
+
+    def with_sum(key: Key, entry: Any) -> Any:
+        return dataclasses.replace(entry, gradient_square_sum=square_sums.get(key)) if is_tap(entry) else entry
+
+    return Taps((key, with_sum(key, entry)) for key, entry in taps.items())
 
 
 def _twice(x: Any) -> Any:
@@ -120,136 +139,157 @@ def _twice(x: Any) -> Any:
     return aval.update(shape=(2 * aval.shape[0], *aval.shape[1:])) if aval.shape else aval
 
 
-@dataclasses.dataclass(frozen=True)
-class _Frame:
-    """Where a jaxpr stands in the calls around it, and what holds for it throughout."""
+def _evaluate(graph: Graph, arguments: list[Any], watch: Watch) -> tuple[list[Any], Taps]:
+    """The outputs of a graph and the taps inside."""
+    found, unseen = activations(graph)
+    env: Env = {}
+    watched = [((region.place,), region.z) for region in found] + _arguments_of_custom(graph)
 
-    path: Path
-    scope: str
-    samples: Samples
-    probes: Mapping[Origin, Any]
+    def define(value: Value, x: Any) -> None:
+        for key, z in watched:
+            if z is value and key in watch.probes:
+                where = jnp.ones((), bool) if watch.mask is None else kept(value, watch.mask)
+                x = _measured(x, where, watch.probes[key])
+        env[id(value)] = x
 
-    def inside(self, i: int, equation: JaxprEqn) -> "_Frame":
-        return dataclasses.replace(self, path=(*self.path, i), scope=scope_of(equation, self.scope))
-
-    def has(self, origin: Origin) -> bool:
-        """Whether it is in this jaxpr or in one inside it."""
-        return origin.path[: len(self.path)] == self.path
-
-    def probed(self, values: Env, known: dict[Var, Variable], first: int) -> Env:
-        """The values; the gradient is measured of those with a probe that are defined here, from an equation on."""
-        probes = {
-            var: self.probes.get(known[var].origin)
-            for var in values
-            if known[var].origin.path == self.path and known[var].origin.equation >= first
-        }
-        return values | {var: _measured(values[var], probe) for var, probe in probes.items() if probe is not None}
-
-
-def _evaluate(jaxpr: Any, arguments: list[Any], inputs: list[Variable], frame: _Frame) -> tuple[list[Any], Taps]:
-    """The outputs of a jaxpr and the taps inside.
-
-    Calls and remat are entered; so are scans, where each iteration is a layer, or, if the scan runs over the
-    data, a recurrent layer that is one over all times. What a function with a custom derivative computes inside has
-    taps, but no gradients.
-    """
-    body, constants = open_jaxpr(jaxpr)
-    known = variables.describe(jaxpr, inputs, frame.path, frame.samples)
-    env = dict(zip([*body.constvars, *body.invars], [*constants, *arguments], strict=True))
-    env = frame.probed(env, known, variables.INPUT)
-    taps, i = Taps(), 0
-    while i < len(body.eqns):
-        equation, site, stop = body.eqns[i], activation_at(body.eqns, i), i + 1
-        if site and known[site.z].from_data:
-            stop = site.stop
-            some = body.eqns[i:stop]
-            values, tap = measure(body, some, site, known[site.z], env, frame.samples, frame.scope)
-            taps.setdefault((known[site.z].origin, site.activation, _signature(some, known)), tap)
-        elif any(has_activation(inner) for inner in inner_jaxprs(equation)):
-            operands = variables.operands_of(equation, known)
-            outputs, inside = _enter(body, equation, env, operands, frame.inside(i, equation))
-            values = dict(zip(equation.outvars, outputs, strict=True))
-            for key, tap in inside.items():
-                taps.setdefault(key, tap)
+    for value, x in [*zip(graph.inputs, arguments, strict=True), *graph.constants]:
+        define(value, x)
+    taps: dict[Key, Any] = {}
+    for i, op in enumerate(graph.ops):
+        operands = [read(x, env) for x in op.operands]
+        if any(map(_has_activation, op.graphs)) and op.data:
+            outputs, inside = _enter(op, operands, watch.inside(i))
+            taps |= {(i, *key): tap for key, tap in inside.items()}
         else:
-            values = evaluate_equations(body, [equation], env)
-        env |= frame.probed(values, known, i)
-        i = stop
-    return [read(atom, env) for atom in body.outvars], taps
+            outputs = evaluate_op(op, operands)
+            taps |= {(i,): _not_seen(op)} if op in unseen else {}
+        for value, x in zip(op.outputs, outputs, strict=True):
+            define(value, x)
+    taps |= {(region.place,): measure(region, env, watch.mask) for region in found}
+    return [read(x, env) for x in graph.outputs], Taps(sorted(taps.items()))
 
 
-def _signature(equations: Sequence[JaxprEqn], known: dict[Var, Variable]) -> Any:
-    """Equal for equations that compute the same of the same variables; those defined on the way are not compared."""
-    defined = {var for equation in equations for var in equation.outvars}
-
-    def operand(atom: Any) -> Any:
-        return str(atom) if isinstance(atom, Literal) else atom not in defined and atom in known and known[atom].origin
-
-    return tuple(
-        (
-            equation.primitive.name,
-            *map(operand, equation.invars),
-            *(_signature(open_jaxpr(inner)[0].eqns, {}) for inner in inner_jaxprs(equation)),
-        )
-        for equation in equations
-    )
+def read(x: Atom, env: Env) -> Any:
+    """The value of an operand."""
+    return x.val if isinstance(x, Literal) else env[id(x)]
 
 
-def _enter(
-    body: Jaxpr, equation: JaxprEqn, env: Env, operands: list[Variable], frame: _Frame
-) -> tuple[list[Any], Taps]:
-    """The outputs of an equation that holds jaxprs, and the taps inside."""
-    kind, inner = equation.primitive.name, inner_jaxprs(equation)[0]
-    arguments = [read(atom, env) for atom in equation.invars]
-    if kind == "scan":
-        return _scan(equation, arguments, [operand.from_data for operand in operands], frame)
-    if kind in variables.CALLS:
-        return _evaluate(inner, arguments, operands, frame)
-    if kind in variables.REMATS:
-        options = {name: equation.params[name] for name in ("policy", "prevent_cse")}
-        return jax.checkpoint(lambda arguments: _evaluate(inner, arguments, operands, frame), **options)(arguments)
-    outputs = list(evaluate_equations(body, [equation], env).values())
-    if kind in variables.CUSTOM:
-        constant = dataclasses.replace(frame, probes={})
-        taps = _evaluate(inner, jax.lax.stop_gradient(arguments), operands, constant)[1]
-        origins = [key[0] for key, tap in taps.items() if is_tap(tap)]
-        return outputs, with_gradients(taps, {origin: jnp.zeros(()) for origin in origins if not frame.has(origin)})
-    not_seen = NotSeen(f"{kind} in {frame.scope or source_of(equation) or 'the model'}")
-    return outputs, Taps({frame.path: not_seen})
+def _has_activation(graph: Graph) -> bool:
+    return any(activations(graph)) or any(_has_activation(inner) for op in graph.ops for inner in op.graphs)
 
 
-def _scan(equation: JaxprEqn, arguments: list[Any], from_data: list[bool], frame: _Frame) -> tuple[list[Any], Taps]:
-    """Where the scan goes over the data its iterations are times, else each is a layer."""
-    jaxpr = equation.params["jaxpr"]
-    body = open_jaxpr(jaxpr)[0]
-    # What is scanned over has an axis more outside; parameters that tell have other names in other versions of JAX.
-    n_xs, n_ys = (
-        sum(len(outside.aval.shape) > len(inside.aval.shape) for outside, inside in zip(*pair, strict=True))  # type: ignore[reportAttributeAccessIssue]
-        for pair in ((equation.invars, body.invars), (equation.outvars, body.outvars))
-    )
-    n_carry, first_x = len(body.outvars) - n_ys, len(arguments) - n_xs
-    n_consts = first_x - n_carry
-    over_time = any(from_data[first_x:])
-    varies = [*from_data[:n_consts], *[any(from_data)] * n_carry, *from_data[first_x:]]
-    inputs = variables.inputs_of(jaxpr, varies, frame.path, frame.samples)
-    own = {origin: probe for origin, probe in frame.probes.items() if frame.has(origin)}
+def _enter(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], dict[Key, Any]]:
+    """The outputs of an operation that has graphs inside, and the taps there."""
+    if op.kind == "scan":
+        return _scan(op, operands, watch)
+    if op.kind == "cond":
+        return _cond(op, operands, watch)
+    if op.kind == "while":
+        return _while(op, operands, watch.mask)
+    outputs = evaluate_op(op, operands)
+    if op.kind in CUSTOM:  # its own derivative hides what is inside, but not the gradient for its arguments
+        inside = _evaluate(op.graphs[0], jax.lax.stop_gradient(operands), Watch({}, watch.mask))[1]
+        shown = {(region.place,) for region, _ in _of_arguments(op)}
+        return outputs, {key: tap if key in shown else _without_gradient(tap) for key, tap in inside.items()}
+    return outputs, {(0,): _not_seen(op)}
 
-    def step(carry: list[Any], x: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
-        here = dataclasses.replace(frame, probes=own if over_time else x[1])
-        outputs, taps = _evaluate(jaxpr, [*arguments[:n_consts], *carry, *x[0]], inputs, here)
-        return outputs[:n_carry], (outputs[n_carry:], taps)
 
-    options = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
-    xs = arguments[first_x:], None if over_time else own
-    carry, (ys, taps) = jax.lax.scan(step, arguments[n_consts:first_x], xs, **options)
-    return [*carry, *ys], jax.tree.map(all_times, taps, is_leaf=is_tap) if over_time else taps
+def _not_seen(op: Op) -> NotSeen:
+    return NotSeen(f"{op.kind} in {module_of(op.where.scope) or op.where.source or 'the model'}")
+
+
+def _without_gradient(tap: Any) -> Any:
+    return dataclasses.replace(tap, gradient_square_sum=None) if is_tap(tap) else tap
+
+
+def _of_arguments(op: Op) -> list[tuple[Region, Atom]]:
+    """The activations of a function's own arguments, with the operands that these are."""
+    inner = op.graphs[0]
+    pairs = list(zip(inner.inputs, op.operands, strict=True))
+    return [(region, x) for region in activations(inner)[0] for z, x in pairs if region.z is z]
+
+
+def _arguments_of_custom(graph: Graph) -> list[tuple[Key, Atom]]:
+    return [
+        ((i, region.place), x)
+        for i, op in enumerate(graph.ops)
+        if op.kind in CUSTOM and op.graphs
+        for region, x in _of_arguments(op)
+    ]
+
+
+def _scan(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], Taps]:
+    """Where the scan goes over the data its iterations are times of one layer, else each is a layer."""
+    params, graph = op.equation.params, op.graphs[0]
+    first_x = params["num_consts"] + params["num_carry"]
+    consts, carry, xs = operands[: params["num_consts"]], operands[params["num_consts"] : first_x], operands[first_x:]
+    data = [x for x in op.operands[first_x:] if isinstance(x, Value) and x.from_data]
+    probes, masks = ({}, None) if data else (dict(watch.probes), None)
+    if data and watch.mask is not None:  # it is of samples one by one, or of steps
+        by_sample = any(0 in x.samples for x in data)
+        steps = by_sample or (watch.mask.ndim > 1 and watch.mask.shape[1] == params["length"])
+        masks = jnp.moveaxis(watch.mask, 0 if by_sample else 1, 0) if steps else None
+
+    def step(carry: list[Any], x: tuple[list[Any], Any, Any]) -> tuple[list[Any], Any]:
+        mask = watch.mask if x[2] is None else x[2]
+        outputs, taps = _evaluate(graph, [*consts, *carry, *x[0]], Watch(watch.probes if data else x[1], mask))
+        return outputs[: len(carry)], (outputs[len(carry) :], taps)
+
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    carry, (ys, taps) = jax.lax.scan(step, carry, (xs, probes, masks), **options)
+    return [*carry, *ys], jax.tree.map(all_times, taps, is_leaf=is_tap) if data else taps
+
+
+def _cond(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], dict[Key, Any]]:
+    """Each branch is a layer of its own; one that was not taken has seen nothing."""
+    index, arguments, probes = operands[0], operands[1:], dict(watch.probes)
+
+    def evaluated(i: int, arguments: list[Any], probes: Any) -> tuple[list[Any], Taps]:
+        return _evaluate(op.graphs[i], arguments, watch._replace(probes=probes).inside(i))
+
+    each = range(len(op.graphs))
+    shapes = [jax.eval_shape(functools.partial(evaluated, i), arguments, probes)[1] for i in each]
+
+    def branch(i: int) -> Callable[..., Any]:
+        def taken(arguments: list[Any], probes: Any) -> Any:
+            outputs, taps = evaluated(i, arguments, probes)
+            return outputs, [taps if i == k else nothing_yet(shape) for k, shape in enumerate(shapes)]
+
+        return taken
+
+    outputs, taps = jax.lax.switch(index, [branch(i) for i in each], arguments, probes)
+    return outputs, {(i, *key): tap for i, inside in enumerate(taps) for key, tap in inside.items()}
+
+
+def _while(op: Op, operands: list[Any], mask: Array | None) -> tuple[list[Any], dict[Key, Any]]:
+    """The iterations of a loop are times of one layer; the gradient of an unbounded loop does not exist."""
+    params, graph = op.equation.params, op.graphs[0]
+    split_at = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    cond_consts, consts, carry = operands[: split_at[0]], operands[split_at[0] : split_at[1]], operands[split_at[1] :]
+
+    def body(carry: list[Any]) -> tuple[list[Any], Taps]:
+        return _evaluate(graph, [*consts, *carry], Watch({}, mask))
+
+    def more(state: tuple[list[Any], Any]) -> Any:
+        return eval_jaxpr(params["cond_jaxpr"].jaxpr, params["cond_jaxpr"].consts, *cond_consts, *state[0])[0]
+
+    def step(state: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
+        carry, taps = body(state[0])
+        return carry, jax.tree.map(together, state[1], taps, is_leaf=is_tap)
+
+    start = nothing_yet(jax.eval_shape(body, carry)[1])
+    carry, taps = jax.lax.while_loop(more, step, (list(carry), start))
+    return carry, jax.tree.map(_without_gradient, taps, is_leaf=is_tap)
 
 
 @jax.custom_vjp
-def _measured(z: Array, probe: Float[Array, ""]) -> Array:
-    """z. The gradient for the probe is not one, but the sum of squares of the gradient for z."""
-    del probe
+def _measured(z: Array, where: Bool[Array, "..."], probe: Float[Array, ""]) -> Array:
+    """z. The gradient for the probe is not one, but the sum of squares of the gradient for z, where it counts."""
+    del where, probe
     return z
 
 
-_measured.defvjp(lambda z, _probe: (z, None), lambda _, g: (g, jnp.square(g.astype(jnp.float32)).sum()))
+_measured.defvjp(
+    lambda z, where, _probe: (z, where),
+    lambda where, g: (g, None, jnp.square(jnp.where(where, g, 0).astype(jnp.float32)).sum()),
+)

@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 
@@ -74,6 +75,11 @@ def check_model(model: Any, call: Callable[[Any, Any], Any] | None) -> None:
             f"{name} is called as {name.split()[-1]}({', '.join(arguments)}), got {signature}, {error}; pass "
             "functools.partial(f, params), or call=lambda model, x: ..."
         ) from None
+
+
+def is_key(x: Any) -> bool:
+    """Whether it is a PRNG key, or an array of them: an input that is no data."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def kind_of(x: Any) -> str:

@@ -16,6 +16,10 @@ _JAX, _FLAX = (str(Path(str(package.__file__)).parent) for package in (jax, flax
 _LIBRARIES = (_JAX, _FLAX, str(Path(__file__).parents[1]), "<")
 
 
+LINK = "linked_jax:"
+"""What the scope of a link begins with."""
+
+
 @contextlib.contextmanager
 def named_calls(model: Any) -> Iterator[None]:
     """Within it, operations of an NNX module are traced in a `jax.named_scope` of the path of the module they are in.
@@ -48,26 +52,35 @@ def scope_of(equation: Any, outer: str = "") -> str:
     >>> scope_of(jaxpr.eqns[0], "model")
     'model/net.conv'
     """
-    parts = [part for part in f"{outer}/{equation.source_info.name_stack}".split("/") if part]
-    parts = [part for part in parts if not re.fullmatch(r"(\w+\()+\)+", part)]  # a transform of no scope: vmap(jvp())
+    parts = [_untransformed(part) for part in f"{outer}/{equation.source_info.name_stack}".split("/")]
+    parts = [part for part in parts if part]
     kept = [a for a, b in itertools.pairwise([*parts, ""]) if b != a and not b.startswith(f"{a}.")]
     return "/".join(kept)
 
 
-def source_of(equation: Any) -> str:
-    """`file.py:12`, the innermost line outside JAX, Flax and this library; empty where JAX kept none."""
+def _untransformed(part: str) -> str:
+    """A scope without the transforms around it: vmap(jvp(net)) is net."""
+    while match := re.fullmatch(r"(?:vmap|jvp|transpose|remat|checkpoint|rematted_computation)\((.*)\)", part):
+        part = match[1]
+    return part
+
+
+def link_of(scope: str) -> str:
+    """The members of the link whose call a scope is inside; empty if it is in none. See `linking.scope`."""
+    return next((part.removeprefix(LINK) for part in reversed(scope.split("/")) if part.startswith(LINK)), "")
+
+
+def module_of(scope: str) -> str:
+    """A scope without the link."""
+    return "/".join(part for part in scope.split("/") if not part.startswith(LINK))
+
+
+def source_of(equation: Any, outer: str = "") -> str:
+    """`file.py:12`, the innermost line outside JAX, Flax and this library; that of the caller where JAX kept none."""
     for frame in _frames(equation):
         if not frame.file_name.startswith(_LIBRARIES):
             return f"{Path(frame.file_name).name}:{frame.line_num}"
-    return ""
-
-
-def is_normalisation(equation: Any) -> bool:
-    """Whether a Flax normalisation layer wrote it: their maximum(variance, 0) is no activation."""
-    for frame in _frames(equation):
-        if not frame.file_name.startswith(_JAX):
-            return frame.file_name.startswith(_FLAX) and Path(frame.file_name).stem == "normalization"
-    return False
+    return outer
 
 
 def _frames(equation: Any) -> list[Any]:

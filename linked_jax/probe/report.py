@@ -89,7 +89,7 @@ class Report:
     Attributes:
       layers: the activations.
       tau: the threshold of dormancy.
-      not_seen: what has activations inside and was not entered: cond, while and the like.
+      not_seen: operations with activations inside that were not looked into, and where they are.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -215,6 +215,7 @@ def make_report(taps: list[Tap], not_seen: list[str], tau: float) -> Report:
     reports = []
     for tap in layers:
         seen[tap.name] += 1
+        numbers = jax.device_get(_numbers(tap.stats, tap.features, tap.gradient_square_sum, tau))
         reports.append(
             LayerReport(
                 name=f"{tap.name}#{seen[tap.name]}" if times[tap.name] > 1 else tap.name,
@@ -223,14 +224,14 @@ def make_report(taps: list[Tap], not_seen: list[str], tau: float) -> Report:
                 arity=tap.arity,
                 units=tap.stats.mean.size,
                 samples=int(tap.stats.count),
-                **jax.tree.map(_in_numpy, jax.device_get(_numbers(tap.stats, tap.gram, tap.gradient_square_sum, tau))),
+                **jax.tree.map(_in_numpy, numbers),
             )
         )
     return Report(tuple(reports), tau, tuple(dict.fromkeys(not_seen)))
 
 
 @functools.partial(jax.jit, static_argnames="tau")
-def _numbers(stats: UnitStatistics, gram: Any, gradient_square_sum: Any, tau: float) -> dict[str, Any]:
+def _numbers(stats: UnitStatistics, features: Any, gradient_square_sum: Any, tau: float) -> dict[str, Any]:
     shift, distance = signal_statistics.activation_shift(stats), signal_statistics.elimination(stats)
     n = stats.count * stats.mean.size
     return {
@@ -250,7 +251,7 @@ def _numbers(stats: UnitStatistics, gram: Any, gradient_square_sum: Any, tau: fl
         "least_active": distance.least_active,
         "mean_square": signal_statistics.mean_square(stats),
         "gradient_mean_square": None if gradient_square_sum is None else gradient_square_sum / n,
-        "effective_rank": None if gram is None else signal_statistics.effective_rank(gram),
+        "effective_rank": None if features is None else signal_statistics.effective_rank(features),
     }
 
 

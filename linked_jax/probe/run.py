@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from linked_jax.probe.interpret import NotSeen, Taps, Trace, with_gradients
-from linked_jax.probe.models import check_model, kind_of, merge, split
+from linked_jax.probe.models import check_model, is_key, kind_of, merge, split
 from linked_jax.probe.report import LayerReport, Report, make_report
 from linked_jax.probe.taps import is_tap, together
 from linked_jax.signal_statistics import Drift
@@ -22,6 +22,7 @@ def probe(
     call: Callable[[Any, Any], Any] | None = None,
     loss_fn: Callable[[Any, Any], Any] | None = None,
     tau: float = 0.025,
+    mask: Callable[[Any], Any] | None = None,
 ) -> Report:
     """What every activation of a model does on a data set: dead, dormant, linear and saturated units, and the signal.
 
@@ -30,21 +31,24 @@ def probe(
         probe(variables, batches, call=linen_module.apply)              any pytree of parameters
         probe(functools.partial(f, params), batches)                    any function
 
-    The model is traced to a jaxpr, and its activations are found there: links of this library; calls to jax.nn and
-    flax activations; and written out tanh, sigmoid, relu by maximum, where or clip, clip(z, 0, a), leaky relu,
-    Flax's PReLU, z * sigmoid(a * z), mish, and the usual ways to write gelu.
-    So in relu(conv(h) + h) the pre-activation is the sum. Remat, scan and calls are entered. Softmax and the like,
-    and links of one affine member, are not treated as activations. Other formulas are not known: one that has a tanh
-    or sigmoid inside is taken for that, with the verdicts of that. Mark it as `Link((my_function,))`, a link with one
-    member, which bears the function's name. An activation that is applied twice to one z is one layer.
+    The model is traced to a jaxpr, and its activations are found there by what they compute, however they are written:
+    an activation is the largest elementwise region that depends on one pre-activation z, between a linear operation,
+    a sum or a norm and the next. So in relu(conv(h) + h) the pre-activation is the sum, leaky relu as a sum of two
+    relus is one activation, and a gate sigmoid(z) that multiplies others is its own. A bias or scale before it belongs
+    to z. Several functions of one z that are concatenated are one link; those that are not are apart. It is
+    differentiated by JAX, with the rules of custom_jvp and custom_vjp: a surrogate gradient counts. What is affine,
+    softmax, attention, norms and losses are no activations. The name comes from a comparison of values with known
+    functions; "unknown" is scored all the same. A `Link` in which nothing else happens has the names of its members.
 
-    A unit is one channel of the operation that made z: along the link's axis, or the last axis that does not grow with
-    the batch. A flatten, a transposition or a cast between the two changes nothing: (N, H, W, C) -> (N, H*W*C) has C
-    units. All else are samples and positions, and z of shape (N,) is one unit. To know the axes that grow, the model is
-    traced a second time, for twice the batch; if it fails there, the samples are along the first axis. Members of an
-    ensemble or experts, made by vmap over parameters, would be pooled as if they were samples: probe them one at a
-    time. A scan over layers gives a layer for each iteration; a scan over the data (time) gives one layer.
-    `Report.not_seen` names the cond, while and others with activations inside.
+    A unit is one channel of the operation that made z: along the free axes of its kernel, or else along the last axis
+    that does not grow with the batch. A flatten, a transposition or a cast between the two changes nothing:
+    (N, H, W, C) -> (N, H*W*C) has C units. Experts, ensembles and seeds, made by vmap over parameters or by einsum,
+    have units of their own. All else are samples and positions, and z of shape (N,) is one unit. To know the axes that
+    grow, the model is traced a second time, for twice the batch; if it fails there, the samples are along the first
+    axis. A scan over layers gives a layer for each iteration; a scan over the data (time), or a while loop, gives one
+    layer. Each branch of a cond is a layer, without samples if it was never taken. `Report.not_seen` names the rest
+    that has activations inside (shard_map, a Pallas kernel), and what chooses between values by more than one of them
+    (the k largest, `jnp.piecewise`). What holds no jaxpr (a callback, a kernel in C) cannot be named.
 
     The model is run as it is and is not changed: its batch statistics and random streams are copies. Call `.eval()`
     first, unless you want to see it train. One pass, in constant memory; one compile for each shape of a batch.
@@ -52,18 +56,21 @@ def probe(
     Args:
       model: an NNX module, a bound Linen module, a function of the inputs, or with `call` any pytree. The arrays in it
         and in a `functools.partial` are parameters; those that a function closes over are constants of the compile.
-      batches: an iterable of inputs: arrays (N, ...), or dicts of them. With loss_fn, of pairs (inputs, labels).
+      batches: an iterable of inputs: arrays (N, ...), or dicts of them, in which PRNG keys and None may be. With
+        loss_fn, of pairs (inputs, labels).
       call: call(model, inputs) -> outputs; model(inputs) if None.
       loss_fn: loss_fn(outputs, labels) -> the scalar mean over the batch. Then the report has the mean square of the
         gradient for each z, of a sample's own loss (that of the mean, times N).
       tau: a unit is dormant if its score is at most this, see `linked_jax.diagnostics.dormant_units`.
+      mask: mask(inputs) -> which samples and steps count, booleans (N, T) or (N,); padded steps are left out of all
+        statistics, that of the gradients too.
 
     Returns:
       A `Report`.
 
     Raises:
       ValueError: if no activation is found, there is no batch, a batch is no array or pair or its arrays differ in N,
-        the loss is no scalar, the model cannot be called, a link is laid along the samples, or tau is negative.
+        the loss is no scalar, the model cannot be called, the mask is of another shape, or tau is negative.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -76,7 +83,7 @@ def probe(
       >>> layer.name, layer.activation, layer.samples, layer.dead.tolist()
       ('layers.1', 'relu', 32, [False, False, True])
     """
-    return _Probe(call, loss_fn, tau)(model, batches)
+    return _Probe(call, loss_fn, tau, mask)(model, batches)
 
 
 class Monitor:
@@ -88,6 +95,7 @@ class Monitor:
       call: as for `probe`.
       loss_fn: as for `probe`.
       tau: as for `probe`.
+      mask: as for `probe`.
 
     Attributes:
       history: for each report {"step", "layers": [{"name", "dead", "dormant", "not_finite", "linearised", "saturated",
@@ -118,6 +126,7 @@ class Monitor:
         call: Callable[[Any, Any], Any] | None = None,
         loss_fn: Callable[[Any, Any], Any] | None = None,
         tau: float = 0.025,
+        mask: Callable[[Any], Any] | None = None,
     ):
         if isinstance(every, bool) or not hasattr(every, "__index__"):
             raise ValueError(f"every is an integer, got {every!r}; it is the number of steps from report to report")
@@ -128,7 +137,7 @@ class Monitor:
         self.batches, self.every = batches, every
         self.history: list[dict[str, Any]] = []
         self.report: Report | None = None
-        self._probe = _Probe(call, loss_fn, tau)
+        self._probe = _Probe(call, loss_fn, tau, mask)
 
     def __call__(self, step: int, model: Any) -> Report | None:
         """Probe if it is time: the report, or None."""
@@ -155,7 +164,13 @@ def _compact(layer: LayerReport, drift: Drift | None) -> dict[str, Any]:
 class _Probe:
     """(model, batches) -> `Report`, compiled once for each structure of the model and shape of a batch."""
 
-    def __init__(self, call: Callable[[Any, Any], Any] | None, loss_fn: Callable[[Any, Any], Any] | None, tau: float):
+    def __init__(
+        self,
+        call: Callable[[Any, Any], Any] | None,
+        loss_fn: Callable[[Any, Any], Any] | None,
+        tau: float,
+        mask: Callable[[Any], Any] | None,
+    ):
         try:
             self.tau = float(tau)
         except (TypeError, ValueError):
@@ -164,7 +179,9 @@ class _Probe:
             raise ValueError(f"tau is at least 0, got {tau}; 0 finds the units that are always zero")
         self.call, self.has_loss = call, loss_fn is not None
         apply = (lambda model, x: model(x)) if call is None else call
-        self.taps = jax.jit(functools.partial(_taps_of_batch, apply, loss_fn), static_argnums=0)
+        if mask is not None and not callable(mask):
+            raise ValueError(f"mask is a function mask(inputs), got {kind_of(mask)}; pass lambda inputs: inputs != 0")
+        self.taps = jax.jit(functools.partial(_taps_of_batch, apply, loss_fn, mask), static_argnums=0)
 
     def __call__(self, model: Any, batches: Iterable[Any]) -> Report:
         check_model(model, self.call)
@@ -188,33 +205,42 @@ class _Probe:
         taps = [entry for entry in total.values() if is_tap(entry)]
         if not taps:
             raise ValueError(
-                "no activation was found in the model's jaxpr, neither a link nor one of jax.nn or flax"
-                f"{f', and these were not entered: {not_seen}' if not_seen else ''}; "
-                "write an activation of your own as linked_jax.Link((my_function,))"
+                f"no activation was found in the model{f', and these were not entered: {not_seen}' if not_seen else ''}"
+                "; an activation is an elementwise function of the inputs that is not affine"
             )
         return make_report(taps, not_seen, self.tau)
 
 
-def _taps_of_batch(call: Any, loss_fn: Any, static: Any, arrays: Any, batch: Any) -> Taps:
+def _taps_of_batch(call: Any, loss_fn: Any, mask: Any, static: Any, arrays: Any, batch: Any) -> Taps:
     """The taps of one batch; with a loss they have its gradients, of each sample's own loss."""
     inputs, labels = batch if loss_fn else (batch, None)
-    trace = Trace.of(call, merge(static, arrays), inputs)
+    trace, where = Trace.of(call, merge(static, arrays), inputs), _checked_mask(mask, inputs)
     if loss_fn is None:
-        return with_gradients(trace.evaluate()[1], {})
+        return with_gradients(trace.evaluate(mask=where)[1], {})
 
     def loss(probes: Any) -> tuple[Any, Any]:
-        outputs, taps = trace.evaluate(probes)
+        outputs, taps = trace.evaluate(probes, where)
         value = loss_fn(outputs, labels)
         if not jax.tree.all(jax.tree.map(lambda x: not jnp.shape(x), value)) or isinstance(value, (tuple, list, dict)):
             raise ValueError(f"loss_fn returns a scalar, the mean over the batch, got {kind_of(value)}")
         return value, taps
 
-    silent = jax.eval_shape(lambda: trace.evaluate()[1])
-    sums = {key[0]: tap.gradient_square_sum for key, tap in silent.items() if is_tap(tap)}
-    zeros = {origin: jnp.zeros(sum_.shape) for origin, sum_ in sums.items() if sum_ is not None}
+    silent = jax.eval_shape(lambda: trace.evaluate(mask=where)[1])
+    sums = {key: tap.gradient_square_sum for key, tap in silent.items() if is_tap(tap)}
+    zeros = {key: jnp.zeros(sum_.shape) for key, sum_ in sums.items() if sum_ is not None}
     gradients, taps = jax.grad(loss, has_aux=True)(zeros)
-    n = jax.tree.leaves(inputs)[0].shape[0]
-    return with_gradients(taps, {origin: n**2 * square_sum for origin, square_sum in gradients.items()})
+    n = next(x.shape[0] for x in jax.tree.leaves(inputs) if not is_key(x))
+    return with_gradients(taps, {key: n**2 * square_sum for key, square_sum in gradients.items()})
+
+
+def _checked_mask(mask: Any, inputs: Any) -> Any:
+    """Which samples and steps count; None for all."""
+    if mask is None:
+        return None
+    where, n = jnp.asarray(mask(inputs)), next(x.shape[0] for x in jax.tree.leaves(inputs) if not is_key(x))
+    if where.dtype != jnp.bool_ or where.ndim not in (1, 2) or len(where) != n:
+        raise ValueError(f"mask(inputs) has booleans of shape ({n}, T) or ({n},), got {kind_of(where)}")
+    return where
 
 
 @jax.jit
@@ -236,7 +262,7 @@ def _checked(batches: Any, has_loss: bool) -> Iterator[Any]:
         if not has_loss and isinstance(batch, (tuple, list)):
             raise ValueError(f"without loss_fn a batch is its inputs alone, got {kind_of(batch)}; pass x of (x, y)")
         inputs = batch[0] if has_loss else batch
-        leaves = jax.tree.leaves(inputs)
+        leaves = [leaf for leaf in jax.tree.leaves(inputs) if not is_key(leaf)]
         if not leaves or not all(getattr(leaf, "ndim", 0) and leaf.shape[0] and _is_number(leaf) for leaf in leaves):
             raise ValueError(
                 f"the inputs of a batch are arrays (N, ...) of numbers, N at least 1, got {kind_of(inputs)}"

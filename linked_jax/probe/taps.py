@@ -1,26 +1,26 @@
 """A tap: what one activation did on one batch or more."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import eval_jaxpr
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import JaxprEqn, Literal
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from linked_jax.diagnostics import combine, unit_statistics
-from linked_jax.linking import join
-from linked_jax.probe.names import scope_of, source_of
-from linked_jax.probe.recognise import Site, inner_jaxprs, open_jaxpr
-from linked_jax.probe.variables import Samples, Variable, arrangement
+from linked_jax.probe.graph import Factor, Value, inner_jaxprs, open_jaxpr
+from linked_jax.probe.names import module_of
+from linked_jax.probe.recognise import evaluate_op, name_of
+from linked_jax.probe.regions import Region
+from linked_jax.signal_statistics import combine_features, feature_moments
 
-Env = dict[Var, Any]
-
-LARGEST_GRAM = 4096
-"""The effective rank is of layers with at most that many features: their Gram matrix takes 64 MB."""
+LARGEST_SCATTER = 4096
+"""The effective rank is of layers with at most that many features: their scatter matrix takes 64 MB."""
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +30,7 @@ class Tap:
 
     Attributes:
       stats: the `linked_jax.diagnostics.UnitStatistics` of its C units.
-      gram: the sum of h h^T over samples and positions, (d*C, d*C); None for more than 4,096 features.
+      features: the `linked_jax.signal_statistics.FeatureMoments` of its d*C outputs; None for more than 4,096.
       gradient_square_sum: the sum of squares of the gradient for z, (); None if nothing was differentiated, or where
         a function with a custom derivative hides it.
       name: the scopes that it was found in, with [i] for the i-th layer of a scan after `unstack`.
@@ -43,12 +43,12 @@ class Tap:
       >>> from linked_jax import lk_relu
       >>> from linked_jax.probe import observe
       >>> _, (tap,) = observe(lambda w, x: lk_relu(w * x), jnp.array([1.0, 0.0]), jnp.ones((5, 2)))
-      >>> tap.activation, tap.stats.live.tolist(), tap.gram.shape
+      >>> tap.activation, tap.stats.live.tolist(), tap.features.scatter.shape
       ('relu(z), relu(-z)', [True, False], (4, 4))
     """
 
     stats: Any  # JAX rebuilds pytrees with other things than arrays in them: no types here
-    gram: Any
+    features: Any
     gradient_square_sum: Any
     name: str = dataclasses.field(metadata={"static": True})
     source: str = dataclasses.field(metadata={"static": True})
@@ -72,11 +72,15 @@ def together(a: Tap, b: Tap) -> Tap:
       >>> together(*taps).stats.live.tolist(), together(*taps).stats.mean.tolist()
       ([True, False], [-0.5, -1.5])
     """
-    merge = combine
+    merge, merge_features = combine, combine_features
     for _ in range(a.stats.count.ndim):
-        merge = jax.vmap(merge)
-    sums = jax.tree.map(jnp.add, (a.gram, a.gradient_square_sum), (b.gram, b.gradient_square_sum))
-    return dataclasses.replace(a, stats=merge(a.stats, b.stats), gram=sums[0], gradient_square_sum=sums[1])
+        merge, merge_features = jax.vmap(merge), jax.vmap(merge_features)
+    return dataclasses.replace(
+        a,
+        stats=merge(a.stats, b.stats),
+        features=None if a.features is None else merge_features(a.features, b.features),
+        gradient_square_sum=jax.tree.map(jnp.add, a.gradient_square_sum, b.gradient_square_sum),
+    )
 
 
 def unstack(taps: Iterable[Tap]) -> list[Tap]:
@@ -106,61 +110,97 @@ def all_times(tap: Tap) -> Tap:
     return jax.lax.scan(lambda a, b: (together(a, b), None), first, rest)[0]
 
 
-def measure(
-    body: Jaxpr, equations: list[JaxprEqn], site: Site, variable: Variable, env: Env, samples: Samples, scope: str
-) -> tuple[Env, Tap]:
-    """The values of an activation's equations, and its tap.
+def nothing_yet(tap: Any) -> Any:
+    """The taps, or their shapes, of no data: all zeros, which `together` leaves out."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tap)
 
-    The statistics need z, h = f(z) and f'(z); f is the equations between z and h.
+
+def measure(region: Region, env: dict[int, Any], mask: Array | None = None) -> Tap:
+    """The tap of an activation, from the values of its graph.
+
+    The statistics need z, h = f(z) and f'(z); f is the operations of the region. See `kept` for the mask.
     """
-    values = evaluate_equations(body, equations, env)
-    by_unit, by_feature = arrangement(site, variable, samples)
+    by_unit = rows_of(region.z)
+    where = None if mask is None else by_unit(kept(region.z, mask))[:, 0]
 
     def f(z: Array) -> Array:
-        return by_feature(evaluate_equations(body, equations, env | {site.z: z})[site.h])
+        inside = {id(region.z): z}
+        for op in region.ops:
+            operands = [x.val if isinstance(x, Literal) else inside.get(id(x), env.get(id(x))) for x in op.operands]
+            inside |= zip(map(id, op.outputs), evaluate_op(op, operands), strict=True)
+        pairs = zip(region.members, region.orders, strict=True)
+        return jnp.stack([inside[id(member)].transpose(order).astype(z.dtype) for member, order in pairs])
 
-    z = jax.lax.stop_gradient(env[site.z])
-    h, slopes = jax.lax.stop_gradient(_with_slopes(f, by_unit, z, site, equations))
-    features = h.reshape(-1, h.shape[-1]).astype(jnp.promote_types(h.dtype, jnp.float32))
-    small = features.shape[-1] <= LARGEST_GRAM
-    return values, Tap(
-        stats=unit_statistics(by_unit(z), h, slopes, arity=site.arity, layout=site.layout),
-        gram=jnp.matmul(features.T, features, precision="highest") if small else None,
+    z = jax.lax.stop_gradient(env[id(region.z)])
+    h, slopes = (
+        jnp.concatenate([by_unit(x) for x in _whole(xs)], axis=-1)
+        for xs in jax.lax.stop_gradient(_with_slopes(f, z, region))
+    )
+    return Tap(
+        stats=unit_statistics(by_unit(_whole(z)), h, slopes, arity=len(region.members), where=where),
+        features=feature_moments(h, where=where) if h.shape[-1] <= LARGEST_SCATTER else None,
         gradient_square_sum=jnp.zeros(()),
-        name=scope_of(equations[0], scope),
-        source=source_of(equations[0]),
-        activation=site.activation,
-        arity=site.arity,
+        name=module_of(region.ops[0].where.scope),
+        source=region.ops[0].where.source,
+        activation=name_of(region),
+        arity=len(region.members),
     )
 
 
-def _with_slopes(
-    f: Callable[[Array], Array], by_unit: Callable[[Array], Array], z: Array, site: Site, equations: list[JaxprEqn]
-) -> tuple[Array, Array]:
-    """f(z) and the members' derivatives. A member with a custom_vjp has no jvp: then each is pulled back."""
-    if not any(_has_custom_vjp(equation) for equation in equations):
+def _whole(x: Array) -> Array:
+    """x, on all devices where it was split over an Explicit mesh: statistics are of the whole batch."""
+    sharding: Any = getattr(jax.typeof(x), "sharding", None)
+    split = bool(sharding and sharding.mesh.explicit_axes and any(sharding.spec))
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec())) if split else x
+
+
+def rows_of(z: Value) -> Callable[[Array], Array]:
+    """How to bring arrays of the shape of z to (samples and positions, units)."""
+    factors, _ = _factors(z)
+    units = [k for k, factor in enumerate(factors) if factor.is_unit]
+    rest = [k for k, factor in enumerate(factors) if not factor.is_unit]
+    sizes = [factor.size for factor in factors]
+    count = math.prod(sizes[k] for k in units)
+    return lambda x: x.reshape(sizes).transpose([*rest, *units]).reshape(-1, count)
+
+
+def _factors(z: Value) -> tuple[list[Factor], list[bool]]:
+    """Of all axes, in order, and which are of samples."""
+    axes = [(Factor(n, False),) if k in z.samples else z.axes[k] for k, n in enumerate(z.shape)]
+    return [f for axis in axes for f in axis], [k in z.samples for k, axis in enumerate(axes) for _ in axis]
+
+
+def kept(z: Value, mask: Array) -> Array:
+    """A mask of samples and steps, (N, T), as one of the shape of z.
+
+    Its axes are those of z that are no units and have their sizes, in order; samples and steps may be one axis. Where
+    z has no axis of steps, for it was pooled over them, all of a sample count if one does.
+    """
+    factors, of_samples = _factors(z)
+    if any(f.size == mask.size and not f.is_unit for f in factors):
+        mask = mask.reshape(-1)
+    places: list[int] = []
+    for i, size in enumerate(mask.shape):
+        free = [k for k, f in enumerate(factors) if f.size == size and not f.is_unit and k not in places]
+        free.sort(key=lambda k: of_samples[k] == (i > 0))  # N and T may be equal
+        places.append(free[0] if free else -1)
+    mask = mask.any(axis=tuple(k for k, place in enumerate(places) if place < 0))
+    places = [place for place in places if place >= 0]
+    sizes = [f.size for f in factors]
+    shape = [size if k in places else 1 for k, size in enumerate(sizes)]
+    return jnp.broadcast_to(mask.transpose(np.argsort(places)).reshape(shape), sizes).reshape(z.shape)
+
+
+def _with_slopes(f: Callable[[Array], Array], z: Array, region: Region) -> tuple[Array, Array]:
+    """The members f(z), (d, *shape), and their derivatives. A custom_vjp has no jvp: then each is pulled back."""
+    if not any(_has_custom_vjp(op.equation) for op in region.ops):
         return jax.jvp(f, (z,), (jnp.ones_like(z),))
     h, pull = jax.vjp(f, z)
-    members, units = range(site.arity), by_unit(z)
-    chosen = [join([jnp.full_like(units, i == k) for i in members], -1, site.layout) for k in members]
-    return h, join([by_unit(pull(cotangent)[0]) for cotangent in chosen], -1, site.layout)
+    chosen = [jnp.zeros_like(h).at[i].set(1) for i in range(len(region.members))]
+    return h, jnp.stack([pull(cotangent)[0] for cotangent in chosen])
 
 
 def _has_custom_vjp(equation: JaxprEqn) -> bool:
     return "custom_vjp" in equation.primitive.name or any(
         _has_custom_vjp(inside) for inner in inner_jaxprs(equation) for inside in open_jaxpr(inner)[0].eqns
     )
-
-
-def evaluate_equations(body: Jaxpr, equations: list[JaxprEqn], env: Env) -> Env:
-    """The values of all variables that these equations of a jaxpr define."""
-    defined = [var for equation in equations for var in equation.outvars]
-    used = dict.fromkeys(atom for equation in equations for atom in equation.invars if not isinstance(atom, Literal))
-    needed = [var for var in used if var not in set(defined)]
-    part = body.replace(constvars=[], invars=needed, outvars=defined, eqns=equations)
-    return dict(zip(defined, eval_jaxpr(part, (), *[env[var] for var in needed]), strict=True))
-
-
-def read(atom: Any, env: Env) -> Any:
-    """The value of a variable or a literal."""
-    return atom.val if isinstance(atom, Literal) else env[atom]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from linked_jax.activations import lk_relu, lk_swish, relu
 from linked_jax.layers import LinkedConv, LinkedPReLU
@@ -86,23 +87,24 @@ def test_an_nnx_net_has_its_paths_for_names():
         def __call__(self, h):
             return jax.nn.gelu(self.out(self.act(self.linear(h))) + h)
 
-    net = nnx.Sequential(nnx.Linear(4, 6, rngs=rngs), jnp.tanh, Block(), relu, nnx.Linear(6, 3, rngs=rngs), lk_relu)
+    layers = [nnx.Linear(4, 6, rngs=rngs), jnp.tanh, Block(), nnx.Linear(6, 6, rngs=rngs), relu]
+    net = nnx.Sequential(*layers, nnx.Linear(6, 3, rngs=rngs), lk_relu)
     x = white(24, 4)
     report = probe(net, [x])
     names = [(layer.name, layer.activation) for layer in report.layers]
     assert names == [
-        ("layers.1", "tanh"), ("layers.2.act", "LinkedPReLU(z)"), ("layers.2", "gelu"), ("layers.3", "relu"),
-        ("layers.5", "relu(z), relu(-z)"),
+        ("layers.1", "tanh"), ("layers.2.act", "LinkedPReLU(z)"), ("layers.2", "gelu"), ("layers.4", "relu"),
+        ("layers.6", "relu(z), relu(-z)"),
     ]  # fmt: skip
     assert report.layers[2].source.startswith("test_models.py:")
-    first, block, last = (net.layers[i] for i in (0, 2, 4))
+    first, block, after, last = (net.layers[i] for i in (0, 2, 3, 5))
     z = first(x)
     agrees(report.layers[0], z, [jnp.tanh])
     leaky = [lambda z: jnp.where(z > 0, z, z / 4), lambda z: jnp.where(z < 0, -z, -z / 4)]
     agrees(report.layers[1], block.linear(jnp.tanh(z)), leaky)
     z = block.out(block.act(block.linear(jnp.tanh(z)))) + jnp.tanh(z)
     agrees(report.layers[2], z, [jax.nn.gelu])
-    agrees(report.layers[4], last(jax.nn.relu(jax.nn.gelu(z))), [jax.nn.relu, lambda z: jax.nn.relu(-z)])
+    agrees(report.layers[4], last(jax.nn.relu(after(jax.nn.gelu(z)))), [jax.nn.relu, lambda z: jax.nn.relu(-z)])
     assert type(net.layers[2]).__call__(block, x @ white(4, 6)).shape == (24, 6)  # the classes are as they were
     assert type(net.layers[2]).__call__.__qualname__.endswith("Block.__call__")
     assert not hasattr(type(net.layers[2]).__call__, "__wrapped__")
@@ -148,9 +150,9 @@ def test_linked_convolutions(layout):
 @pytest.mark.slow
 def test_the_channels_of_a_link_may_be_elsewhere_and_vmapped():
     link = linked(jax.nn.relu, axis=0)
-    x = white(8, 3, 5)
-    (layer,) = probe(lambda x: jax.vmap(link)(x), [x]).layers
-    agrees(layer, x.swapaxes(1, 2), [jax.nn.relu, lambda z: jax.nn.relu(-z)])
+    x, w = white(8, 3, 5), white(3, 3)
+    (layer,) = probe(lambda x: jax.vmap(lambda x: link(w @ x))(x), [x]).layers
+    agrees(layer, (w @ x).swapaxes(1, 2), [jax.nn.relu, lambda z: jax.nn.relu(-z)])
 
 
 TRANSFORMED = {
@@ -249,20 +251,47 @@ def test_the_gradient_is_that_of_one_sample():
         np.testing.assert_allclose(found, np.square(gradients).mean((0, 2)), rtol=1e-4)
 
 
+LEAST = 1e-2
+
+
 @pytest.mark.slow
-def test_what_is_not_seen_is_named():
+def test_branches_and_loops_are_entered():
     def forward(w, x):
         h = jax.nn.relu(x @ w)
-        h = jax.lax.cond(x.sum() > 0, jax.nn.silu, jnp.tanh, h)
-        with jax.named_scope("loop"):
-            return jax.lax.while_loop(lambda h: h.sum() > 1e9, jax.nn.relu, jax.lax.cond(True, jnp.sin, jnp.cos, h))
+        h = jax.lax.cond(h.sum() > 0, lambda h: jax.nn.silu(h @ w), lambda h: jnp.tanh(h @ w), h)
+        return jax.lax.while_loop(lambda h: (h**2).sum() > LEAST, lambda h: jax.nn.relu(h @ w), h)
+
+    w = 0.3 * WEIGHTS[0]
+    x = white(8, 4)
+    report = probe(w, [x, 2 * x], call=forward)
+    assert not report.not_seen
+    assert [(layer.activation, layer.samples) for layer in report.layers[:3]] == [
+        ("relu", 16),
+        ("tanh", 0),
+        ("silu", 16),
+    ]
+    agrees(report.layers[2], jax.nn.relu(jnp.concatenate([x, 2 * x]) @ w) @ w, [jax.nn.silu])
+    zs = []
+    for h in (jax.nn.silu(jax.nn.relu(x @ w) @ w) for x in (x, 2 * x)):
+        while (h**2).sum() > LEAST:
+            zs.append(h @ w)
+            h = jax.nn.relu(zs[-1])
+    agrees(report.layers[3], jnp.concatenate(zs))
+
+
+@pytest.mark.slow
+def test_what_is_not_seen_is_named():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    hidden = jax.shard_map(jnp.tanh, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+
+    def forward(w, x):
+        with jax.named_scope("spread"):
+            return hidden(jax.nn.relu(x @ w) @ w)
 
     report = probe(WEIGHTS[0], [white(8, 4)], call=forward)
     assert [layer.activation for layer in report.layers] == ["relu"]
-    assert len(report.not_seen) == 2
-    assert report.not_seen[0].startswith("cond in test_models.py:")
-    assert report.not_seen[1] == "while in loop"
-    assert str(report).endswith("not seen: while in loop")
+    assert report.not_seen == ("shard_map in spread",)
+    assert str(report).endswith("not seen: shard_map in spread")
 
 
 @pytest.mark.slow
@@ -274,7 +303,7 @@ def test_what_is_no_activation_is_not_taken_for_one():
     def forward(net, x):
         scale = jax.nn.softplus(net.layers[0].bias[...])
         noise = jax.random.uniform(net.layers[4].rngs(), x.shape)
-        return net(jnp.clip(jnp.sin(x), -1, 1) * scale + noise).max(axis=-1)
+        return net(x * scale + noise).max(axis=-1)
 
     report = probe(net, [white(8, 5, 4)], call=forward)
     assert [layer.name for layer in report.layers] == ["layers.5"]

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-from linked_jax.activations import lk_relu, relu
+from linked_jax.activations import relu
 from linked_jax.probe import Monitor, probe
 from tests.cases import first_fast
 from tests.linked_jax.probe.common import WEIGHTS, mean_of_squares, mlp, white
@@ -74,11 +75,11 @@ def test_a_monitor_of_infinite_values_stays_ready_for_json():
 
 
 X = white(8, 4)
+MESH = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+HIDDEN = jax.shard_map(jnp.tanh, mesh=MESH, in_specs=P("x"), out_specs=P("x"))
 BAD = {
-    "no activation": (lambda: probe(WEIGHTS[0], [X], call=lambda w, x: jnp.sin(x @ w)), "no activation was found"),
-    "hidden activation": (
-        lambda: probe(lambda x: jax.lax.cond(True, jnp.tanh, jnp.sin, x), [X]), "not entered.*cond",
-    ),
+    "no activation": (lambda: probe(WEIGHTS[0], [X], call=lambda w, x: x @ w), "no activation was found"),
+    "hidden activation": (lambda: probe(HIDDEN, [X]), "not entered.*shard_map"),
     "no batch": (lambda: probe(WEIGHTS, [], call=mlp), "no batch"),
     "no sample": (lambda: probe(WEIGHTS, [X[:0]], call=mlp), "N at least 1"),
     "one array": (lambda: probe(WEIGHTS, X, call=mlp), "pass a list"),
@@ -102,7 +103,6 @@ BAD = {
     "call of one argument": (lambda: probe(WEIGHTS, [X], call=jnp.tanh), r"call is called as call\(model, inputs\)"),
     "not hashable": (lambda: probe(functools.partial(lambda s, x: jnp.tanh(x), {1}), [X]), "unhashable type: 'set'"),
     "class": (lambda: probe(nnx.Linear, [X]), "the model is an instance"),
-    "link along the samples": (lambda: probe(lambda x: lk_relu(x[:, 0]), [X]), "along the axis of the samples"),
     "other units": (
         lambda: probe(lambda x: jax.nn.relu(x.T + (1 / 0 if len(x) > 8 else 0)), [X, X[:4]]),
         "other numbers of units",

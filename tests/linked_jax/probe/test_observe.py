@@ -51,7 +51,8 @@ def test_a_scan_over_layers_has_one_tap_with_an_axis_of_layers():
     z = x
     for layer, w in zip(layers, STACKED, strict=True):
         np.testing.assert_allclose(layer.stats.mean, z.mean(0), atol=1e-5)
-        np.testing.assert_allclose(layer.gram, lk_relu(z).T @ lk_relu(z), rtol=1e-4, atol=1e-4)
+        centred = lk_relu(z) - lk_relu(z).mean(0)
+        np.testing.assert_allclose(layer.features.scatter, centred.T @ centred, rtol=1e-4, atol=1e-4)
         z = jax.nn.relu(z) @ w
 
 
@@ -90,9 +91,10 @@ def test_statistics_that_are_not_used_are_not_computed(f):
         cost = jax.jit(lambda w, x: use(observe(f, w, x)[1][0])).lower(w, x).compile().cost_analysis()
         return cost["flops"] + cost.get("transcendentals", 0)
 
-    live, slopes, gram = (flops(use) for use in (lambda t: t.stats.live, lambda t: t.stats.steepest, lambda t: t.gram))
+    uses = (lambda t: t.stats.live, lambda t: t.stats.steepest, lambda t: t.features.scatter)
+    live, slopes, scatter = map(flops, uses)
     assert live < slopes
-    assert live < gram
+    assert live < scatter
 
 
 @pytest.mark.slow
@@ -217,7 +219,8 @@ def test_other_activations_of_one_z_are_other_layers():
 def test_one_function_called_on_two_z_is_two_layers():
     activate = jax.jit(jax.nn.relu)  # one jaxpr for both calls
     twice = jax.checkpoint(lambda x: activate(x))
-    assert len(probe(lambda x: twice(x + 1) + twice(x - 1), [white(8, 4)]).layers) == 2
+    assert len(probe(lambda x: twice(x @ WEIGHTS[0]) + twice(x @ WEIGHTS[1]), [white(8, 4)]).layers) == 2
+    assert len(probe(lambda x: twice(x + 1) + twice(x - 1), [white(8, 4)]).layers) == 1  # one function of one z
 
 
 @pytest.mark.slow
@@ -230,6 +233,16 @@ def test_a_link_of_one_affine_member_is_no_activation(g):
 
 
 @pytest.mark.slow
-def test_other_links_of_one_member_and_affine_mirrors_are_activations():
-    for link in (Link((jnp.square,)), Link((lambda z: z * z,)), Link((lambda z: 1 / z,)), linked(lambda z: z)):
+def test_other_links_of_one_member_are_activations():
+    for link in (Link((jnp.square,)), Link((lambda z: z * z,)), Link((lambda z: 1 / z,))):
         assert len(probe(lambda x, link=link: link(x), [white(8, 4)]).layers) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["blocked", "interleaved"])
+def test_an_affine_member_belongs_to_its_link(layout):
+    z, members = white(8, 4), (jax.nn.relu, lambda z: z)
+    (layer,) = probe(lambda x: Link(members, layout=layout)(x), [z]).layers
+    agrees(layer, z, members, layout)
+    affine = probe(lambda x: relu(linked(lambda z: z)(x) @ jnp.ones((8, 3))), [z])  # (z, -z) is linear
+    assert [layer.activation for layer in affine.layers] == ["relu"]

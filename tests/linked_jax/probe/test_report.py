@@ -22,7 +22,7 @@ def report():
 
     def forward(weights, x):
         h = jax.nn.relu(x @ weights[0] + jnp.array([0.0, KILL, 10.0, 0.0, 0.0, 0.0]))
-        return lk_relu(jnp.log(jax.nn.relu(h @ weights[1]) - 1e3)) @ jnp.ones((6, 1)) + custom(mlp)(
+        return lk_relu(jnp.log(jax.nn.relu(h @ weights[1]) - 1e3) @ jnp.eye(3)) @ jnp.ones((6, 1)) + custom(mlp)(
             weights[2:], h[:, :3]
         )
 

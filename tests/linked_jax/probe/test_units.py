@@ -55,6 +55,12 @@ def test_a_link_of_a_number_for_each_sample():
 
 
 @pytest.mark.slow
+def test_a_link_laid_along_the_samples_has_their_one_unit():
+    (layer,) = probe(lambda x: lk_relu(x[:, 0]), ROWS).layers
+    agrees(layer, jnp.concatenate(ROWS)[:, :1], [jax.nn.relu, lambda z: jax.nn.relu(-z)])
+
+
+@pytest.mark.slow
 def test_all_pairs_of_samples_are_one_unit():
     (layer,) = probe(lambda x: jax.nn.sigmoid(x @ x.T), ROWS).layers
     assert (layer.units, layer.samples) == (1, 32**2 + 32**2 + 5**2)

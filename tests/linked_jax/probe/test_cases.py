@@ -1,0 +1,140 @@
+"""Reports of models that were once wrong: the truth is computed by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.jet import jet
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from linked_jax.activations import lk_relu, lk_swish
+from linked_jax.linking import Link
+from linked_jax.probe import Monitor, probe
+from tests.linked_jax.probe.common import KILL, WEIGHTS, agrees, mean_of_squares, mlp, same, white
+from tests.linked_jax.probe.test_forms import surrogate_jvp, surrogate_vjp
+
+X = white(64, 5)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda z: jnp.maximum(z, 0) + 0.2 * jnp.minimum(z, 0),
+        lambda z: jax.nn.relu(z) - 0.2 * jax.nn.relu(-z),
+        lambda z: jax.nn.relu(z) + jnp.minimum(jnp.exp(z) - 1, 0.0),
+        lambda z: jnp.where(z < 0, 0.2 * z, z),
+    ],
+)
+def test_a_part_that_is_dead_is_not_the_whole(f):
+    bias = jnp.array([0.0, -50.0, 0.0])
+    (layer,) = probe(bias, [X], call=lambda b, x: f(x[:, :3] + b)).layers
+    assert not layer.dead.any()
+    slope = jax.vmap(jax.vmap(jax.grad(f)))(X[:, :3] + bias)
+    np.testing.assert_array_equal(layer.dead_link, (slope == 0).all(0))
+
+
+RULES = [surrogate_jvp, surrogate_vjp]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("wrap", [lambda g: g, lambda g: Link((g,))], ids=["bare", "link"])
+def test_a_surrogate_gradient_is_the_gradient(rule, wrap):
+    act = wrap(rule(lambda z: jnp.maximum(z, 0), jax.nn.sigmoid))
+    (layer,) = probe(jnp.full(5, 8.0), [X], call=lambda b, x: act(x - b)).layers
+    assert layer.dead.all()
+    assert not layer.dead_link.any()
+    (layer,) = probe(lambda x: act(x), [(X, None)], loss_fn=lambda h, _: h.sum(-1).mean()).layers
+    np.testing.assert_allclose(layer.gradient_mean_square, jnp.square(jax.nn.sigmoid(X)).mean(), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_rules_of_one_function_are_two_activations():
+    flat = surrogate_jvp(lambda z: jnp.maximum(z, 0), jnp.zeros_like)
+    steep = surrogate_vjp(lambda z: jnp.maximum(z, 0), jnp.ones_like)
+    report = probe(lambda x: (flat(x) @ white(5, 2), steep(x) @ white(5, 2)), [X])
+    assert [layer.dead_link.all() for layer in report.layers] == [True, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_mesh", [False, True])
+@pytest.mark.parametrize("link", [jax.nn.relu, lk_relu, lk_swish, jax.nn.elu])
+def test_a_batch_on_an_explicit_mesh(use_mesh, link):
+    mesh = jax.make_mesh((2,), ("data",))
+    x, w = white(16, 6), white(6, 4, seed=1)
+    split = jax.device_put(x, NamedSharding(mesh, P("data")))
+    wanted = probe(w, [x], call=lambda w, x: link(x @ w))
+    if use_mesh:
+        with jax.set_mesh(mesh):
+            found = probe(w, [split, split], call=lambda w, x: link(x @ w))
+    else:
+        found = probe(w, [split, split], call=lambda w, x: link(x @ w))
+    np.testing.assert_allclose(found.layers[0].mean, wanted.layers[0].mean, atol=1e-6)
+    np.testing.assert_allclose(found.layers[0].effective_rank, wanted.layers[0].effective_rank, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_gradients_on_an_explicit_mesh():
+    mesh, batch = jax.make_mesh((2,), ("data",)), (white(8, 4), white(8, 4, seed=1))
+    split = tuple(jax.device_put(x, NamedSharding(mesh, P("data"))) for x in batch)
+
+    def loss_fn(outputs, labels):
+        return jnp.square(outputs - labels).mean()
+
+    with jax.set_mesh(mesh):
+        found = probe(WEIGHTS, [split], call=mlp, loss_fn=loss_fn)
+    same(found, probe(WEIGHTS, [batch], call=mlp, loss_fn=loss_fn))
+
+
+@pytest.mark.slow
+def test_links_have_taylor_series():
+    z, series = jnp.array([-1.0, 2.0]), ((jnp.ones(2), jnp.zeros(2)),)
+    found = jet(lambda z: lk_swish(z), (z,), series)
+    wanted = jet(lambda z: jnp.concatenate([jax.nn.silu(z), jax.nn.silu(-z)]), (z,), series)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("f", [jax.nn.sigmoid, jax.nn.softplus])
+def test_the_rank_of_a_wide_layer(f):
+    x, w = white(1024, 512), white(512, 512, seed=1) / np.sqrt(512)
+    (layer,) = probe(w, [x[:300], x[300:]], call=lambda w, x: f(x @ w + 2)).layers
+    p = np.linalg.svd(np.asarray(f(x @ w + 2), np.float64), compute_uv=False)
+    p /= p.sum()
+    np.testing.assert_allclose(layer.effective_rank, np.exp(-(p * np.log(p)).sum()), rtol=1e-2)
+
+
+@pytest.mark.slow
+def test_keys_and_none_may_be_in_a_batch():
+    def noisy(w, batch):
+        noise = jax.random.normal(batch["key"], batch["x"].shape)
+        return jax.nn.relu(batch["x"] @ w) @ w.T + noise
+
+    batches = [{"x": X, "key": jax.random.key(i), "mask": None} for i in range(2)]
+    for has_loss in (False, True):
+        some = [(batch, None) for batch in batches] if has_loss else batches
+        report = probe(white(5, 3), some, call=noisy, loss_fn=mean_of_squares if has_loss else None)
+        (layer,) = report.layers
+        agrees(layer, jnp.concatenate([X, X]) @ white(5, 3))
+    keys = jax.random.split(jax.random.key(0), 64)
+    one = Monitor([(X, None, keys)], every=1, call=lambda w, batch: jnp.tanh(batch[0] @ w))
+    with pytest.raises(ValueError, match="without loss_fn a batch is its inputs alone"):
+        one(0, white(5, 3))
+    (layer,) = probe(
+        lambda b: jax.vmap(lambda k, x: jnp.tanh(x + jax.random.normal(k, x.shape)))(b["key"], b["x"]),
+        [{"x": X, "key": keys}],
+    ).layers
+    assert (layer.units, layer.samples) == (5, 64)
+
+
+@pytest.mark.slow
+def test_dropout_is_no_part_of_an_activation():
+    rngs = nnx.Rngs(0)
+    net = nnx.Sequential(
+        nnx.Linear(5, 4, rngs=rngs), jax.nn.relu, nnx.Dropout(0.5, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
+    )
+    net.layers[0].bias[...] = jnp.array([0, 0, KILL, 0])
+    (layer,) = probe(net, [X]).layers
+    agrees(layer, net.layers[0](X))
+    assert layer.activation == "relu"
