@@ -281,11 +281,22 @@ def _inner(op: Op, jaxpr: Any, larger: Any) -> Graph:
 def _carried(op: Op, flags: list[bool], count: int) -> list[bool]:
     """Which inputs of a loop's body are data: what is carried is, as soon as anything is."""
     if op.kind == "scan":
-        consts, carry = op.equation.params["num_consts"], op.equation.params["num_carry"]
+        consts, carry = scan_parts(op.equation)
     else:
         consts, carry = op.equation.params["body_nconsts"], count - op.equation.params["body_nconsts"]
     flags = flags[-count:]
     return [*flags[:consts], *[any(flags)] * carry, *flags[consts + carry :]]
+
+
+def scan_parts(equation: Any) -> tuple[int, int]:
+    """How many constants and how many carried values a scan has, told by their shapes: JAX' names for them change.
+
+    What is scanned over loses its leading axis on the way in, and what is stacked gains one on the way out.
+    """
+    body = open_jaxpr(equation.params["jaxpr"])[0]
+    scanned = sum(outer.aval.ndim > inner.aval.ndim for outer, inner in zip(equation.invars, body.invars, strict=True))
+    carry = sum(outer.aval.ndim == inner.aval.ndim for outer, inner in zip(equation.outvars, body.outvars, strict=True))
+    return len(body.invars) - scanned - carry, carry
 
 
 def _value(var: Any, grown: Any, from_data: bool) -> Value:

@@ -12,7 +12,7 @@ from jax.core import eval_jaxpr
 from jax.extend.core import Literal
 from jaxtyping import Array, Bool, Float
 
-from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, graph_of
+from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, graph_of, scan_parts
 from linked_jax.probe.models import is_key, merge, split
 from linked_jax.probe.names import module_of, named_calls
 from linked_jax.probe.recognise import activations, evaluate_op
@@ -221,8 +221,9 @@ def _arguments_of_custom(graph: Graph) -> list[tuple[Key, Atom]]:
 def _scan(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], Taps]:
     """Where the scan goes over the data its iterations are times of one layer, else each is a layer."""
     params, graph = op.equation.params, op.graphs[0]
-    first_x = params["num_consts"] + params["num_carry"]
-    consts, carry, xs = operands[: params["num_consts"]], operands[params["num_consts"] : first_x], operands[first_x:]
+    n_consts, n_carry = scan_parts(op.equation)
+    first_x = n_consts + n_carry
+    consts, carry, xs = operands[:n_consts], operands[n_consts:first_x], operands[first_x:]
     data = [x for x in op.operands[first_x:] if isinstance(x, Value) and x.from_data]
     probes, masks = ({}, None) if data else (dict(watch.probes), None)
     if data and watch.mask is not None:  # it is of samples one by one, or of steps

@@ -379,7 +379,9 @@ def test_a_schedule_that_does_not_fit_leaves_nothing(command, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_first_signal_is_noted_and_the_second_one_acts():
+def test_the_first_signal_is_noted_and_the_second_one_acts(request):
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ours))
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     with Interrupts() as interrupts:
         assert interrupts.signum is None
