@@ -223,6 +223,7 @@ def test_local_links_of_the_pages_exist():
             assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+@pytest.mark.slow
 def test_the_snippets_of_the_readme_run():
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert snippets

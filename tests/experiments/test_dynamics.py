@@ -358,6 +358,7 @@ def test_one_step_is_gradient_descent_and_the_norms_are_of_its_gradient(act, bia
     assert lines[1]["loss"] == pytest.approx(float(jax.jit(loss)(*moved)), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("act", "bias"), [("relu", -5.0), ("lk_relu", -5.0)])
 def test_dead_and_one_sided_units_are_those_that_numpy_counts(act, bias):
     lines = trained(act, steps=1, bias=bias)

@@ -54,6 +54,7 @@ def units_of(build):
     return model, [tap.stats.live.shape[-1] for tap in taps]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", first_fast(NETS))
 @pytest.mark.parametrize("name", first_fast(METHODS))
 def test_every_method_makes_every_network(name, net):

@@ -452,6 +452,7 @@ def test_every_transposed_convolution_does_what_the_table_says(start, link, geom
     assert found == pytest.approx([1, c_out * stride**2 / c_in], rel=0.08)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "stride"), first_fast([(4, 2), (2, 2), (3, 2), (5, 3), (3, 1), (7, 2)]))
 def test_a_transposed_layer_is_an_isometry_up_to_its_scale_borders_included(window, stride):
     kernel = looks_linear(lk_relu, strides=stride, transpose=True)(QUICK_KEY, (window, window, 8, 4))
@@ -463,6 +464,7 @@ def test_a_transposed_layer_is_an_isometry_up_to_its_scale_borders_included(wind
     close(y[2], y[0] + y[1], 1e-5)
 
 
+@pytest.mark.slow
 def test_each_group_has_its_own_orthogonal_kernel():
     link = laid_out(lk_relu, "interleaved")
     kernel = looks_linear(link, feature_group_count=2)(KEY, (1, 8, 8))[0]

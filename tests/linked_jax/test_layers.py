@@ -275,6 +275,7 @@ def test_a_transposed_kernel_is_refused():
         LinkedConvTranspose(4, 4, (3, 3), transpose_kernel=True, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dilated", first_fast([False, True]))
 def test_a_layer_that_enlarges_an_image_starts_as_an_isometry_up_to_its_scale(dilated):
     if dilated:  # the same as a convolution whose input has a zero after each pixel
@@ -299,6 +300,7 @@ def test_layer_starts_linear(link, strides):
     close(y[2], y[0] + y[1], 5e-3)
 
 
+@pytest.mark.slow
 def test_strided_layer_drops_no_pixel_at_the_start():
     layer = LinkedConv(2, 8, (3, 3), strides=2, rngs=nnx.Rngs(0))
     z = white(2, 6, 6, 2)
@@ -658,6 +660,7 @@ def test_a_link_with_state_is_updated(make, shape):
         assert (layer.link.norm.mean[...] != mean).all()
 
 
+@pytest.mark.slow
 def test_a_link_with_state_computes_and_learns_as_before_a_plain_layer():
     def plain(net, z):
         return jnp.square(net.linear(net.link(z))).sum()

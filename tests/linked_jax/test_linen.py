@@ -126,6 +126,7 @@ def test_slopes_have_their_own_dtype():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", first_fast([lk_relu, lk_elu]), ids=["lk_relu", "lk_elu"])
 def test_kernels_start_as_in_nnx(link):
     z = white(1, 6, 6, 4)

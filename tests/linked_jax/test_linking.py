@@ -395,6 +395,7 @@ def slope_at(g, z, step):
     return (g(z + step) - g(z)) / step
 
 
+@pytest.mark.slow
 def test_jacobian_at_zero_is_the_limit_from_the_right():
     """Against finite differences in float64 of the members, without autodiff, at 0.0 and -0.0."""
     with jax.enable_x64(True):

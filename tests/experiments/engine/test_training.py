@@ -334,6 +334,7 @@ class RandomNet(nnx.Module):
         return self.read_out(z)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [(0,), pytest.param((0, 1), marks=pytest.mark.slow)])
 def test_a_run_resumes_from_each_of_its_snapshots_to_the_same_bits(seeds, digits):
     place = Placement(stacked=len(seeds) > 1)
@@ -352,6 +353,7 @@ def test_a_run_resumes_from_each_of_its_snapshots_to_the_same_bits(seeds, digits
         assert rest == whole[snapshot.epoch - 1 :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [(0,), pytest.param((0, 1), marks=pytest.mark.slow)])
 def test_an_epoch_in_one_program_is_the_epoch_step_by_step(seeds, digits):
     """Also where the last batch is smaller, and where a run resumes within a block of steps."""

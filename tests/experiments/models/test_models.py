@@ -233,6 +233,7 @@ def test_tables_5_and_6_written_out(act, images):
     close(model, lambda x: resnet_written_out(model, x, ACTS[act], relu), images, 49)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("link", "linked"), [("inside", 32), pytest.param("everywhere", 49, marks=pytest.mark.slow)])
 def test_where_the_links_of_a_resnet_are(link, linked):
     arities = [tap.arity for tap in seen(net(resnet50, "lk_relu", link=(link,)), jnp.ones((2, 32, 32, 3)))]

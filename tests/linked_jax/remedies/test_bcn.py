@@ -140,6 +140,7 @@ def test_estimated_statistics_come_to_those_of_the_data():
 # --- the two together ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @FORMS
 def test_bcn_is_batch_part_then_channel_part(estimate):
     x = white(3, 2, 2, 6)

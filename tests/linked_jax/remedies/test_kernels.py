@@ -103,6 +103,7 @@ def test_flax_own_convolution_function_is_called(make, given):
     assert called == ["highest"] * 2
 
 
+@pytest.mark.slow
 @over_convs
 def test_a_masked_weight_neither_counts_nor_learns(make, given):
     if make is LCWConv:
@@ -113,6 +114,7 @@ def test_a_masked_weight_neither_counts_nor_learns(make, given):
     assert (gradient[MASK == 1] != 0).any()
 
 
+@pytest.mark.slow
 @over_convs
 def test_split_merge_vmap_checkpoint_and_scan_are_the_layer_itself(make, given):
     layers = [make(4, 4, (3, 3), padding=[(1, 1), (1, 1)], rngs=nnx.Rngs(seed)) for seed in range(2)]
@@ -128,6 +130,7 @@ def test_split_merge_vmap_checkpoint_and_scan_are_the_layer_itself(make, given):
     np.testing.assert_allclose(mapped[1], of(layers[1], x, given), atol=1e-4)
 
 
+@pytest.mark.slow
 @over_convs
 def test_bfloat16_parameters_and_computation(make, given):
     x, exact = white(2, 5, 5, 4), make(4, 6, (3, 3), rngs=nnx.Rngs(0))

@@ -88,6 +88,7 @@ def test_half_precision_in_half_precision_out(name):
     np.testing.assert_allclose(np.asarray(y, np.float32), exact, atol=0.06 * float(abs(exact).max()))
 
 
+@pytest.mark.slow
 @cases
 def test_jit_equals_eager_state_included(name):
     graph, state = nnx.split(build(name))

@@ -69,6 +69,7 @@ def test_the_basis_is_orthonormal_and_its_columns_sum_to_zero(m):
     np.testing.assert_allclose(basis.sum(0), 0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", first_fast([4608, 2, 64]))  # 4608 = 3 * 3 * 512
 def test_sums_are_zero_to_1e_6_in_float32(m):
     v = jnp.asarray(np.random.default_rng(m).normal(0, (m - 1) ** -0.5, (m - 1, 16)), jnp.float32)
