@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from linked_jax.arrays import wide_dtype
 from linked_jax.linking import Layout
 from linked_jax.members import as_array, brief
 
@@ -92,7 +93,7 @@ def unit_statistics(
             f"h and slopes have the shape {wanted} for z of shape {z.shape} and arity {arity}, got {h.shape} and "
             f"{slopes.shape}; pass the outputs and derivatives of one link at z"
         )
-    dtype = jnp.promote_types(z.dtype, jnp.float32)
+    dtype = wide_dtype(z.dtype)
     x = z.astype(dtype).reshape(math.prod(z.shape[:-1]), z.shape[-1])
     outputs, derivatives = (jnp.abs(by_member(a, arity, layout)).astype(dtype) for a in (h, slopes))
     count = jnp.asarray(len(x), dtype)
@@ -103,14 +104,14 @@ def unit_statistics(
         x, outputs, derivatives = (
             jnp.where(kept.reshape(-1, *[1] * (a.ndim - 1)), a, 0) for a in (x, outputs, derivatives)
         )
-    mean = x.sum(axis=0) / jnp.maximum(count, 1)
+    mean = x.sum(axis=0, keepdims=True) / jnp.maximum(count, 1)
     return UnitStatistics(
         count=count,
         live=(outputs != 0).any(axis=(0, 1)),
         steepest=derivatives.max(axis=(0, 1), initial=0),
         negative=(x < 0).any(axis=0),
         active=(x > 0).sum(axis=0, dtype=dtype),
-        mean=mean,
+        mean=mean[0],
         m2=jnp.square(x - mean).sum(axis=0, where=kept),
         magnitude=outputs.mean(axis=1).sum(axis=0),
     )

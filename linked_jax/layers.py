@@ -99,9 +99,9 @@ class LinkedLinear(nnx.Module):
         kernel_init = kernel_init or default_kernel_init(link)
         self.linear = nnx.Linear(link.arity * in_features, out_features, kernel_init=kernel_init, rngs=rngs, **options)
 
-    def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
-        """z (..., in_features) -> (..., out_features)."""
-        return _after_link(self.linear, self.link, z)
+    def __call__(self, z: Float[Array, "... c"], out_sharding: Any = None) -> Float[Array, "... c_out"]:
+        """z (..., in_features) -> (..., out_features), sharded as `nnx.Linear` takes it."""
+        return _after_link(self.linear, self.link, z, out_sharding=out_sharding)
 
 
 class LinkedConv(nnx.Module):
@@ -169,9 +169,9 @@ class LinkedConv(nnx.Module):
             **options,
         )
 
-    def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
-        """z (N, *space, in_features) -> (N, *space', out_features)."""
-        return _after_link(self.conv, self.link, z)
+    def __call__(self, z: Float[Array, "... c"], out_sharding: Any = None) -> Float[Array, "... c_out"]:
+        """z (N, *space, in_features) -> (N, *space', out_features), sharded as `nnx.Conv` takes it."""
+        return _after_link(self.conv, self.link, z, out_sharding=out_sharding)
 
 
 class LinkedConvTranspose(nnx.Module):
@@ -348,8 +348,8 @@ def _check_sizes(in_features: int, out_features: int, rngs: nnx.Rngs, **sizes: A
 _PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
 
 
-def _after_link(layer: nnx.Linear | nnx.Conv | nnx.ConvTranspose, link: Activation, z: Array) -> Array:
-    """layer(link(z)), of which the backward pass keeps z alone."""
+def _after_link(layer: Any, link: Activation, z: Array, **options: Any) -> Array:
+    """layer(link(z), **options), of which the backward pass keeps z alone."""
     z, channels = floating(z), layer.in_features // link.arity
     least = len(layer.kernel.shape) - 1
     if z.ndim < least or z.shape[-1] != channels:
@@ -358,14 +358,14 @@ def _after_link(layer: nnx.Linear | nnx.Conv | nnx.ConvTranspose, link: Activati
             f"z's in_features"
         )
     if not isinstance(link, nnx.Module):
-        return jax.checkpoint(lambda z: layer(link(z)))(z)
+        return jax.checkpoint(lambda z: layer(link(z), **options))(z)
     graph, state = nnx.split(link)
 
     @jax.checkpoint
     def outputs_and_changes(state: nnx.State, z: Array) -> tuple[Array, nnx.State]:
         inside = nnx.merge(graph, state)
         before = {path: variable.get_value() for path, variable in nnx.to_flat_state(state)}
-        z = layer(inside(z))
+        z = layer(inside(z), **options)
         after = nnx.to_flat_state(nnx.state(inside))
         return z, nnx.from_flat_state([(path, v) for path, v in after if v.get_value() is not before.get(path)])
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from linked_jax.arrays import wide_dtype
 from linked_jax.diagnostics import UnitStatistics
 
 
@@ -120,7 +121,7 @@ def elimination(stats: UnitStatistics) -> Elimination:
     """
     std = jnp.sqrt(variance(stats))
     share = jax.scipy.stats.norm.cdf(stats.mean / jnp.where(std == 0, 1, std))
-    active = jnp.where(std == 0, stats.mean > 0, share)
+    active = jnp.where(std == 0, (stats.mean > 0).astype(share.dtype), share)
     return Elimination(stats.mean.std(), std.std(), active, active.min())
 
 
@@ -180,12 +181,12 @@ def feature_moments(h: Float[Array, "n k"], *, where: Bool[Array, " n"] | None =
       Array([[2., 0.],
              [0., 0.]], dtype=float32)
     """
-    h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
+    h = h.astype(wide_dtype(h.dtype))
     count = jnp.asarray(len(h), h.dtype) if where is None else where.sum(dtype=h.dtype)
     kept = h if where is None else jnp.where(where[:, None], h, 0)
-    mean = kept.sum(axis=0) / jnp.maximum(count, 1)
+    mean = kept.sum(axis=0, keepdims=True) / jnp.maximum(count, 1)
     centred = kept - mean if where is None else jnp.where(where[:, None], kept - mean, 0)
-    return FeatureMoments(count, mean, jnp.matmul(centred.T, centred, precision="highest"))
+    return FeatureMoments(count, mean[0], jnp.matmul(centred.T, centred, precision="highest"))
 
 
 def combine_features(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:
@@ -240,7 +241,7 @@ def effective_rank(features: FeatureMoments) -> Float[Array, ""]:
     eigenvalues, vectors = jnp.linalg.eigh(scatter)
     noise = 4 * jnp.finfo(scatter.dtype).eps * eigenvalues.max()
     roots = jnp.sqrt(jnp.where(eigenvalues <= noise, 0, eigenvalues))
-    sigma = jnp.linalg.svd(jnp.vstack([(vectors * roots).T, jnp.sqrt(count) * mean]), compute_uv=False)
+    sigma = jnp.linalg.svd(jnp.vstack([vectors.T * roots[:, None], jnp.sqrt(count) * mean]), compute_uv=False)
     total = sigma.sum()
     p = sigma / jnp.where(total == 0, 1, total)
-    return jnp.where(total == 0, 0, jnp.exp(jax.scipy.special.entr(p).sum()))
+    return jnp.where(total == 0, 0, jnp.exp(-(p * jnp.log(jnp.where(p > 0, p, 1))).sum()))

@@ -1,9 +1,21 @@
-"""Cases of a law: the first one belongs to the fast suite, the others to the slow one."""
+"""Cases of a law: the first one belongs to the fast suite, the others to the slow one. And JAX' strict switches."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import pytest
+
+SWITCHES = {
+    "rank promotion": functools.partial(jax.numpy_rank_promotion, "raise"),
+    "dtype promotion": functools.partial(jax.numpy_dtype_promotion, "strict"),
+    "debug_nans": functools.partial(jax.debug_nans, True),
+    "debug_infs": functools.partial(jax.debug_infs, True),
+    "x64": functools.partial(jax.enable_x64, True),
+    "disable_jit": jax.disable_jit,
+    "leaks": jax.checking_leaks,
+}
 
 
 def first_fast(values: Iterable[Any]) -> list[Any]:

@@ -91,7 +91,7 @@ def unstack(taps: Iterable[Tap]) -> list[Tap]:
       >>> from linked_jax.probe import observe, unstack
       >>> def net(weights, x):
       ...     return jax.lax.scan(lambda z, w: (jnp.tanh(z * w), None), x, weights)[0]
-      >>> _, taps = observe(net, jnp.ones((3, 2)), jnp.ones((5, 2)))
+      >>> _, taps = observe(net, jnp.ones((3, 1, 2)), jnp.ones((5, 2)))
       >>> len(taps), [tap.stats.mean.shape for tap in unstack(taps)]
       (1, [(2,), (2,), (2,)])
     """

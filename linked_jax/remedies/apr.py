@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from linked_jax.remedies.arguments import wide
+from linked_jax.arrays import wide
 
 Augmentation = Callable[[Array, Array], Array]
 """(key, images (N, H, W, C)) -> images of the same shape."""
@@ -47,10 +47,11 @@ def recombine(
       (True, True)
     """
     spectrum_1, spectrum_2 = (jnp.fft.fftn(wide(x), axes=_AXES) for x in (amplitude_of, phase_of))
+    one = jnp.ones((), spectrum_2.dtype)
     present = spectrum_2 != 0
-    safe = jnp.where(present, spectrum_2, 1)
-    phase = jnp.where(present, safe / jnp.abs(safe), 1)  # exp(i angle)
-    return jnp.fft.ifftn(jnp.abs(spectrum_1) * phase, axes=_AXES).real.astype(phase_of.dtype)
+    safe = jnp.where(present, spectrum_2, one)
+    phase = jnp.where(present, safe / jnp.abs(safe).astype(safe.dtype), one)  # exp(i angle)
+    return jnp.fft.ifftn(jnp.abs(spectrum_1).astype(phase.dtype) * phase, axes=_AXES).real.astype(phase_of.dtype)
 
 
 def apr_p(key: Key[Array, ""], images: Float[Array, "n h w c"], *, probability: float = 0.6) -> Float[Array, "n h w c"]:

@@ -1,26 +1,10 @@
-"""What the remedies ask of arguments: sizes of 1 at least, shares below 1, float32 at least, and names that exist."""
+"""What the remedies ask of arguments: sizes of 1 at least, shares below 1, and names that exist."""
 
 import difflib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-
-
-def wide_dtype(dtype: Any) -> Any:
-    """The dtype, or float32 if that has more precision.
-
-    >>> from linked_jax.remedies.arguments import wide_dtype
-    >>> wide_dtype("bfloat16"), wide_dtype("float64")
-    (dtype('float32'), dtype('float64'))
-    """
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def wide(x: Any) -> Any:
-    """x in float32 at least: sums of many numbers of half precision are wrong."""
-    return x.astype(wide_dtype(x.dtype))
 
 
 def check_sizes(**sizes: int | Sequence[int]) -> None:

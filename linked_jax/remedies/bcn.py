@@ -5,7 +5,6 @@
 The batch part may be estimated from running statistics, so that it works on batches of one or two examples.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -15,7 +14,8 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array, Float
 
-from linked_jax.remedies.arguments import check_shares, check_sizes, wide, wide_dtype
+from linked_jax.arrays import like, wide, wide_dtype
+from linked_jax.remedies.arguments import check_shares, check_sizes
 
 
 def channel_normalize(
@@ -64,11 +64,11 @@ def channel_normalize(
     axes = (*range(1, x.ndim - 1), -1)
     mean, var = grouped.mean(axes, keepdims=True), grouped.var(axes, keepdims=True)
     y = ((grouped - mean) * jax.lax.rsqrt(var + epsilon)).reshape(x.shape)
-    of_channels = functools.partial(jnp.repeat, repeats=x.shape[-1] // num_groups)
+    per_group = x.shape[-1] // num_groups
     if scale is not None:
-        y = y * of_channels(scale)
+        y = y * like(jnp.repeat(scale, per_group), y)
     if bias is not None:
-        y = y + of_channels(bias)
+        y = y + like(jnp.repeat(bias, per_group), y)
     return y.astype(x.dtype)
 
 
@@ -100,7 +100,7 @@ def estimate_statistics(
     """
     x = jax.lax.stop_gradient(wide(x))
     axes = tuple(range(x.ndim - 1))
-    batch_mean, batch_var = x.mean(axes), jnp.square(x - mean).mean(axes)
+    batch_mean, batch_var = x.mean(axes), jnp.square(x - like(mean, x)).mean(axes)
     r = 1 - momentum
     new_mean, new_var = (1 - r) * mean + r * batch_mean, (1 - r) * var + r * batch_var
     return jax.lax.stop_gradient((new_mean.astype(mean.dtype), new_var.astype(var.dtype)))
@@ -167,7 +167,8 @@ class EstimatedBatchNorm(nnx.Module):
                 x, self.mean[...], self.var[...], momentum=self.momentum
             )
         dtype = dtypes.canonicalize_dtype(x, self.scale[...], self.bias[...], dtype=self.dtype)
-        y = (x - self.mean[...]) * (jax.lax.rsqrt(self.var[...] + self.epsilon) * self.scale[...]) + self.bias[...]
+        factor = jax.lax.rsqrt(self.var[...] + self.epsilon) * self.scale[...]
+        y = (x - like(self.mean[...], x)) * like(factor, x) + like(self.bias[...], x)
         return y.astype(dtype)
 
 

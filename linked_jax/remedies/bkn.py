@@ -15,7 +15,8 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array, Float, Key
 
-from linked_jax.remedies.arguments import check_sizes, wide
+from linked_jax.arrays import like, wide
+from linked_jax.remedies.arguments import check_sizes
 from linked_jax.remedies.moment_calculus import Moments
 
 _TRUSTED_BELOW = 100.0  # the mean of v_pred / v_B; the authors' limit
@@ -32,7 +33,7 @@ def channel_moments(x: Float[Array, "... c"]) -> Moments:
     x = wide(x)
     axes = tuple(range(x.ndim - 1))
     mean = x.mean(axes)
-    return Moments(mean, jnp.square(x - mean).mean(axes))
+    return Moments(mean, jnp.square(x - like(mean, x)).mean(axes))
 
 
 def fuse(predicted: Moments, observed: Moments, p: float) -> Moments:
@@ -114,7 +115,7 @@ def predict(
     positive = v > 0
     deviation = jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1)), 0)
     s = jax.random.normal(key, (samples, *shape), m.dtype)
-    x = layer(s * deviation + m)
+    x = layer(s * like(deviation, s) + like(m, s))
     if math.prod(x.shape[:-1]) < 2:
         raise ValueError(f"one value for each channel has no variance, got x of shape {x.shape}; pass more samples")
     return channel_moments(x)
@@ -211,7 +212,7 @@ class BatchKalmanNorm(nnx.Module):
             self._average(self.var, v)
         gamma, beta = self.scale[...], self.bias[...]
         factor = gamma * jax.lax.rsqrt(v + self.epsilon)
-        y = (x - m) * factor + beta
+        y = (x - like(m, x)) * like(factor, x) + like(beta, x)
         y = y.astype(dtypes.canonicalize_dtype(x, gamma, beta, dtype=self.dtype))
         return y, Moments(m, v) if self.reference else Moments(beta.astype(v.dtype), jnp.square(factor) * v)
 

@@ -22,9 +22,10 @@ import optax
 from jaxtyping import Array
 
 from linked_jax.activations import relu
+from linked_jax.arrays import like, wide
 from linked_jax.linking import Link
 from linked_jax.members import is_homogeneous
-from linked_jax.remedies.arguments import dotted, nearest, wide
+from linked_jax.remedies.arguments import dotted, nearest
 
 _OF_NORMS = ("scale", "mean", "var")
 _BUFFERS = {"trace": -1, "mu": -1, "nu": -2}  # an optimiser's buffer -> the power of the factor in which it changes
@@ -188,13 +189,13 @@ def _factors(params: Any, chain: Sequence[Layer], c: float) -> dict[str, Array]:
         safe = (left > 0) & (right > 0)
         d = jnp.where(safe, jnp.sqrt(jnp.sqrt(jnp.where(safe, right, 1) / jnp.where(safe, left, 1)) / c), 1)
         of_outputs[k - 1], of_inputs[k] = d, 1 / d[unit]
-        kernels[k] = kernels[k] * of_inputs[k][:, None]
+        kernels[k] = kernels[k] * like(of_inputs[k][:, None], kernels[k])
 
     factors = {}
     for layer in chain:
         own = [k for k, part in enumerate(parts) if part.layer is layer]
         space = (1,) * (kernels[own[0]].ndim - 2)
-        of_kernels = [(of_inputs[k][:, None] * of_outputs[k]).reshape(*space, *kernels[k].shape[-2:]) for k in own]
+        of_kernels = [jnp.outer(of_inputs[k], of_outputs[k]).reshape(*space, *kernels[k].shape[-2:]) for k in own]
         for name, each in (("kernel", of_kernels), ("bias", [of_outputs[k] for k in own])):
             factors[f"{layer.path}.{name}"] = jnp.stack(each) if layer.stacked else each[0]
     return factors

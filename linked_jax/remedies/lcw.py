@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from linked_jax.arrays import wide
 from linked_jax.initializers import Initializer
 from linked_jax.linking import Link
 from linked_jax.moments import expectation
-from linked_jax.remedies.arguments import wide
 from linked_jax.remedies.kernels import ComputedKernel
 
 _LECUN_NORMAL = nnx.initializers.lecun_normal()  # Flax' own
@@ -49,11 +49,11 @@ def zero_sum_kernel(v: Float[Array, "m_less_1 c_out"]) -> Float[Array, "m c_out"
       Array([ 2.,  0., -2.], dtype=float32)
     """
     _check_fan_in(len(v) + 1, f"v of shape {v.shape}")
-    j = jnp.arange(1, len(v) + 1)[:, None]
     u = wide(v)
-    u = u / jnp.sqrt(j * (j + 1.0)).astype(u.dtype)
+    j = jnp.arange(1, len(v) + 1, dtype=u.dtype)[:, None]
+    u = u / jnp.sqrt(j * (j + 1))
     zero = jnp.zeros_like(u[:1])
-    return jnp.concatenate([jax.lax.cumsum(u, reverse=True), zero]) - jnp.concatenate([zero, j.astype(u.dtype) * u])
+    return jnp.concatenate([jax.lax.cumsum(u, reverse=True), zero]) - jnp.concatenate([zero, j * u])
 
 
 def keep_variance(link: Link) -> Initializer:

@@ -13,10 +13,10 @@ import numpy as np
 from jax.scipy.special import ndtr
 from jaxtyping import Array, ArrayLike, Float
 
+from linked_jax.arrays import wide
 from linked_jax.linking import Link, join
 from linked_jax.members import slopes
 from linked_jax.moments import panels
-from linked_jax.remedies.arguments import wide
 from linked_jax.remedies.normprop import max_moments
 
 EPSILON = 1e-10
@@ -210,15 +210,15 @@ def by_quadrature(moments: Moments, function: Callable[[Any], Any]) -> Moments:
       >>> by_quadrature(Moments(jnp.ones(1), jnp.ones(1)), jnp.square).mean  # mu^2 + sigma^2
       Array([2.], dtype=float32)
     """
-    mu, sigma = moments.mean, _sigma(moments)
+    mu, sigma = moments.mean[None], _sigma(moments)[None]
     cut = jnp.clip(-mu / sigma, -_TAILS, _TAILS)
     t, w = (jnp.asarray(values, mu.dtype)[:, None] for values in panels(_GRADED))
     below, above = cut + _TAILS, _TAILS - cut  # lengths of the two sides
     e = jnp.concatenate([cut - below * t, cut + above * t])
     w = jnp.concatenate([below * w, above * w]) * jnp.exp(-e * e / 2) / math.sqrt(2 * math.pi)
     values = function(mu + sigma * e)
-    mean = (w * values).sum(0)
-    return Moments(mean, (w * jnp.square(values - mean)).sum(0))
+    mean = (w * values).sum(0, keepdims=True)
+    return Moments(mean[0], (w * jnp.square(values - mean)).sum(0))
 
 
 def _through_member(moments: Moments, member: Callable[[Any], Any]) -> Moments:

@@ -17,10 +17,11 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from linked_jax.arrays import like, wide
 from linked_jax.linking import Link
 from linked_jax.members import Saved, Value
 from linked_jax.moments import expectation
-from linked_jax.remedies.arguments import check_sizes, wide
+from linked_jax.remedies.arguments import check_sizes
 from linked_jax.remedies.kernels import ComputedKernel
 
 
@@ -102,7 +103,7 @@ def unit_filters(kernel: Float[Array, "... c_in c_out"]) -> Float[Array, "... c_
       Array([0.6, 0.8], dtype=float32)
     """
     w = wide(kernel)
-    return w / optax.safe_norm(w.reshape(-1, w.shape[-1]), 1e-12, axis=0)
+    return w / like(optax.safe_norm(w.reshape(-1, w.shape[-1]), 1e-12, axis=0), w)
 
 
 class _NormProp(ComputedKernel):
@@ -114,7 +115,7 @@ class _NormProp(ComputedKernel):
 
     def computed_kernel(self: Any) -> Float[Array, "... c_in c_out"]:
         """The kernel gamma w / ||w||, float32 at least."""
-        return self.scale[...] * unit_filters(self.masked)
+        return like(self.scale[...], self.kernel) * unit_filters(self.masked)
 
 
 class NormPropLinear(_NormProp, nnx.Linear):

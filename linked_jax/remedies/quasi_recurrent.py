@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from linked_jax.arrays import wide
 from linked_jax.layers import Activation
 from linked_jax.linking import Link
-from linked_jax.remedies.arguments import check_sizes, wide
+from linked_jax.remedies.arguments import check_sizes
 from linked_jax.remedies.drelu import drelu
 
 

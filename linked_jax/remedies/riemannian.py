@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from linked_jax.remedies.arguments import check_shares, dotted, nearest, wide, wide_dtype
+from linked_jax.arrays import like, wide, wide_dtype
+from linked_jax.remedies.arguments import check_shares, dotted, nearest
 
 Kernel = Float[Array, "... rows c_out"]
 
@@ -39,6 +40,8 @@ def tangent(y: Kernel, g: Kernel, *, clip: float = math.inf) -> Kernel:
     """
     h = g - _dot(y, g) * y
     h = h - _dot(y, h) * y  # again: where g is almost parallel to y, the first h is mostly rounding
+    if clip == math.inf:
+        return h
     norm = _norm(h)
     return jnp.where(norm > clip, clip * h / jnp.where(norm > clip, norm, 1), h)
 
@@ -264,12 +267,13 @@ def _on_spheres(
 
 
 def _dot(a: Array, b: Array) -> Array:
-    """Of each column, (c_out,)."""
-    return (wide(a) * b).sum(tuple(range(a.ndim - 1)))
+    """Of each column, (1, ..., c_out)."""
+    return (wide(a) * b).sum(tuple(range(a.ndim - 1)), keepdims=True)
 
 
 def _norm(a: Array) -> Array:
-    return optax.safe_norm(a.reshape(-1, a.shape[-1]), 0.0, axis=0)
+    """Of each column, (1, ..., c_out)."""
+    return like(optax.safe_norm(a.reshape(-1, a.shape[-1]), 0.0, axis=0), a)
 
 
 def _unit(p: Any) -> Array:

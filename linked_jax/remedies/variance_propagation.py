@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from linked_jax.remedies.arguments import wide
+from linked_jax.arrays import like, wide
 from linked_jax.remedies.kernels import ComputedKernel
 from linked_jax.remedies.moment_calculus import Moments, through_kernel
 
@@ -53,7 +53,7 @@ def normalized_kernel(
     """
     mu, variance = through_kernel(moments, kernel, groups=groups)
     s = scale / jnp.sqrt(variance)
-    return s * kernel, bias - s * mu
+    return like(s, kernel) * kernel, bias - s * mu
 
 
 class _VariancePropagation(ComputedKernel):

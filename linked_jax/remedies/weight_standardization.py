@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from linked_jax.remedies.arguments import wide
+from linked_jax.arrays import wide
 from linked_jax.remedies.kernels import ComputedKernel
 
 
@@ -44,8 +44,8 @@ def standardize(kernel: Float[Array, "... c_in c_out"], *, epsilon: float = 1e-5
     """
     fan_in = _fan_in(kernel.shape)
     w = wide(kernel).reshape(fan_in, -1)
-    w = w - w.mean(0)
-    std = optax.safe_norm(w, 0.0, axis=0) / math.sqrt(fan_in - 1)
+    w = w - w.mean(0, keepdims=True)
+    std = optax.safe_norm(w, 0.0, axis=0, keepdims=True) / math.sqrt(fan_in - 1)
     return (w / (std + epsilon)).reshape(kernel.shape).astype(kernel.dtype)
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
+from linked_jax.arrays import like, wide_dtype
 from linked_jax.revive.foldable import Foldable, link_and_layer, plain
 from linked_jax.revive.joints import check_sequential, is_activation
 
@@ -51,14 +52,14 @@ def fold_batch_norm(layer: Layer, norm: nnx.BatchNorm) -> Layer:
             f"a layer with {layer.out_features} outputs takes a batch norm of as many on axis -1, got "
             f"{norm.num_features} on axis {norm.axis}"
         )
-    dtype = jnp.promote_types(layer.kernel.dtype, jnp.float32)
+    dtype = wide_dtype(layer.kernel.dtype)
     kernel, bias, mean, var, scale, shift = (
         0.0 if a is None else a[...].astype(dtype)
         for a in (layer.kernel, layer.bias, norm.mean, norm.var, norm.scale, norm.bias)
     )
     ratio = (1.0 if norm.scale is None else scale) / jnp.sqrt(var + norm.epsilon)
     folded = nnx.clone(layer)
-    folded.kernel[...] = (kernel * ratio).astype(layer.kernel.dtype)
+    folded.kernel[...] = (kernel * like(ratio, kernel)).astype(layer.kernel.dtype)
     folded.bias = nnx.Param(((bias - mean) * ratio + shift).astype(layer.kernel.dtype))
     folded.use_bias = True
     return folded

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from linked_jax.arrays import wide_dtype
 from linked_jax.diagnostics import by_member, relative_sizes
 from linked_jax.linking import join
 from linked_jax.revive.expand import Names, edit, edit_opt_state, leaves_by_name
@@ -148,7 +149,7 @@ def _outputs(model: nnx.Sequential, x: Array) -> list[Array]:
 
 def _dormant(h: Array, joint: Joint, tau: float) -> Bool[Array, " c"]:
     """s_i <= tau; all units of a silent layer are dormant."""
-    size = jnp.abs(by_member(h, joint.link.arity, joint.link.layout)).astype(jnp.promote_types(h.dtype, jnp.float32))
+    size = jnp.abs(by_member(h, joint.link.arity, joint.link.layout)).astype(wide_dtype(h.dtype))
     size = size.mean(axis=(0, 1)).reshape(-1, joint.units).mean(axis=0)
     return relative_sizes(size, finite=jnp.isfinite(size)) <= tau
 

@@ -14,17 +14,8 @@ from linked_jax.diagnostics import live_units
 from linked_jax.learned import ChannelPReLU, LinkedPReLU
 from linked_jax.linking import Link, fourier, linked, min_max
 from linked_jax.moments import expectation
-from tests.cases import first_fast
+from tests.cases import SWITCHES, first_fast
 
-SWITCHES = {
-    "rank promotion": functools.partial(jax.numpy_rank_promotion, "raise"),
-    "dtype promotion": functools.partial(jax.numpy_dtype_promotion, "strict"),
-    "debug_nans": functools.partial(jax.debug_nans, True),
-    "debug_infs": functools.partial(jax.debug_infs, True),
-    "x64": functools.partial(jax.enable_x64, True),
-    "disable_jit": jax.disable_jit,
-    "leaks": jax.checking_leaks,
-}
 KEY = jax.random.key(0)
 Z = jnp.array([[-2.0, 0.0, 0.5, 3.0], [1e3, -1e3, -0.0, -0.25]])
 

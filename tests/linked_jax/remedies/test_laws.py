@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from linked_jax import lk_relu, remedies
-from tests.cases import first_fast
+from tests.cases import SWITCHES, first_fast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +142,20 @@ def test_state_survives_a_checkpoint(name, tmp_path):
 
 @pytest.mark.slow
 @cases
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_it_trains_under(switch, name):
+    with SWITCHES[switch]():
+        graph, params, rest = nnx.split(build(name), nnx.Param, ...)
+
+        def loss(params):
+            layer = nnx.merge(graph, params, rest, copy=True)
+            return jnp.square(LAYERS[name].call(layer, examples(name))).sum()
+
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(loss)(params)))
+
+
+@pytest.mark.slow
+@cases
 def test_one_example_trains(name):
     graph, params, rest = nnx.split(build(name), nnx.Param, ...)
 
@@ -178,9 +192,12 @@ def test_in_evaluation_an_example_does_not_see_the_others(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @cases
-def test_a_batch_over_two_devices_is_the_whole_batch(name):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+def test_a_batch_over_two_devices_is_the_whole_batch(name, axis_type):
+    if name.startswith("quasi_recurrent") and axis_type == AxisType.Explicit:
+        pytest.skip("JAX 0.10 cannot give nnx.Conv's kernel a gradient there once the outputs are sliced")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
     graph, params, rest = nnx.split(build(name), nnx.Param, ...)
 
     def loss(params, x):
@@ -189,9 +206,11 @@ def test_a_batch_over_two_devices_is_the_whole_batch(name):
         return jnp.square(y).mean(), nnx.state(layer, nnx.BatchStat)
 
     x = examples(name, 8)
-    spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
     both = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    chex.assert_trees_all_close(both(params, spread), both(params, x), rtol=1e-4, atol=1e-5)
+    whole = both(params, x)
+    with jax.set_mesh(mesh):
+        spread = both(params, jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))))
+    chex.assert_trees_all_close(jax.device_get(spread), jax.device_get(whole), rtol=1e-4, atol=1e-5)
 
 
 def _numbers(tree):
