@@ -16,7 +16,7 @@ from linked_jax import probe, remedies, revive
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
-    "members", "linking", "activations", "moments", "initializers", "schedules", "diagnostics", "signal_statistics",
+    "arrays", "members", "linking", "activations", "moments", "initializers", "schedules", "diagnostics", "signal_statistics",
     "learned", "layers", "linen", "certificates", "remedies", "probe", "revive",
 ]  # fmt: skip
 """From the ground up: a room imports from rooms before it only."""
@@ -84,7 +84,7 @@ import sys
 import flax.nnx, jax, jaxtyping, optax
 before = set(sys.modules)
 import linked_jax
-core = "members linking activations moments initializers schedules diagnostics learned layers".split()
+core = "arrays members linking activations moments initializers schedules diagnostics learned layers".split()
 new = {module for module in set(sys.modules) - before if not module.startswith("jax.")}
 assert new == {"linked_jax", *(f"linked_jax.{room}" for room in core)}, new
 assert {*linked_jax.__all__} <= {*dir(linked_jax)}

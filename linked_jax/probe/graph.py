@@ -294,9 +294,13 @@ def scan_parts(equation: Any) -> tuple[int, int]:
     What is scanned over loses its leading axis on the way in, and what is stacked gains one on the way out.
     """
     body = open_jaxpr(equation.params["jaxpr"])[0]
-    scanned = sum(outer.aval.ndim > inner.aval.ndim for outer, inner in zip(equation.invars, body.invars, strict=True))
-    carry = sum(outer.aval.ndim == inner.aval.ndim for outer, inner in zip(equation.outvars, body.outvars, strict=True))
-    return len(body.invars) - scanned - carry, carry
+    sliced = sum(_rank(outer) > _rank(inner) for outer, inner in zip(equation.invars, body.invars, strict=True))
+    carry = sum(_rank(outer) == _rank(inner) for outer, inner in zip(equation.outvars, body.outvars, strict=True))
+    return len(body.invars) - sliced - carry, carry
+
+
+def _rank(var: Any) -> int:
+    return len(getattr(var.aval, "shape", ()))
 
 
 def _value(var: Any, grown: Any, from_data: bool) -> Value:
