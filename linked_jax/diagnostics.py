@@ -111,7 +111,7 @@ def unit_statistics(
         negative=(x < 0).any(axis=0),
         active=(x > 0).sum(axis=0, dtype=dtype),
         mean=mean,
-        m2=jnp.square(x - mean).sum(axis=0, where=kept),
+        m2=jnp.square(x - mean[None]).sum(axis=0, where=kept),
         magnitude=outputs.mean(axis=1).sum(axis=0),
     )
 

@@ -16,8 +16,8 @@ from linked_jax import probe, remedies, revive
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
-    "members", "linking", "activations", "moments", "initializers", "schedules", "diagnostics", "signal_statistics",
-    "learned", "layers", "linen", "certificates", "remedies", "probe", "revive",
+    "members", "linking", "activations", "moments", "initializers", "schedules", "diagnostics", "slopes",
+    "signal_statistics", "histograms", "updates", "learned", "layers", "linen", "certificates", "remedies", "probe", "revive",
 ]  # fmt: skip
 """From the ground up: a room imports from rooms before it only."""
 ALLOWED = {"jax", "numpy", "flax", "optax", "jaxtyping", "linked_jax"}
