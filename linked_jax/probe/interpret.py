@@ -317,10 +317,10 @@ def _measured(scale: int, z: Array, where: Bool[Array, "..."], probe: Gradients)
     return z
 
 
-def _backward(scale: int, where: Array, g: Array) -> tuple[Array, None, Gradients]:
+def _backward(scale: int, where: Any, g: Array) -> tuple[Array, None, Gradients]:
     wide = whole(g).astype(jnp.float32)
     square_sum = float(scale) ** 2 * jnp.square(jnp.where(where, wide, 0)).sum()
-    return g, None, Gradients(square_sum, log_histogram(scale * wide, where=where))
+    return g, None, Gradients(square_sum, log_histogram(scale * wide, where=jnp.asarray(where)))
 
 
 _measured.defvjp(lambda _scale, z, where, _probe: (z, where), _backward)

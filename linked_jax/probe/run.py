@@ -153,9 +153,7 @@ class Probe:
             names = [("parameter", _name(path[1:])) for path, _ in jax.tree.leaves_with_path(arrays)]
             names += [("input", _name(path)) for path, _ in jax.tree.leaves_with_path(inputs)]
             origin = origin_of(trace, names, _checked_mask(self.mask, inputs))
-            if (
-                origin is None
-            ):  # operation by operation there is none: rounded to bfloat16, say, and not kept in float32
+            if origin is None:  # operations that are not fused round otherwise
                 origin = Origin("operation", "a fusion", "", "", "NaN or inf", f"{seen_by.name} at {seen_by.source}")
             name = f"{origin.name} of batch {number}".strip() if origin.kind == "input" else origin.name
             return dataclasses.replace(origin, name=name)

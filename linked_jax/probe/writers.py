@@ -1,8 +1,10 @@
 """Keep the reports of a run: writers are functions (step, report), for a `Monitor` or any loop of yours."""
 
+import atexit
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -103,8 +105,10 @@ def csv_writer(path: str | os.PathLike[str]) -> Writer:
     return write
 
 
-def tensorboard_writer(folder: str | os.PathLike[str]) -> Writer:
+def tensorboard_writer(folder: str | os.PathLike[str]) -> "TensorBoard":
     """A writer of events for TensorBoard: scalars and histograms, diagnostic/layer.
+
+    Events are on disk ten seconds later, and all of them at the end of the program or after `close()`.
 
     Args:
       folder: of the run, for `tensorboard --logdir`.
@@ -117,25 +121,33 @@ def tensorboard_writer(folder: str | os.PathLike[str]) -> Writer:
       >>> monitor = Monitor(batches, every=100, writers=[tensorboard_writer("runs/1")])  # doctest: +SKIP
     """
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("tensorboard_writer needs tensorboardX; pip install linked_jax[tensorboard]") from error
-    events = SummaryWriter(str(folder))
+    return TensorBoard(SummaryWriter(str(folder), flush_secs=10))
 
-    def write(step: int, report: Report) -> None:
+
+class TensorBoard:
+    """What `tensorboard_writer` makes: a writer that is closed at the end of the program, or before."""
+
+    def __init__(self, events: Any):
+        self.close = events.close
+        self._events = events
+        atexit.register(events.close)  # its own thread would leave the last events behind
+
+    def __call__(self, step: int, report: Report) -> None:
+        """Add a report."""
         for layer in report.layers:
+            place = re.sub(r"[^-/\w.]", "_", layer.name)  # TensorBoard takes no others
             for name, x in layer.scalars().items():
                 if x is not None:
-                    events.add_scalar(f"{name}/{layer.name}", x, int(step))
+                    self._events.add_scalar(f"{name}/{place}", x, int(step))
             for name in _HISTOGRAMS:
                 counts = getattr(layer, name)
                 if counts is not None and counts.sum():
-                    events.add_histogram_raw(f"{name}/{layer.name}", **_raw(counts), global_step=int(step))
+                    self._events.add_histogram_raw(f"{name}/{place}", **_raw(counts), global_step=int(step))
         if report.not_finite_first is not None:
-            events.add_text("not_finite_first", str(report.not_finite_first), int(step))
-        events.flush()
-
-    return write
+            self._events.add_text("not_finite_first", str(report.not_finite_first), int(step))
 
 
 def _raw(counts: np.ndarray) -> dict[str, Any]:
