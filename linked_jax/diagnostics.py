@@ -8,7 +8,7 @@ mean is NaN. `not_finite_units` finds it.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -92,7 +92,7 @@ def unit_statistics(
             f"h and slopes have the shape {wanted} for z of shape {z.shape} and arity {arity}, got {h.shape} and "
             f"{slopes.shape}; pass the outputs and derivatives of one link at z"
         )
-    dtype = jnp.promote_types(z.dtype, jnp.float32)
+    dtype = at_least_float32(z.dtype)
     x = z.astype(dtype).reshape(math.prod(z.shape[:-1]), z.shape[-1])
     outputs, derivatives = (jnp.abs(by_member(a, arity, layout)).astype(dtype) for a in (h, slopes))
     count = jnp.asarray(len(x), dtype)
@@ -310,6 +310,17 @@ def not_finite_units(stats: UnitStatistics) -> Bool[Array, " c"]:
       [False, True]
     """
     return ~(jnp.isfinite(stats.mean) & jnp.isfinite(stats.magnitude))
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """What is measured of floats of a dtype; JAX' strict promotion would not promote half precision.
+
+    >>> import jax.numpy as jnp
+    >>> from linked_jax.diagnostics import at_least_float32
+    >>> at_least_float32(jnp.bfloat16).__name__
+    'float32'
+    """
+    return dtype if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits > 32 else jnp.float32
 
 
 def by_member(x: Array, arity: int, layout: Layout) -> Array:

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from linked_jax.diagnostics import at_least_float32
+
 LOWEST, HIGHEST = -40, 23
 """The exponents k of the bins 2^k <= |x| < 2^(k+1): gradients vanish in the first, pre-activations explode in the last.
 """
@@ -48,7 +50,7 @@ def log_histogram(x: Float[Array, "*n"], *, where: Bool[Array, "..."] | None = N
       >>> [(float(edge), int(n)) for edge, n in zip(bin_edges()[1:], counts) if n]
       [(-2.0, 1), (9.094947017729282e-13, 1), (2.0, 2)]
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(at_least_float32(x.dtype))
     kept = ~jnp.isnan(x) if where is None else ~jnp.isnan(x) & where
     info = jnp.finfo(x.dtype)
     bits = jax.lax.bitcast_convert_type(jnp.abs(x), f"int{info.bits}")

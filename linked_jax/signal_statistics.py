@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from linked_jax.diagnostics import UnitStatistics
+from linked_jax.diagnostics import UnitStatistics, at_least_float32
 
 
 class ActivationShift(NamedTuple):
@@ -120,7 +120,7 @@ def elimination(stats: UnitStatistics) -> Elimination:
     """
     std = jnp.sqrt(variance(stats))
     share = jax.scipy.stats.norm.cdf(stats.mean / jnp.where(std == 0, 1, std))
-    active = jnp.where(std == 0, stats.mean > 0, share)
+    active = jnp.where(std == 0, (stats.mean > 0).astype(share.dtype), share)
     return Elimination(stats.mean.std(), std.std(), active, active.min())
 
 
@@ -180,7 +180,7 @@ def feature_moments(h: Float[Array, "n k"], *, where: Bool[Array, " n"] | None =
       Array([[2., 0.],
              [0., 0.]], dtype=float32)
     """
-    h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
+    h = h.astype(at_least_float32(h.dtype))
     count = jnp.asarray(len(h), h.dtype) if where is None else where.sum(dtype=h.dtype)
     kept = h if where is None else jnp.where(where[:, None], h, 0)
     mean = kept.sum(axis=0) / jnp.maximum(count, 1)
@@ -235,7 +235,8 @@ def effective_rank(features: FeatureMoments) -> Float[Array, ""]:
     sigma = _singular_values(features)
     total = sigma.sum()
     p = sigma / jnp.where(total == 0, 1, total)
-    return jnp.where(total == 0, 0, jnp.exp(jax.scipy.special.entr(p).sum()))
+    entropy = -(p * jnp.log(jnp.where(p == 0, 1, p))).sum()
+    return jnp.where(total == 0, 0, jnp.exp(entropy))
 
 
 def stable_rank(features: FeatureMoments) -> Float[Array, ""]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from linked_jax.diagnostics import by_member
+from linked_jax.diagnostics import at_least_float32, by_member
 from linked_jax.linking import Layout
 
 FLAT = 1e-3
@@ -67,7 +67,7 @@ def slope_statistics(
             f"slopes have the shape {(*z.shape[:-1], arity * z.shape[-1])} for z of shape {z.shape} and arity {arity}, "
             f"got {slopes.shape}; pass the derivatives of one link at z"
         )
-    dtype = jnp.promote_types(z.dtype, jnp.float32)
+    dtype = at_least_float32(z.dtype)
     by_unit = by_member(slopes, arity, layout).astype(dtype)  # (n, d, C)
     z = z.reshape(by_unit.shape[0], 1, by_unit.shape[-1])
     kept = jnp.ones((len(z), 1, 1), bool) if where is None else where.reshape(-1, 1, 1)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from linked_jax.diagnostics import at_least_float32
+
 
 def update_ratios(updates: Any, weights: Any) -> Any:
     """The update-to-weight ratio of every parameter: about 1e-3 in a net that learns well.
@@ -53,7 +55,7 @@ def _ratio(update: Array, weight: Array) -> Float[Array, ""]:
 
 def _norm(x: Array) -> Float[Array, ""]:
     x = jnp.abs(x)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(at_least_float32(x.dtype))
     largest = x.max(initial=0)
     unit = jnp.where((largest == 0) | ~jnp.isfinite(largest), 1, largest)
     return unit * jnp.sqrt(jnp.square(x / unit).sum())

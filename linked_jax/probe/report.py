@@ -265,7 +265,8 @@ def make_report(taps: list[Tap], not_seen: list[str], tau: float, origin: Origin
     reports = []
     for tap in layers:
         seen[tap.name] += 1
-        numbers = jax.device_get(_numbers(tap.stats, tap.slopes, tap.features, tap.gradient_square_sum, tau))
+        with jax.debug_nans(False), jax.debug_infs(False):  # NaN says that there was nothing to measure
+            numbers = jax.device_get(_numbers(tap.stats, tap.slopes, tap.features, tap.gradient_square_sum, tau))
         histograms = jax.device_get((tap.histogram, tap.gradient_histogram))
         reports.append(
             LayerReport(
