@@ -13,6 +13,7 @@ import pytest
 
 import linked_jax
 from linked_jax import probe, remedies, revive
+from tests.cases import first_fast
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
@@ -226,8 +227,10 @@ def test_local_links_of_the_pages_exist():
             assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_the_snippets_of_the_readme_run():
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+@pytest.mark.parametrize("page", first_fast(["README.md", "docs/diagnostics.md"]))
+def test_the_snippets_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     assert snippets
     for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
+        exec(compile(snippet, page, "exec"), {})

@@ -58,7 +58,7 @@ def overview(history: Iterable[Mapping[str, Any]]) -> str:
     """A table of a run, at most 80 columns wide: for each layer and diagnostic the first, worst and last value.
 
     The worst is the largest; of the ranks the least, of the negative slope the one nearest to 0, of the mean square of
-    z the farthest from 1, of that of the gradient the farthest from the first. What stayed 0 is left out.
+    z the farthest from 1, of that of the gradient the farthest from the first. What stayed 0, and should, is left out.
 
     Args:
       history: of a `Monitor`, or the lines of its `json_lines_writer`.
@@ -83,7 +83,8 @@ def overview(history: Iterable[Mapping[str, Any]]) -> str:
                 series.setdefault((layer["name"], name), []).append((entry["step"], layer.get(name)))
     lines, shown = [_line("layer", "diagnostic", "first", "worst", "at step", "last")], ""
     for (layer, name), values in series.items():
-        if any(x for _, x in values) or (any(x is None for _, x in values) and any(x is not None for _, x in values)):
+        found = {x for _, x in values} - {None}
+        if found and not (_BADNESS[name] is _high and found == {0}):
             lines.append(_line("" if layer == shown else layer, name, *_cells(name, values)))
             shown = layer
     for entry in entries:

@@ -166,6 +166,7 @@ def test_the_overview_has_first_worst_and_last():
     assert rows["dead_checks"] == ["0", "3", "30", "3"]
     assert "saturated" not in rows or rows["saturated"][0] == "0"
     assert "gradient_mean_square" not in rows
+    assert rows["negative_slope"] == ["0", "0", "0", "0"]  # of relu: the worst there is
     assert "not_finite" not in rows
 
 
