@@ -11,7 +11,7 @@ from jax.core import eval_jaxpr
 from jax.extend.core import Literal
 from jaxtyping import Array
 
-from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value
+from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, inner_jaxprs, open_jaxpr
 from linked_jax.probe.interpret import Trace, has_activation, scanned_data, step_masks
 from linked_jax.probe.names import module_of
 from linked_jax.probe.recognise import activations, evaluate_op, name_of
@@ -24,8 +24,9 @@ class Origin:
     """Where the values come from by which an activation was the first to be not finite.
 
     Attributes:
-      kind: "operation", which made them from finite values; or "input", "parameter" and "constant", which had them.
-      name: of the operation; the path of the input or parameter, and the shape of the constant.
+      kind: "operation", which made them from finite values; or "input", "parameter" and "constant", which had them; or
+        "unknown": no operation makes them by itself, as when a sum over all data overflows.
+      name: of the operation; the path of the input or parameter, and the shape of the constant; what is known else.
       layer: of an operation, the module that it is in.
       source: of an operation, the file and line.
       value: "NaN", "inf" or "-inf", the gravest of them.
@@ -44,6 +45,8 @@ class Origin:
         if self.kind == "operation":
             place = " at ".join(filter(None, (self.layer, self.source)))
             what = f"{self.name} in {place or 'the model'} makes {self.value} of finite values"
+        if self.kind == "unknown":
+            what = self.name
         return f"{what}, first seen by {self.seen_by}" if self.seen_by else what
 
 
@@ -155,11 +158,19 @@ def _apply(op: Op, operands: list[Marked], mask: Array | None, index: str) -> li
 
     def mark(value: Value, x: Any) -> Marked:
         bad = _not_finite(x, value, mask)
-        made = Origin("operation", op.kind, _module(op.where.scope, index), op.where.source, bad)
+        made = Origin("operation", _operation(op), _module(op.where.scope, index), op.where.source, bad)
         return x, (passed or made) if bad else None
 
     outputs = evaluate_op(op, [x for x, _ in operands])
     return [mark(value, x) for value, x in zip(op.outputs, outputs, strict=True)]
+
+
+def _operation(op: Op) -> str:
+    """Its name; that of the function, if it has a custom derivative."""
+    if op.kind not in CUSTOM:
+        return op.kind
+    inner = next(iter(inner_jaxprs(op.equation)), None)
+    return getattr(getattr(open_jaxpr(inner)[0], "debug_info", None), "func_name", op.kind)
 
 
 def _scan(op: Op, operands: list[Marked], mask: Array | None, index: str) -> list[Marked]:

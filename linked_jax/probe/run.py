@@ -152,9 +152,13 @@ class Probe:
             trace = Trace.of(self.apply, merge(static, arrays), inputs)
             names = [("parameter", _name(path[1:])) for path, _ in jax.tree.leaves_with_path(arrays)]
             names += [("input", _name(path)) for path, _ in jax.tree.leaves_with_path(inputs)]
-            origin = origin_of(trace, names, _checked_mask(self.mask, inputs))
-            if origin is None:  # operations that are not fused round otherwise
-                origin = Origin("operation", "a fusion", "", "", "NaN or inf", f"{seen_by.name} at {seen_by.source}")
+            found = "no operation by itself: sums over the data overflow, or operations that are compiled together"
+            try:
+                origin = origin_of(trace, names, _checked_mask(self.mask, inputs))
+            except Exception as error:  # a training run goes on where an operation cannot be evaluated by itself
+                origin, found = None, f"not found ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
+            if origin is None:
+                origin = Origin("unknown", found, "", "", "", f"{seen_by.name} at {seen_by.source}")
             name = f"{origin.name} of batch {number}".strip() if origin.kind == "input" else origin.name
             return dataclasses.replace(origin, name=name)
         return None

@@ -119,7 +119,8 @@ def net():
     return nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), jax.nn.relu, nnx.Linear(4, 4, rngs=nnx.Rngs(1)), jnp.tanh)
 
 
-@pytest.mark.parametrize("place", first_fast([0, 2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [0, 2])
 def test_a_parameter_is_named_instead(place):
     model = net()
     model.layers[place].kernel[...] = model.layers[place].kernel.at[1, 2].set(jnp.inf)
@@ -129,6 +130,7 @@ def test_a_parameter_is_named_instead(place):
     assert origin.seen_by.split()[2] == f"layers.{place + 1}"
 
 
+@pytest.mark.slow
 def test_an_input_is_named_instead_with_its_batch():
     origin = probe(net(), [X, X.at[3, 0].set(jnp.nan)]).not_finite_first
     assert (origin.kind, origin.name, origin.value) == ("input", "of batch 1", "NaN")
@@ -141,6 +143,37 @@ def test_a_constant_is_named_instead():
     bias = jnp.array([0.0, jnp.nan, 0.0, 0.0])
     origin = probe(W, [X], call=lambda w, x: jax.nn.relu(x @ w + bias)).not_finite_first
     assert (origin.kind, origin.name) == ("constant", "of shape (4,)")
+
+
+@pytest.mark.slow
+def test_a_function_with_a_rule_of_its_own_has_its_name():
+    @jax.custom_jvp
+    def unsafe_root(z):
+        return jnp.sqrt(z)
+
+    unsafe_root.defjvp(lambda primals, tangents: (unsafe_root(*primals), tangents[0]))
+    origin = probe(W, [-jnp.abs(X) - 1], call=lambda w, x: jax.nn.relu(unsafe_root(x @ w) @ w)).not_finite_first
+    assert (origin.kind, origin.name, origin.value) == ("operation", "unsafe_root", "NaN")
+
+
+@pytest.mark.slow
+def test_a_sum_of_the_statistics_is_no_operation_of_the_model():
+    report = probe(W, [jnp.full((1000, 4), 1e36)], call=lambda w, x: jax.nn.relu(x @ w))
+    assert report.layers[0].not_finite.all()
+    assert report.not_finite_first.kind == "unknown"
+    assert "sums over the data overflow" in str(report)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_the_origin_is_not_found(monkeypatch):
+    def fail(*_args):
+        raise NotImplementedError("no rule\nby itself")
+
+    monkeypatch.setattr("linked_jax.probe.run.origin_of", fail)
+    report = probe(W, [X / 0], call=lambda w, x: jax.nn.relu(x @ w))
+    assert str(report.not_finite_first).startswith(
+        "not found (NotImplementedError: no rule), first seen by test_origin"
+    )
 
 
 @pytest.mark.slow
