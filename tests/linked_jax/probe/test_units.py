@@ -119,8 +119,11 @@ def test_a_unit_that_is_not_finite_is_shown(bad, monkeypatch):
     assert remark.startswith("not finite: the input of batch 0 has ")
     assert STATES[unit_states(report.layers)[0, 1]][0] == "not finite"
     console, styles = pytest.importorskip("rich.console").Console, []
-    rows = lambda _, x, **_options: styles.extend(row.style for row in getattr(x, "rows", []))  # noqa: E731
-    monkeypatch.setattr(console, "print", rows)
+
+    def look(_console, shown, **_options):
+        styles.extend(row.style for row in getattr(shown, "rows", []))
+
+    monkeypatch.setattr(console, "print", look)
     report.print()
     assert styles == ["red"]
 
