@@ -353,7 +353,7 @@ def test_saturating_mirrors_are_not_linked_in_float32(name, flat_from):
     assert left == (-FLOAT32_MAX, -right[0])
     assert right == (pytest.approx(flat_from, rel=0.02), FLOAT32_MAX)
     edge = {"lk_tanh": np.arctanh(0.999**0.5), "lk_sigmoid": 2 * np.arctanh(0.996**0.5)}[name]  # of g' = 0.001
-    assert certificate.dead_band == pytest.approx(1 - edge / 10, rel=1e-5)
+    assert certificate.dead_band == pytest.approx(1 - edge / 10, rel=1e-4)  # float32 rounds 1 - tanh² so much
 
 
 @pytest.mark.slow
