@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -13,7 +12,8 @@ def wide_dtype(dtype: Any) -> Any:
     >>> wide_dtype("bfloat16"), wide_dtype("float64")
     (dtype('float32'), dtype('float64'))
     """
-    return np.promote_types(jnp.dtype(dtype), np.float32)
+    dtype = jnp.dtype(dtype)
+    return dtype if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 4 else jnp.dtype(jnp.float32)
 
 
 def like(values: Any, x: Any) -> Any:

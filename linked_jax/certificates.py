@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,9 +24,11 @@ from jaxtyping import Array
 from linked_jax.layers import get_activation
 from linked_jax.linking import Link
 from linked_jax.members import brief, equations, is_elementwise
+from linked_jax.slopes import FLAT
 
 _CHUNK = 2**20  # values tried at once: their temporaries fit a CPU's cache, three times as fast as 2**22
 _KEPT_INTERVALS = 64
+_RANGE = 10.0  # of pre-activations that are common in a net: where sigmoid and tanh saturate, and elu and silu go flat
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -46,6 +48,8 @@ class Certificate:
       first_nonfinite: the one of least magnitude, the positive one of two; None if there is none.
       num_inputs: the number of values tried.
       seconds: wall time.
+      dead_band: the width of the dead band, where every |g_i'(z)| < 0.001, as a share of [-10, 10]: the lengths of its
+        intervals, each from the first to the last value of the dtype in it.
       platform: where it ran. CPUs flush denormal derivatives to zero and other platforms may not.
     """
 
@@ -60,6 +64,7 @@ class Certificate:
     num_inputs: int
     seconds: float
     platform: str
+    dead_band: float
 
     def __str__(self) -> str:
         lines = [
@@ -73,6 +78,7 @@ class Certificate:
             lines.append("                 ...")
         at = "" if self.first_nonfinite is None else f", the nearest to 0 at z = {self.first_nonfinite:.6g}"
         lines.append(f"non-finite       {self.nonfinite_count:,}{at}")
+        lines.append(f"dead band        {self.dead_band:.2%} of [-{_RANGE:g}, {_RANGE:g}] has every |g'| below {FLAT}")
         return "\n".join(lines)
 
 
@@ -124,6 +130,7 @@ def certify(
                 progress(min(1.0, (first_key + _CHUNK) / num_keys))
     ends = np.asarray(found.dead_keys, dtype=np.uint32).reshape(-1, 2)
     intervals = np.asarray(_ordered_values(jnp.asarray(ends), dtype), np.float64)
+    flat = np.asarray(_ordered_values(jnp.asarray(_joined(np.concatenate(found.flat_keys))), dtype), np.float64)
     return Certificate(
         linked=found.nonfinite == 0 and found.min_gradient > 0,
         dtype=dtype.name,
@@ -136,6 +143,7 @@ def certify(
         num_inputs=found.inputs,
         seconds=time.perf_counter() - start,
         platform=jax.default_backend(),
+        dead_band=float(np.diff(flat).sum()) / (2 * _RANGE),
     )
 
 
@@ -205,6 +213,7 @@ def _survey(derivatives: Callable, dtype: np.dtype, first_key: Array) -> dict[st
         "least": largest.min(),
         "dead_count": (largest == 0).sum(),
         "bad_count": bad.sum(),
+        "flat_count": _flat(z, largest).sum(),
     }
 
 
@@ -214,7 +223,12 @@ def _details(derivatives: Callable, dtype: np.dtype, first_key: Array) -> dict[s
         "argmin": z[largest.argmin()].astype(jnp.float32),
         "nearest_bad": _nearest_to_zero(z, bad).astype(jnp.float32),
         "dead": largest == 0,
+        "flat": _flat(z, largest),
     }
+
+
+def _flat(z: Array, largest: Array) -> Array:
+    return (largest < FLAT) & (jnp.abs(z) <= _RANGE)
 
 
 def _nearest_to_zero(z: Array, mask: Array) -> Array:
@@ -234,10 +248,12 @@ class _Findings:
         self.min_gradient, self.argmin = float("inf"), float("nan")
         self.first_nonfinite: float | None = None
         self.dead_keys: list[list[int]] = []  # [first key, last key] of the kept runs
+        self.flat_keys = [np.zeros((0, 2), np.uint32)]  # first and last of the runs of the dead band, chunk by chunk
         self._last_dead = -2
 
     def adds_something(self, chunk: dict[str, np.ndarray]) -> bool:
-        return bool(chunk["least"] < self.min_gradient or chunk["dead_count"] or chunk["bad_count"])
+        counts = chunk["dead_count"], chunk["bad_count"], chunk["flat_count"]
+        return bool(chunk["least"] < self.min_gradient or any(counts))
 
     def add(self, first_key: int, chunk: dict[str, np.ndarray]) -> None:
         self.inputs += int(chunk["inputs"])
@@ -250,7 +266,9 @@ class _Findings:
                 self.first_nonfinite = nearest
         if chunk["dead_count"]:
             for low, high in _runs(chunk["dead"]):
-                self._add_dead_run(first_key + low, first_key + high)
+                self._add_dead_run(first_key + int(low), first_key + int(high))
+        if chunk["flat_count"]:
+            self.flat_keys.append((_runs(chunk["flat"]) + first_key).astype(np.uint32))
 
     def _add_dead_run(self, low: int, high: int) -> None:
         if low != self._last_dead + 1:
@@ -262,14 +280,24 @@ class _Findings:
         self._last_dead = high
 
 
-def _runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:
-    """First and last index of each run of True.
+def _runs(mask: np.ndarray) -> np.ndarray:
+    """First and last index of each run of True, (runs, 2).
 
-    >>> list(_runs(np.array([True, False, True, True])))
-    [(0, 0), (2, 3)]
+    >>> _runs(np.array([True, False, True, True])).tolist()
+    [[0, 0], [2, 3]]
     """
-    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
-    return ((int(low), int(high) - 1) for low, high in edges.reshape(-1, 2))
+    return np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2) - [0, 1]
+
+
+def _joined(runs: np.ndarray) -> np.ndarray:
+    """The same runs of keys, one for each two of which one begins where the other ends.
+
+    >>> _joined(np.array([[0, 3], [4, 6], [8, 9]], np.uint32)).tolist()
+    [[0, 6], [8, 9]]
+    """
+    apart = runs[:-1, 1] + 1 != runs[1:, 0]
+    first, last = np.append(True, apart)[: len(runs)], np.append(apart, True)[: len(runs)]
+    return np.stack([runs[first, 0], runs[last, 1]], axis=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -104,15 +104,15 @@ def unit_statistics(
         x, outputs, derivatives = (
             jnp.where(kept.reshape(-1, *[1] * (a.ndim - 1)), a, 0) for a in (x, outputs, derivatives)
         )
-    mean = x.sum(axis=0, keepdims=True) / jnp.maximum(count, 1)
+    mean = x.sum(axis=0) / jnp.maximum(count, 1)
     return UnitStatistics(
         count=count,
         live=(outputs != 0).any(axis=(0, 1)),
         steepest=derivatives.max(axis=(0, 1), initial=0),
         negative=(x < 0).any(axis=0),
         active=(x > 0).sum(axis=0, dtype=dtype),
-        mean=mean[0],
-        m2=jnp.square(x - mean).sum(axis=0, where=kept),
+        mean=mean,
+        m2=jnp.square(x - mean[None]).sum(axis=0, where=kept),
         magnitude=outputs.mean(axis=1).sum(axis=0),
     )
 

@@ -184,9 +184,9 @@ def feature_moments(h: Float[Array, "n k"], *, where: Bool[Array, " n"] | None =
     h = h.astype(wide_dtype(h.dtype))
     count = jnp.asarray(len(h), h.dtype) if where is None else where.sum(dtype=h.dtype)
     kept = h if where is None else jnp.where(where[:, None], h, 0)
-    mean = kept.sum(axis=0, keepdims=True) / jnp.maximum(count, 1)
-    centred = kept - mean if where is None else jnp.where(where[:, None], kept - mean, 0)
-    return FeatureMoments(count, mean[0], jnp.matmul(centred.T, centred, precision="highest"))
+    mean = kept.sum(axis=0) / jnp.maximum(count, 1)
+    centred = kept - mean[None] if where is None else jnp.where(where[:, None], kept - mean[None], 0)
+    return FeatureMoments(count, mean, jnp.matmul(centred.T, centred, precision="highest"))
 
 
 def combine_features(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:
@@ -233,15 +233,51 @@ def effective_rank(features: FeatureMoments) -> Float[Array, ""]:
 
     Reference: Roy and Vetterli, The effective rank: a measure of effective dimensionality, 2007.
     """
+    sigma = _singular_values(features)
+    total = sigma.sum()
+    p = sigma / jnp.where(total == 0, 1, total)
+    entropy = -(p * jnp.log(jnp.where(p == 0, 1, p))).sum()
+    return jnp.where(total == 0, 0, jnp.exp(entropy))
+
+
+def stable_rank(features: FeatureMoments) -> Float[Array, ""]:
+    """How many directions carry the energy of a layer's features: at most their rank, and 0 if they are all 0.
+
+        ||H||_F^2 / ||H||_2^2 = sum_k sigma_k^2 / sigma_1^2
+
+    where sigma are the singular values of the features h over the data, as for `effective_rank`; small ones count less
+    here. It is 1 where all features are one, and their common mean is among them.
+
+    Args:
+      features: from `feature_moments` and `combine_features`.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      TypeError: if features are not `FeatureMoments`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax.signal_statistics import feature_moments, stable_rank
+      >>> stable_rank(feature_moments(jnp.array([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])))
+      Array(1.25, dtype=float32)
+
+    Reference: Rudelson and Vershynin, Sampling from large matrices, 2007.
+    """
+    sigma = _singular_values(features)
+    largest = sigma.max(initial=0)
+    return jnp.square(sigma / jnp.where(largest == 0, 1, largest)).sum()
+
+
+def _singular_values(features: FeatureMoments) -> Float[Array, " k"]:
+    """Of the features over the data; see `effective_rank`."""
     if not isinstance(features, FeatureMoments):
         raise TypeError(
-            f"the effective rank is of FeatureMoments, got {type(features).__name__}; pass feature_moments(h), h (n, k)"
+            f"a rank is of FeatureMoments, got {type(features).__name__}; pass feature_moments(h), h of shape (n, k)"
         )
     count, mean, scatter = features
     eigenvalues, vectors = jnp.linalg.eigh(scatter)
     noise = 4 * jnp.finfo(scatter.dtype).eps * eigenvalues.max()
     roots = jnp.sqrt(jnp.where(eigenvalues <= noise, 0, eigenvalues))
-    sigma = jnp.linalg.svd(jnp.vstack([vectors.T * roots[:, None], jnp.sqrt(count) * mean]), compute_uv=False)
-    total = sigma.sum()
-    p = sigma / jnp.where(total == 0, 1, total)
-    return jnp.where(total == 0, 0, jnp.exp(-(p * jnp.log(jnp.where(p > 0, p, 1))).sum()))
+    return jnp.linalg.svd(jnp.vstack([roots[:, None] * vectors.T, jnp.sqrt(count) * mean[None]]), compute_uv=False)

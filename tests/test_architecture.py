@@ -16,13 +16,14 @@ from linked_jax import probe, remedies, revive
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
-    "arrays", "members", "linking", "activations", "moments", "initializers", "schedules", "diagnostics", "signal_statistics",
-    "learned", "layers", "linen", "certificates", "remedies", "probe", "revive",
+    "arrays", "members", "linking", "activations", "moments", "initializers", "schedules", "diagnostics", "slopes",
+    "signal_statistics", "histograms", "updates", "learned", "layers", "linen", "certificates", "remedies",
+    "probe", "revive",
 ]  # fmt: skip
 """From the ground up: a room imports from rooms before it only."""
 ALLOWED = {"jax", "numpy", "flax", "optax", "jaxtyping", "linked_jax"}
 FLAX_ROOMS = {"learned", "layers", "linen", "remedies", "probe", "revive"}
-LAZY = {"probe": {"rich", "matplotlib"}}
+LAZY = {"probe": {"rich", "matplotlib", "tensorboardX"}}
 """What a room imports when it is asked to show something."""
 PACKAGES = {"linked_jax": linked_jax, "probe": probe, "remedies": remedies, "revive": revive}
 SOURCES = sorted(path for root in ("linked_jax", "experiments", "benchmarks") for path in (ROOT / root).rglob("*.py"))
@@ -74,6 +75,7 @@ def run_python(code):
 
 def test_the_core_imports_without_the_extras():
     extras = ["chex", "tensorflow_datasets", "sklearn", "matplotlib", "tyro", "hypothesis", "beartype", "PIL"]
+    extras += ["tensorboardX"]
     rooms = "linked_jax.linen, linked_jax.probe, linked_jax.remedies, linked_jax.revive"
     run_python(f"import sys; [sys.modules.__setitem__(m, None) for m in {extras}]; import {rooms}")
 
@@ -118,6 +120,7 @@ def test_public_callables_have_an_example_that_runs(thing):
     package, name = thing.split(".")
     found = getattr(PACKAGES[package], name)
     made_by_others = {"linked_jax.Certificate", "remedies.Moments", "probe.LayerReport", "probe.Report", "probe.Tap"}
+    made_by_others |= {"probe.Origin"}
     if thing in made_by_others or not callable(found) or inspect.ismodule(found) or isinstance(found, linked_jax.Link):
         return  # made by certify, the calculus, probe; the links are one line each, explained at the top of their file
     assert doctest.DocTestFinder(recurse=False).find(found)[0].examples, f"{thing} has no example"
@@ -224,8 +227,10 @@ def test_local_links_of_the_pages_exist():
 
 
 @pytest.mark.slow
-def test_the_snippets_of_the_readme_run():
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/diagnostics.md"])
+def test_the_snippets_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     assert snippets
     for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
+        exec(compile(snippet, page, "exec"), {})

@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.core import eval_jaxpr
 from jax.extend.core import Literal
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
+from linked_jax.histograms import log_histogram
 from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, graph_of, scan_parts
 from linked_jax.probe.models import is_key, merge, split
 from linked_jax.probe.names import module_of, named_calls
 from linked_jax.probe.recognise import activations, evaluate_op
 from linked_jax.probe.regions import Region
-from linked_jax.probe.taps import Tap, all_times, is_tap, kept, measure, nothing_yet, together
+from linked_jax.probe.taps import Tap, all_times, is_tap, kept, measure, nothing_yet, together, whole
 
 Key = tuple[int, ...]
 """Where an activation begins: the number of the operation, after those of the operations that it is inside."""
@@ -101,15 +102,18 @@ class Trace:
             graph = graph_of(jaxpr, None, from_data)
         return cls(graph, [*parts[0], *parts[1]], jax.tree.structure(outputs))
 
-    def evaluate(self, probes: Mapping[Key, Any] | None = None, mask: Array | None = None) -> tuple[Any, Taps]:
+    def evaluate(
+        self, probes: Mapping[Key, "Gradients"] | None = None, mask: Array | None = None, *, scale: int = 1
+    ) -> tuple[Any, Taps]:
         """The outputs and the taps.
 
         Args:
-          probes: for activations, by their keys, a zero of the shape of their `gradient_square_sum`; the gradient for
-            it is that sum.
+          probes: for activations, by their keys, the `Gradients` of their taps, zeros: the "gradients" for them are the
+            statistics of the gradient for z.
           mask: as for `observe`.
+          scale: what the gradient for z is multiplied with.
         """
-        leaves, taps = _evaluate(self.graph, self.arguments, Watch(probes or {}, mask))
+        leaves, taps = _evaluate(self.graph, self.arguments, Watch(probes or {}, mask, scale))
         return jax.tree.unflatten(self.structure, leaves), taps
 
 
@@ -118,6 +122,7 @@ class Watch(NamedTuple):
 
     probes: Mapping[Key, Any]
     mask: Array | None
+    scale: int = 1
 
     def inside(self, i: int) -> "Watch":
         """Of the graph inside an operation, by its number."""
@@ -125,13 +130,25 @@ class Watch(NamedTuple):
         return self._replace(probes=probes)
 
 
-def with_gradients(taps: Taps, square_sums: Mapping[Key, Any]) -> Taps:
-    """The taps with these sums of squares, by their keys; None where there is none."""
+class Gradients(NamedTuple):
+    """The statistics of the gradient for a z, of its tap."""
 
-    def with_sum(key: Key, entry: Any) -> Any:
-        return dataclasses.replace(entry, gradient_square_sum=square_sums.get(key)) if is_tap(entry) else entry
+    square_sum: Any
+    histogram: Any
 
-    return Taps((key, with_sum(key, entry)) for key, entry in taps.items())
+
+NO_GRADIENTS = Gradients(None, None)
+
+
+def with_gradients(taps: Taps, gradients: Mapping[Key, Gradients]) -> Taps:
+    """The taps with these statistics, by their keys; None where there is none."""
+    return Taps((key, _with_gradients(entry, gradients.get(key, NO_GRADIENTS))) for key, entry in taps.items())
+
+
+def _with_gradients(entry: Any, found: Gradients) -> Any:
+    if not is_tap(entry):
+        return entry
+    return dataclasses.replace(entry, gradient_square_sum=found.square_sum, gradient_histogram=found.histogram)
 
 
 def _twice(x: Any) -> Any:
@@ -149,7 +166,7 @@ def _evaluate(graph: Graph, arguments: list[Any], watch: Watch) -> tuple[list[An
         for key, z in watched:
             if z is value and key in watch.probes:
                 where = jnp.ones((), bool) if watch.mask is None else kept(value, watch.mask)
-                x = _measured(x, where, watch.probes[key])
+                x = _measured(watch.scale, x, where, watch.probes[key])
         env[id(value)] = x
 
     for value, x in [*zip(graph.inputs, arguments, strict=True), *graph.constants]:
@@ -157,7 +174,7 @@ def _evaluate(graph: Graph, arguments: list[Any], watch: Watch) -> tuple[list[An
     taps: dict[Key, Any] = {}
     for i, op in enumerate(graph.ops):
         operands = [read(x, env) for x in op.operands]
-        if any(map(_has_activation, op.graphs)) and op.data:
+        if any(map(has_activation, op.graphs)) and op.data:
             outputs, inside = _enter(op, operands, watch.inside(i))
             taps |= {(i, *key): tap for key, tap in inside.items()}
         else:
@@ -174,8 +191,9 @@ def read(x: Atom, env: Env) -> Any:
     return x.val if isinstance(x, Literal) else env[id(x)]
 
 
-def _has_activation(graph: Graph) -> bool:
-    return any(activations(graph)) or any(_has_activation(inner) for op in graph.ops for inner in op.graphs)
+def has_activation(graph: Graph) -> bool:
+    """Whether there is one, or what may be one, in a graph or in those inside."""
+    return any(activations(graph)) or any(has_activation(inner) for op in graph.ops for inner in op.graphs)
 
 
 def _enter(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], dict[Key, Any]]:
@@ -190,16 +208,12 @@ def _enter(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], dict[K
     if op.kind in CUSTOM:  # its own derivative hides what is inside, but not the gradient for its arguments
         inside = _evaluate(op.graphs[0], jax.lax.stop_gradient(operands), Watch({}, watch.mask))[1]
         shown = {(region.place,) for region, _ in _of_arguments(op)}
-        return outputs, {key: tap if key in shown else _without_gradient(tap) for key, tap in inside.items()}
+        return outputs, {key: x if key in shown else _with_gradients(x, NO_GRADIENTS) for key, x in inside.items()}
     return outputs, {(0,): _not_seen(op)}
 
 
 def _not_seen(op: Op) -> NotSeen:
     return NotSeen(f"{op.kind} in {module_of(op.where.scope) or op.where.source or 'the model'}")
-
-
-def _without_gradient(tap: Any) -> Any:
-    return dataclasses.replace(tap, gradient_square_sum=None) if is_tap(tap) else tap
 
 
 def _of_arguments(op: Op) -> list[tuple[Region, Atom]]:
@@ -224,21 +238,34 @@ def _scan(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], Taps]:
     n_consts, n_carry = scan_parts(op.equation)
     first_x = n_consts + n_carry
     consts, carry, xs = operands[:n_consts], operands[n_consts:first_x], operands[first_x:]
-    data = [x for x in op.operands[first_x:] if isinstance(x, Value) and x.from_data]
-    probes, masks = ({}, None) if data else (dict(watch.probes), None)
-    if data and watch.mask is not None:  # it is of samples one by one, or of steps
-        by_sample = any(0 in x.samples for x in data)
-        steps = by_sample or (watch.mask.ndim > 1 and watch.mask.shape[1] == params["length"])
-        masks = jnp.moveaxis(watch.mask, 0 if by_sample else 1, 0) if steps else None
+    data = scanned_data(op)
+    probes, masks = {} if data else dict(watch.probes), step_masks(op, watch.mask)
 
     def step(carry: list[Any], x: tuple[list[Any], Any, Any]) -> tuple[list[Any], Any]:
         mask = watch.mask if x[2] is None else x[2]
-        outputs, taps = _evaluate(graph, [*consts, *carry, *x[0]], Watch(watch.probes if data else x[1], mask))
+        inside = watch._replace(probes=watch.probes if data else x[1], mask=mask)
+        outputs, taps = _evaluate(graph, [*consts, *carry, *x[0]], inside)
         return outputs[: len(carry)], (outputs[len(carry) :], taps)
 
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
     carry, (ys, taps) = jax.lax.scan(step, carry, (xs, probes, masks), **options)
     return [*carry, *ys], jax.tree.map(all_times, taps, is_leaf=is_tap) if data else taps
+
+
+def scanned_data(op: Op) -> list[Value]:
+    """The data that a scan goes over."""
+    return [x for x in op.operands[sum(scan_parts(op.equation)) :] if isinstance(x, Value) and x.from_data]
+
+
+def step_masks(op: Op, mask: Array | None) -> Array | None:
+    """The mask of each iteration of a scan, if it goes over the samples one by one, or over their steps."""
+    data = scanned_data(op)
+    if mask is None or not data:
+        return None
+    by_sample = any(0 in x.samples for x in data)
+    if by_sample or (mask.ndim > 1 and mask.shape[1] == op.equation.params["length"]):
+        return jnp.moveaxis(mask, 0 if by_sample else 1, 0)
+    return None
 
 
 def _cond(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], dict[Key, Any]]:
@@ -280,17 +307,20 @@ def _while(op: Op, operands: list[Any], mask: Array | None) -> tuple[list[Any], 
 
     start = nothing_yet(jax.eval_shape(body, carry)[1])
     carry, taps = jax.lax.while_loop(more, step, (list(carry), start))
-    return carry, jax.tree.map(_without_gradient, taps, is_leaf=is_tap)
+    return carry, with_gradients(taps, {})
 
 
-@jax.custom_vjp
-def _measured(z: Array, where: Bool[Array, "..."], probe: Float[Array, ""]) -> Array:
-    """z. The gradient for the probe is not one, but the sum of squares of the gradient for z, where it counts."""
-    del where, probe
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _measured(scale: int, z: Array, where: Bool[Array, "..."], probe: Gradients) -> Array:
+    """z. The gradients for the probe are none, but the statistics of that for z, times the scale, where it counts."""
+    del scale, where, probe
     return z
 
 
-_measured.defvjp(
-    lambda z, where, _probe: (z, where),
-    lambda where, g: (g, None, jnp.square(jnp.where(where, g, 0).astype(jnp.float32)).sum()),
-)
+def _backward(scale: int, where: Any, g: Array) -> tuple[Array, None, Gradients]:
+    wide = whole(g).astype(jnp.float32)
+    square_sum = float(scale) ** 2 * jnp.square(jnp.where(where, wide, 0)).sum()
+    return g, None, Gradients(square_sum, log_histogram(scale * wide, where=jnp.asarray(where)))
+
+
+_measured.defvjp(lambda _scale, z, where, _probe: (z, where), _backward)

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-from linked_jax import diagnostics, signal_statistics
+from linked_jax import diagnostics, signal_statistics, slopes
 from linked_jax.diagnostics import UnitStatistics
+from linked_jax.probe.origin import Origin
 from linked_jax.probe.taps import Tap, unstack
 
 
@@ -50,6 +51,15 @@ class LayerReport:
       gradient_mean_square: of the gradient of one sample's loss for z, by all that is computed from z; None without a
         loss, or inside a function with a custom derivative.
       effective_rank: of the outputs h; None for more than 4,096 features.
+      stable_rank: of the outputs h; None for more than 4,096 features.
+      negative_slope: of each member, the mean derivative below 0: see `slopes.effective_negative_slope`, (d,).
+      dead_band: the share of the data where no member is steeper than 0.001, (C,).
+      histogram: of z over all units, counts in the bins of `histograms.bin_edges`.
+      gradient_histogram: of the gradient of one sample's loss for z; None where `gradient_mean_square` is.
+      drift: of a `Monitor`, the 2-Wasserstein distance to the report before: see `signal_statistics.covariate_drift`.
+        None at the first.
+      dead_checks: of a `Monitor`, for how many reports the unit has been dead without a break, (C,).
+      dead_share: of a `Monitor`, the share of all reports so far at which the unit was dead, (C,).
     """
 
     name: str
@@ -75,6 +85,21 @@ class LayerReport:
     mean_square: float
     gradient_mean_square: float | None
     effective_rank: float | None
+    stable_rank: float | None = None
+    negative_slope: Float[np.ndarray, " d"] | None = None
+    dead_band: Float[np.ndarray, " c"] | None = None
+    histogram: Float[np.ndarray, " bins"] | None = None
+    gradient_histogram: Float[np.ndarray, " bins"] | None = None
+    drift: float | None = None
+    dead_checks: Int[np.ndarray, " c"] | None = None
+    dead_share: Float[np.ndarray, " c"] | None = None
+
+    def scalars(self) -> dict[str, float | None]:
+        """One number for each diagnostic, ready for JSON: of units the share or the mean; None if it is not finite.
+
+        Of the negative slopes it is the steepest member's, of `dead_checks` that of the unit that is longest dead.
+        """
+        return {name: float(x) if x is not None and math.isfinite(x) else None for name, x in _scalars(self).items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,13 +108,17 @@ class Report:
 
     Its columns count units that are dead, have no gradient (no grad: `dead_link`), had NaN or infinity (NaN/inf), are
     dormant, never change the sign of z (linear: `linearised`) and are saturated (satur.); and show the shift
-    (`activation_shift`), the mean squares of z (z²) and of the gradient for it (grad²), and the effective rank of the
-    outputs (rank). An activation that is a lambda has no better name: make a `Link` of a function with a name.
+    (`activation_shift`), the mean squares of z (z²) and of the gradient for it (grad²), the effective rank of the
+    outputs (rank) and their stable rank (stable), the effective negative slope of the steepest member (slope<0) and the
+    share of the data in the dead band (flat). An activation that is a lambda has no better name: make a `Link` of a
+    function with a name.
 
     Attributes:
       layers: the activations.
       tau: the threshold of dormancy.
       not_seen: operations with activations inside that were not looked into, and where they are.
+      not_finite_first: where the first NaN or infinity in an activation comes from: see `Origin`. None if all are
+        finite, or the batches could be read only once.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -105,13 +134,18 @@ class Report:
     layers: tuple[LayerReport, ...]
     tau: float
     not_seen: tuple[str, ...] = ()
+    not_finite_first: Origin | None = None
 
     def __str__(self) -> str:
         rows = [_COLUMNS, *map(_row, self.layers)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         adjusts = [str.ljust] * 2 + [str.rjust] * (len(_COLUMNS) - 2)
         lines = ["  ".join(f(x, n) for f, x, n in zip(adjusts, row, widths, strict=True)) for row in rows]
-        return "\n".join([*lines, *(f"not seen: {what}" for what in self.not_seen)])
+        return "\n".join([*lines, *self._remarks()])
+
+    def _remarks(self) -> list[str]:
+        found = [] if self.not_finite_first is None else [f"not finite: {self.not_finite_first}"]
+        return [*found, *(f"not seen: {what}" for what in self.not_seen)]
 
     def print(self) -> None:
         """The table in colours; needs rich (pip install linked_jax[report])."""
@@ -129,12 +163,14 @@ class Report:
         needed = max(map(len, str(self).splitlines())) + 2 * len(_COLUMNS)
         console = Console(width=max(needed, Console().width))  # rich would cut names to fit
         console.print(table)
-        for what in self.not_seen:
-            console.print(f"not seen: {what}", markup=False)
+        for remark in self._remarks():
+            console.print(remark, markup=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON, whole or not at all. Numbers that are not finite are strings."""
-        content = {"tau": self.tau, "not_seen": self.not_seen, "layers": [_encoded(layer) for layer in self.layers]}
+        origin = self.not_finite_first and dataclasses.asdict(self.not_finite_first)
+        content: dict[str, Any] = {"tau": self.tau, "not_seen": self.not_seen, "not_finite_first": origin}
+        content["layers"] = [_encoded(layer) for layer in self.layers]
         path = Path(path)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         part.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
@@ -145,7 +181,8 @@ class Report:
         """Read what `save` wrote; the same to the last bit."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         layers = tuple(LayerReport(**{name: _decoded(name, x) for name, x in one.items()}) for one in content["layers"])
-        return cls(layers, content["tau"], tuple(content["not_seen"]))
+        origin = content.get("not_finite_first")
+        return cls(layers, content["tau"], tuple(content["not_seen"]), origin and Origin(**origin))
 
     def drift(self, later: "Report") -> tuple[signal_statistics.Drift, ...]:
         """How far each layer's pre-activations moved, as `signal_statistics.covariate_drift`; three floats for each.
@@ -172,15 +209,27 @@ class Report:
 
 _COLUMNS = (
     "name", "activation", "units", "dead", "no grad", "NaN/inf", "dormant", "linear", "satur.", "shift", "z²", "grad²",
-    "rank",
+    "rank", "stable", "slope<0", "flat",
 )  # fmt: skip
+_SCALARS = ("activation_shift", "mean_square", "gradient_mean_square", "effective_rank", "stable_rank")
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
     counts = (layer.dead, layer.dead_link, layer.not_finite, layer.dormant, layer.linearised, layer.saturated)
-    scalars = (layer.activation_shift, layer.mean_square, layer.gradient_mean_square, layer.effective_rank)
-    cells = ("" if x is None else f"{x:.3g}" for x in scalars)
+    scalars = _scalars(layer)
+    shown = (scalars[name] for name in (*_SCALARS, "negative_slope", "dead_band"))
+    cells = ("" if x is None else f"{x:.3g}" for x in shown)
     return (layer.name, layer.activation, str(layer.units), *(str(int(x.sum())) for x in counts), *cells)
+
+
+def _scalars(layer: LayerReport) -> dict[str, Any]:
+    shares = ("dead", "dormant", "not_finite", "linearised", "saturated", "dead_band")
+    found = {name: None if (x := getattr(layer, name)) is None else x.mean() for name in shares}
+    found |= {name: getattr(layer, name) for name in (*_SCALARS, "drift")}
+    found["negative_slope"] = None if layer.negative_slope is None else max(layer.negative_slope, key=abs)
+    found["dead_checks"] = None if layer.dead_checks is None else layer.dead_checks.max()
+    found["dead_share"] = None if layer.dead_share is None else layer.dead_share.mean()
+    return found
 
 
 def _encoded(layer: LayerReport) -> dict[str, Any]:
@@ -197,7 +246,8 @@ def _encoded(layer: LayerReport) -> dict[str, Any]:
 
 def _decoded(name: str, x: Any) -> Any:
     if isinstance(x, list):
-        return np.asarray(x, bool if isinstance(x[0], bool) else np.float32)
+        kinds = {bool: bool, int: np.int32}
+        return np.asarray(x, kinds.get(type(x[0]), np.float32))
     return float(x) if isinstance(x, str) and name not in ("name", "source", "activation") else x
 
 
@@ -208,14 +258,16 @@ def _moments(layer: LayerReport) -> UnitStatistics:
     return UnitStatistics(jnp.float32(1), false, zero, false, zero, mean, variance, zero)
 
 
-def make_report(taps: list[Tap], not_seen: list[str], tau: float) -> Report:
+def make_report(taps: list[Tap], not_seen: list[str], tau: float, origin: Origin | None = None) -> Report:
     """The report of the taps of a whole data set, in order; layers of one name are numbered."""
     layers = unstack(taps)
     times, seen = Counter(tap.name for tap in layers), Counter()
     reports = []
     for tap in layers:
         seen[tap.name] += 1
-        numbers = jax.device_get(_numbers(tap.stats, tap.features, tap.gradient_square_sum, tau))
+        with jax.debug_nans(False), jax.debug_infs(False):  # NaN says that there was nothing to measure
+            numbers = jax.device_get(_numbers(tap.stats, tap.slopes, tap.features, tap.gradient_square_sum, tau))
+        histograms = jax.device_get((tap.histogram, tap.gradient_histogram))
         reports.append(
             LayerReport(
                 name=f"{tap.name}#{seen[tap.name]}" if times[tap.name] > 1 else tap.name,
@@ -225,13 +277,17 @@ def make_report(taps: list[Tap], not_seen: list[str], tau: float) -> Report:
                 units=tap.stats.mean.size,
                 samples=int(tap.stats.count),
                 **jax.tree.map(_in_numpy, numbers),
+                histogram=histograms[0],
+                gradient_histogram=histograms[1],
             )
         )
-    return Report(tuple(reports), tau, tuple(dict.fromkeys(not_seen)))
+    return Report(tuple(reports), tau, tuple(dict.fromkeys(not_seen)), origin)
 
 
 @functools.partial(jax.jit, static_argnames="tau")
-def _numbers(stats: UnitStatistics, features: Any, gradient_square_sum: Any, tau: float) -> dict[str, Any]:
+def _numbers(
+    stats: UnitStatistics, steepness: slopes.SlopeStatistics, features: Any, gradient_square_sum: Any, tau: float
+) -> dict[str, Any]:
     shift, distance = signal_statistics.activation_shift(stats), signal_statistics.elimination(stats)
     n = stats.count * stats.mean.size
     return {
@@ -252,6 +308,9 @@ def _numbers(stats: UnitStatistics, features: Any, gradient_square_sum: Any, tau
         "mean_square": signal_statistics.mean_square(stats),
         "gradient_mean_square": None if gradient_square_sum is None else gradient_square_sum / n,
         "effective_rank": None if features is None else signal_statistics.effective_rank(features),
+        "stable_rank": None if features is None else signal_statistics.stable_rank(features),
+        "negative_slope": slopes.effective_negative_slope(steepness),
+        "dead_band": slopes.dead_band(steepness),
     }
 
 

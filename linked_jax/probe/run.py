@@ -1,18 +1,19 @@
-"""Observe any model on a data set: once, or again and again during its training."""
+"""Observe any model on a data set."""
 
+import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from linked_jax.probe.interpret import NotSeen, Taps, Trace, with_gradients
+from linked_jax.diagnostics import not_finite_units
+from linked_jax.probe.interpret import Gradients, NotSeen, Taps, Trace, with_gradients
 from linked_jax.probe.models import check_model, is_key, kind_of, merge, split
-from linked_jax.probe.report import LayerReport, Report, make_report
-from linked_jax.probe.taps import is_tap, together
-from linked_jax.signal_statistics import Drift
+from linked_jax.probe.origin import Origin, origin_of
+from linked_jax.probe.report import Report, make_report
+from linked_jax.probe.taps import is_tap, together, unstack
 
 
 def probe(
@@ -83,85 +84,10 @@ def probe(
       >>> layer.name, layer.activation, layer.samples, layer.dead.tolist()
       ('layers.1', 'relu', 32, [False, False, True])
     """
-    return _Probe(call, loss_fn, tau, mask)(model, batches)
+    return Probe(call, loss_fn, tau, mask)(model, batches)
 
 
-class Monitor:
-    """Probe a model in any training loop, every so many steps; nothing is traced again the second time.
-
-    Args:
-      batches: the data to probe on, a list: the same each time.
-      every: probe at steps 0, every, 2 * every, ...
-      call: as for `probe`.
-      loss_fn: as for `probe`.
-      tau: as for `probe`.
-      mask: as for `probe`.
-
-    Attributes:
-      history: for each report {"step", "layers": [{"name", "dead", "dormant", "not_finite", "linearised", "saturated",
-        "mean_square", "gradient_mean_square", "effective_rank", "drift"}]}, ready for JSON. The first are shares of
-        the units; drift is the 2-Wasserstein distance to the report before, None at the first. Not a number is None.
-      report: the last `Report`; None before the first.
-
-    Raises:
-      ValueError: if every is no integer or below 1, or batches is an iterator, which could be read only once.
-
-    Example:
-      >>> import functools, jax, jax.numpy as jnp
-      >>> from linked_jax.probe import Monitor
-      >>> def net(w, x):
-      ...     return jax.nn.relu(x @ w)
-      >>> monitor = Monitor([jnp.ones((8, 2))], every=10)
-      >>> for step in range(11):
-      ...     _ = monitor(step, functools.partial(net, jnp.full((2, 3), 5.0 - step)))
-      >>> [(entry["step"], entry["layers"][0]["dead"]) for entry in monitor.history]
-      [(0, 0.0), (10, 1.0)]
-    """
-
-    def __init__(
-        self,
-        batches: Iterable[Any],
-        *,
-        every: int,
-        call: Callable[[Any, Any], Any] | None = None,
-        loss_fn: Callable[[Any, Any], Any] | None = None,
-        tau: float = 0.025,
-        mask: Callable[[Any], Any] | None = None,
-    ):
-        if isinstance(every, bool) or not hasattr(every, "__index__"):
-            raise ValueError(f"every is an integer, got {every!r}; it is the number of steps from report to report")
-        if every < 1:
-            raise ValueError(f"every is at least 1, got {every}; it is the number of steps from report to report")
-        if isinstance(batches, Iterator):
-            raise ValueError(f"a monitor reads its batches many times, got {type(batches).__name__}; pass a list")
-        self.batches, self.every = batches, every
-        self.history: list[dict[str, Any]] = []
-        self.report: Report | None = None
-        self._probe = _Probe(call, loss_fn, tau, mask)
-
-    def __call__(self, step: int, model: Any) -> Report | None:
-        """Probe if it is time: the report, or None."""
-        if step % self.every:
-            return None
-        report = self._probe(model, self.batches)
-        drifts = self.report.drift(report) if self.report else [None] * len(report.layers)
-        layers = [_compact(layer, drift) for layer, drift in zip(report.layers, drifts, strict=True)]
-        self.history.append({"step": int(step), "layers": layers})
-        self.report = report
-        return report
-
-
-def _compact(layer: LayerReport, drift: Drift | None) -> dict[str, Any]:
-    shares = {
-        name: getattr(layer, name).mean() for name in ("dead", "dormant", "not_finite", "linearised", "saturated")
-    }
-    scalars = {name: getattr(layer, name) for name in ("mean_square", "gradient_mean_square", "effective_rank")}
-    values = shares | scalars | {"drift": drift and drift.wasserstein}
-    finite = {name: float(x) if x is not None and math.isfinite(x) else None for name, x in values.items()}
-    return {"name": layer.name} | finite
-
-
-class _Probe:
+class Probe:
     """(model, batches) -> `Report`, compiled once for each structure of the model and shape of a batch."""
 
     def __init__(
@@ -177,13 +103,14 @@ class _Probe:
             raise ValueError(f"tau is a number, got {kind_of(tau)}; 0.025 is usual") from None
         if not self.tau >= 0:
             raise ValueError(f"tau is at least 0, got {tau}; 0 finds the units that are always zero")
-        self.call, self.has_loss = call, loss_fn is not None
-        apply = (lambda model, x: model(x)) if call is None else call
+        self.call, self.has_loss, self.mask = call, loss_fn is not None, mask
+        self.apply = (lambda model, x: model(x)) if call is None else call
         if mask is not None and not callable(mask):
             raise ValueError(f"mask is a function mask(inputs), got {kind_of(mask)}; pass lambda inputs: inputs != 0")
-        self.taps = jax.jit(functools.partial(_taps_of_batch, apply, loss_fn, mask), static_argnums=0)
+        self.taps = jax.jit(functools.partial(_taps_of_batch, self.apply, loss_fn, mask), static_argnums=0)
 
-    def __call__(self, model: Any, batches: Iterable[Any]) -> Report:
+    def __call__(self, model: Any, batches: Iterable[Any], *, explain: bool = True) -> Report:
+        """The report; with `explain` it says where the first value that is not finite comes from."""
         check_model(model, self.call)
         static, arrays = split(model)
         try:
@@ -208,7 +135,39 @@ class _Probe:
                 f"no activation was found in the model{f', and these were not entered: {not_seen}' if not_seen else ''}"
                 "; an activation is an elementwise function of the inputs that is not affine"
             )
-        return make_report(taps, not_seen, self.tau)
+        report = make_report(taps, not_seen, self.tau)
+        if explain and any(layer.not_finite.any() for layer in report.layers) and not isinstance(batches, Iterator):
+            origin = self._origin(static, arrays, batches)
+            return dataclasses.replace(report, not_finite_first=origin)
+        return report
+
+    def _origin(self, static: Any, arrays: Any, batches: Iterable[Any]) -> Origin | None:
+        """Of the first batch that makes an activation not finite."""
+        for number, batch in enumerate(batches):
+            taps = [tap for tap in self.taps(static, arrays, batch).values() if is_tap(tap)]
+            seen_by = next((tap for tap in unstack(taps) if not_finite_units(tap.stats).any()), None)
+            if seen_by is None:
+                continue
+            inputs = batch[0] if self.has_loss else batch
+            trace = Trace.of(self.apply, merge(static, arrays), inputs)
+            names = [("parameter", _name(path[1:])) for path, _ in jax.tree.leaves_with_path(arrays)]
+            names += [("input", _name(path)) for path, _ in jax.tree.leaves_with_path(inputs)]
+            found = "no operation by itself: sums over the data overflow, or operations that are compiled together"
+            try:
+                origin = origin_of(trace, names, _checked_mask(self.mask, inputs))
+            except Exception as error:  # a training run goes on where an operation cannot be evaluated by itself
+                origin, found = None, f"not found ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
+            if origin is None:
+                origin = Origin("unknown", found, "", "", "", f"{seen_by.name} at {seen_by.source}")
+            name = f"{origin.name} of batch {number}".strip() if origin.kind == "input" else origin.name
+            return dataclasses.replace(origin, name=name)
+        return None
+
+
+def _name(path: Any) -> str:
+    """layers.0.kernel, of a path of a pytree."""
+    keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
+    return ".".join(keys).removesuffix(".value")
 
 
 def _taps_of_batch(call: Any, loss_fn: Any, mask: Any, static: Any, arrays: Any, batch: Any) -> Taps:
@@ -218,19 +177,20 @@ def _taps_of_batch(call: Any, loss_fn: Any, mask: Any, static: Any, arrays: Any,
     if loss_fn is None:
         return with_gradients(trace.evaluate(mask=where)[1], {})
 
+    n = next(x.shape[0] for x in jax.tree.leaves(inputs) if not is_key(x))
+
     def loss(probes: Any) -> tuple[Any, Any]:
-        outputs, taps = trace.evaluate(probes, where)
+        outputs, taps = trace.evaluate(probes, where, scale=n)  # n times the mean is a sample's own loss
         value = loss_fn(outputs, labels)
         if not jax.tree.all(jax.tree.map(lambda x: not jnp.shape(x), value)) or isinstance(value, (tuple, list, dict)):
             raise ValueError(f"loss_fn returns a scalar, the mean over the batch, got {kind_of(value)}")
         return value, taps
 
     silent = jax.eval_shape(lambda: trace.evaluate(mask=where)[1])
-    sums = {key: tap.gradient_square_sum for key, tap in silent.items() if is_tap(tap)}
-    zeros = {key: jnp.zeros(sum_.shape) for key, sum_ in sums.items() if sum_ is not None}
-    gradients, taps = jax.grad(loss, has_aux=True)(zeros)
-    n = next(x.shape[0] for x in jax.tree.leaves(inputs) if not is_key(x))
-    return with_gradients(taps, {key: n**2 * square_sum for key, square_sum in gradients.items()})
+    taps = {key: tap for key, tap in silent.items() if is_tap(tap) and tap.gradient_square_sum is not None}
+    shapes = {key: Gradients(tap.gradient_square_sum, tap.gradient_histogram) for key, tap in taps.items()}
+    gradients, taps = jax.grad(loss, has_aux=True)(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+    return with_gradients(taps, gradients)
 
 
 def _checked_mask(mask: Any, inputs: Any) -> Any:

@@ -13,11 +13,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from linked_jax.diagnostics import combine, unit_statistics
+from linked_jax.histograms import BINS, log_histogram
 from linked_jax.probe.graph import Factor, Value, inner_jaxprs, open_jaxpr
 from linked_jax.probe.names import module_of
 from linked_jax.probe.recognise import evaluate_op, name_of
 from linked_jax.probe.regions import Region
 from linked_jax.signal_statistics import combine_features, feature_moments
+from linked_jax.slopes import combine_slopes, slope_statistics
 
 LARGEST_SCATTER = 4096
 """The effective rank is of layers with at most that many features: their scatter matrix takes 64 MB."""
@@ -30,9 +32,12 @@ class Tap:
 
     Attributes:
       stats: the `linked_jax.diagnostics.UnitStatistics` of its C units.
+      slopes: their `linked_jax.slopes.SlopeStatistics`.
       features: the `linked_jax.signal_statistics.FeatureMoments` of its d*C outputs; None for more than 4,096.
+      histogram: of z, counts as of `linked_jax.histograms.log_histogram`.
       gradient_square_sum: the sum of squares of the gradient for z, (); None if nothing was differentiated, or where
         a function with a custom derivative hides it.
+      gradient_histogram: of the gradient for z; None where the sum is.
       name: the scopes that it was found in, with [i] for the i-th layer of a scan after `unstack`.
       source: the file and line.
       activation: its name.
@@ -48,8 +53,11 @@ class Tap:
     """
 
     stats: Any  # JAX rebuilds pytrees with other things than arrays in them: no types here
+    slopes: Any
     features: Any
+    histogram: Any
     gradient_square_sum: Any
+    gradient_histogram: Any
     name: str = dataclasses.field(metadata={"static": True})
     source: str = dataclasses.field(metadata={"static": True})
     activation: str = dataclasses.field(metadata={"static": True})
@@ -78,8 +86,11 @@ def together(a: Tap, b: Tap) -> Tap:
     return dataclasses.replace(
         a,
         stats=merge(a.stats, b.stats),
+        slopes=combine_slopes(a.slopes, b.slopes),
         features=None if a.features is None else merge_features(a.features, b.features),
+        histogram=a.histogram + b.histogram,
         gradient_square_sum=jax.tree.map(jnp.add, a.gradient_square_sum, b.gradient_square_sum),
+        gradient_histogram=jax.tree.map(jnp.add, a.gradient_histogram, b.gradient_histogram),
     )
 
 
@@ -133,21 +144,25 @@ def measure(region: Region, env: dict[int, Any], mask: Array | None = None) -> T
 
     z = jax.lax.stop_gradient(env[id(region.z)])
     h, slopes = (
-        jnp.concatenate([by_unit(x) for x in _whole(xs)], axis=-1)
+        jnp.concatenate([by_unit(x) for x in whole(xs)], axis=-1)
         for xs in jax.lax.stop_gradient(_with_slopes(f, z, region))
     )
+    z, arity = by_unit(whole(z)), len(region.members)
     return Tap(
-        stats=unit_statistics(by_unit(_whole(z)), h, slopes, arity=len(region.members), where=where),
+        stats=unit_statistics(z, h, slopes, arity=arity, where=where),
+        slopes=slope_statistics(z, slopes, arity=arity, where=where),
         features=feature_moments(h, where=where) if h.shape[-1] <= LARGEST_SCATTER else None,
-        gradient_square_sum=jnp.zeros(()),
+        histogram=log_histogram(z, where=None if where is None else where[:, None]),
+        gradient_square_sum=jnp.zeros((), jnp.float32),
+        gradient_histogram=jnp.zeros(BINS, jnp.float32),
         name=module_of(region.ops[0].where.scope),
         source=region.ops[0].where.source,
         activation=name_of(region),
-        arity=len(region.members),
+        arity=arity,
     )
 
 
-def _whole(x: Array) -> Array:
+def whole(x: Array) -> Array:
     """x, on all devices where it was split over an Explicit mesh: statistics are of the whole batch."""
     sharding: Any = getattr(jax.typeof(x), "sharding", None)
     split = bool(sharding and sharding.mesh.explicit_axes and any(sharding.spec))

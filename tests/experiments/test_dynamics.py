@@ -420,7 +420,7 @@ def test_every_named_link_is_in_the_picture_once():
 def test_the_verdicts_are_the_certificates():
     good = Certificate(
         linked=True, dtype="bfloat16", min_gradient=0.5, argmin=-2.25, dead_intervals=(), dead_interval_count=0,
-        nonfinite_count=0, first_nonfinite=None, num_inputs=65280, seconds=0.1, platform="cpu",
+        nonfinite_count=0, first_nonfinite=None, num_inputs=65280, seconds=0.1, platform="cpu", dead_band=0.0,
     )  # fmt: skip
     assert links.verdict(good) == "linked: least max|g'| = 0.5, at z = -2.2"
     broken = dataclasses.replace(good, linked=False, nonfinite_count=1234, first_nonfinite=7.0)

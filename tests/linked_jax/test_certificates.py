@@ -99,6 +99,8 @@ def test_certificate_agrees_with_brute_force(name, dtype):
     else:
         assert certificate.first_nonfinite is None
     assert certificate.linked == (not dead and not bad.any())
+    flat = runs(z, (largest < 1e-3) & (np.abs(z) <= 10))
+    assert certificate.dead_band == pytest.approx(sum(high - low for low, high in flat) / 20, rel=1e-12)
     assert certificate.dtype == jnp.dtype(dtype).name
     assert certificate.platform == jax.default_backend()
 
@@ -255,9 +257,16 @@ def test_the_verdict_is_the_same_while_someone_hunts_nan(switch):
     assert not jax.config.jax_debug_nans
 
 
+def test_the_dead_band_of_relu_is_the_half_line_and_its_mirror_has_none():
+    assert certificate_of("relu", jnp.bfloat16).dead_band == pytest.approx(0.5)
+    assert certificate_of("relu6", jnp.bfloat16).dead_band == 0.4  # mirrored: beyond 6 on both sides
+    assert certificate_of("lk_swish", jnp.bfloat16).dead_band == 0
+
+
 def test_text_tells_the_findings():
     text = str(certificate_of("relu6", jnp.bfloat16))
-    for words in ("NO", "65,280", "dead intervals   2", "[6, 3.38953e+38]", "non-finite       0"):
+    band = "dead band        40.00% of [-10, 10]"
+    for words in ("NO", "65,280", "dead intervals   2", "[6, 3.38953e+38]", "non-finite       0", band):
         assert words in text
 
 
@@ -343,6 +352,8 @@ def test_saturating_mirrors_are_not_linked_in_float32(name, flat_from):
     assert not certificate.linked
     assert left == (-FLOAT32_MAX, -right[0])
     assert right == (pytest.approx(flat_from, rel=0.02), FLOAT32_MAX)
+    edge = {"lk_tanh": np.arctanh(0.999**0.5), "lk_sigmoid": 2 * np.arctanh(0.996**0.5)}[name]  # of g' = 0.001
+    assert certificate.dead_band == pytest.approx(1 - edge / 10, rel=1e-4)  # float32 rounds 1 - tanh² so much
 
 
 @pytest.mark.slow

@@ -15,13 +15,15 @@ from linked_jax.signal_statistics import (
     elimination,
     feature_moments,
     mean_square,
+    stable_rank,
     variance,
 )
 from tests.cases import first_fast
 
 # Compiled, as a probe uses them; the doctests call them as they are.
-UNIT_STATISTICS, ELIMINATION, DRIFT, JITTED, MOMENTS, COMBINE = map(
-    jax.jit, (unit_statistics, elimination, covariate_drift, effective_rank, feature_moments, combine_features)
+UNIT_STATISTICS, ELIMINATION, DRIFT, JITTED, STABLE, MOMENTS, COMBINE = map(
+    jax.jit,
+    (unit_statistics, elimination, covariate_drift, effective_rank, stable_rank, feature_moments, combine_features),
 )
 RANK = jax.jit(lambda h: effective_rank(feature_moments(h)))
 
@@ -107,11 +109,15 @@ def test_drift_between_two_layers_is_refused(unchecked):
 
 
 def reference_rank(h):
-    """From the singular values of the features themselves."""
+    return reference_ranks(h)[0]
+
+
+def reference_ranks(h):
+    """The effective and the stable rank, from the singular values of the features themselves."""
     sigma = np.linalg.svd(h, compute_uv=False)
     p = sigma / sigma.sum()
     p = p[p > 0]
-    return np.exp(-(p * np.log(p)).sum())
+    return np.exp(-(p * np.log(p)).sum()), (sigma**2).sum() / sigma.max() ** 2
 
 
 def features(k=12, seed=0):
@@ -125,6 +131,10 @@ def test_effective_rank_is_that_of_the_singular_values_of_the_features(dtype, to
         found = RANK(jnp.asarray(h, dtype))
     assert found.dtype == dtype
     np.testing.assert_allclose(found, reference_rank(h), rtol=tolerance)
+    with jax.enable_x64(dtype == np.float64):
+        stable = STABLE(MOMENTS(jnp.asarray(h, dtype)))
+    assert stable.dtype == dtype
+    np.testing.assert_allclose(stable, reference_ranks(h)[1], rtol=tolerance / 10)
 
 
 @pytest.mark.parametrize(("n", "k"), first_fast([(1024, 512), (300, 512), (2048, 2048)]))
@@ -141,13 +151,16 @@ def test_effective_rank_of_wide_layers_is_that_of_float64(name, n, k):
     }
     h = forms[name].astype(np.float32)
     streamed = functools.reduce(COMBINE, map(MOMENTS, np.array_split(h, 4)))
-    np.testing.assert_allclose(JITTED(streamed), reference_rank(h.astype(np.float64)), rtol=1e-2)
+    effective, stable = reference_ranks(h.astype(np.float64))
+    np.testing.assert_allclose(JITTED(streamed), effective, rtol=1e-2)
+    np.testing.assert_allclose(STABLE(streamed), stable, rtol=1e-3)
 
 
 @pytest.mark.parametrize("rank", first_fast([1, 3, 63]))
 def test_effective_rank_of_isotropic_features_is_their_dimension(rank):
     basis = np.linalg.qr(np.random.default_rng(1).normal(size=(64, 64)))[0][:, :rank]
     np.testing.assert_allclose(RANK(jnp.asarray(basis.T, jnp.float32)), rank, rtol=1e-3)
+    np.testing.assert_allclose(STABLE(MOMENTS(jnp.asarray(basis.T, jnp.float32))), rank, rtol=1e-3)
 
 
 def test_effective_rank_knows_no_rotation_and_no_scale():
@@ -164,10 +177,19 @@ def test_effective_rank_lies_between_one_and_the_rank():
 
 
 def test_effective_rank_of_silent_features_is_zero_and_of_nan_is_nan():
-    assert RANK(jnp.zeros((4, 4))) == 0
+    assert RANK(jnp.zeros((4, 4))) == STABLE(MOMENTS(jnp.zeros((4, 4)))) == 0
     assert np.isnan(RANK(jnp.full((4, 4), jnp.nan)))
+    assert np.isnan(STABLE(MOMENTS(jnp.full((4, 4), jnp.nan))))
 
 
 def test_effective_rank_of_features_instead_of_their_moments_is_refused(unchecked):
     with pytest.raises(TypeError, match=r"pass feature_moments\(h\)"):
         effective_rank(jnp.ones((5, 4)))
+    with pytest.raises(TypeError, match=r"pass feature_moments\(h\)"):
+        stable_rank(jnp.ones((5, 4)))
+
+
+def test_stable_rank_is_at_most_the_effective_rank_and_does_not_count_what_is_small():
+    h = MOMENTS(jnp.asarray(np.diag([1.0] + [0.01] * 11), jnp.float32))
+    np.testing.assert_allclose(STABLE(h), 1.0011, rtol=1e-4)
+    assert JITTED(h) > 1.5

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from linked_jax import certificates, initializers, layers, linen
+from linked_jax import certificates, diagnostics, initializers, layers, linen, signal_statistics, slopes
 from linked_jax.activations import ACTIVATIONS, linked_prelu, lk_relu, lk_swish, prelu
 from linked_jax.diagnostics import live_units
+from linked_jax.histograms import log_histogram
 from linked_jax.learned import ChannelPReLU, LinkedPReLU
 from linked_jax.linking import Link, fourier, linked, min_max
 from linked_jax.moments import expectation
+from linked_jax.probe import Monitor, overview
+from linked_jax.updates import update_ratios
 from tests.cases import SWITCHES, first_fast
 
 KEY = jax.random.key(0)
@@ -44,7 +47,7 @@ def links():
         assert live_units(h).shape == (4,)
 
 
-def slopes():
+def prelus():
     for dtype in (jnp.float32, jnp.bfloat16):
         z = Z.astype(dtype)
         laws_of(lambda z: prelu(z, 0.25), z)
@@ -111,7 +114,48 @@ def certified():
     assert found.linked
 
 
-LAWS = {law.__name__: law for law in (slopes, links, dense, convolutions, starts, in_linen, certified)}
+def diagnosed():
+    def everything(z):
+        h, steepness = jax.jvp(lk_swish, (z,), (jnp.ones_like(z),))
+        stats = diagnostics.unit_statistics(z, h, steepness, arity=2, where=jnp.array([True, True]))
+        stats = diagnostics.combine(stats, stats)
+        passed = slopes.slope_statistics(z, steepness, arity=2, where=jnp.array([True, True]))
+        passed = slopes.combine_slopes(passed, passed)
+        features = signal_statistics.feature_moments(h, where=jnp.array([True, True]))
+        features = signal_statistics.combine_features(features, signal_statistics.feature_moments(h))
+        return {
+            "dead": [diagnostics.dead_units(stats), diagnostics.dead_links(stats)],
+            "other verdicts": [diagnostics.dormant_units(stats), diagnostics.saturated_units(stats)],
+            "linear": diagnostics.linearised_units(stats),
+            "dormancy": [diagnostics.dormancy(stats), diagnostics.not_finite_units(stats)],
+            "signal": [signal_statistics.mean_square(stats), signal_statistics.activation_shift(stats)],
+            "drift": [signal_statistics.elimination(stats), signal_statistics.covariate_drift(stats, stats)],
+            "ranks": [signal_statistics.effective_rank(features), signal_statistics.stable_rank(features)],
+            "slopes": [slopes.effective_negative_slope(passed), slopes.dead_band(passed)],
+            "histogram": log_histogram(z, where=jnp.array([[True], [True]])),
+            "ratios": update_ratios({"w": z, "b": z[0]}, {"w": h[:, :4], "b": h[0, :4]}),
+        }
+
+    for dtype in (jnp.float32, jnp.bfloat16):
+        z = Z.astype(dtype)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-2), jax.jit(everything)(z), everything(z))
+
+
+def monitored():
+    def net(w, x):
+        h = jax.lax.scan(lambda x, w: (linked(jax.nn.relu)(x)[:, :4] @ w, None), x, w)[0]
+        return jnp.tanh(h)
+
+    monitor = Monitor([(Z, None)], every=1, call=net, loss_fn=lambda outputs, _: jnp.sum(outputs * outputs) / 2)
+    for step in range(2):
+        monitor(step, (1 + step) * jnp.stack([jnp.eye(4, dtype=Z.dtype)] * 2))
+    assert [len(entry["layers"]) for entry in monitor.history] == [3, 3]
+    assert monitor.report.layers[2].gradient_histogram.sum() == Z.size
+    assert "dead_band" in overview(monitor.history)
+
+
+LAWS = (prelus, links, dense, convolutions, starts, in_linen, certified, diagnosed, monitored)
+LAWS = {law.__name__: law for law in LAWS}
 CASES = [(switch, law) for switch in SWITCHES for law in LAWS]
 
 

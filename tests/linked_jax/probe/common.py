@@ -29,6 +29,11 @@ def agrees(layer, z, members=(jax.nn.relu,), layout="blocked", tolerance=2e-5, r
     np.testing.assert_array_equal(layer.saturated, (np.abs(slopes) <= 0.01).all((0, 1)))
     changes = (z > 0).any(0) & (z < 0).any(0)
     np.testing.assert_array_equal(layer.linearised, ~changes & ~layer.dead)
+    np.testing.assert_allclose(layer.dead_band, (np.abs(slopes) < 1e-3).all(0).mean(0), rtol=1e-6)
+    below = np.asarray(z) < 0
+    if below.any():
+        negative = np.sort(slopes[:, below].mean(-1))  # a link may be found in another order of its members
+        np.testing.assert_allclose(np.sort(layer.negative_slope), negative, rtol=1e-4, atol=1e-6)
     score = np.abs(h).mean((0, 1))
     np.testing.assert_allclose(layer.dormancy, score / score.mean(), rtol=1e-4, atol=1e-6)
     scale = np.abs(z).max()
@@ -39,6 +44,7 @@ def agrees(layer, z, members=(jax.nn.relu,), layout="blocked", tolerance=2e-5, r
     if rank:
         h = np.concatenate(h, -1) if layout == "blocked" else np.stack(h, -1).reshape(len(z), -1)
         p = np.linalg.svd(h, compute_uv=False)
+        np.testing.assert_allclose(layer.stable_rank, (p**2).sum() / p.max() ** 2, rtol=1e-2)
         p = p / p.sum()
         np.testing.assert_allclose(layer.effective_rank, np.exp(-(p * np.log(p + 1e-30)).sum()), rtol=1e-2)
 
@@ -51,7 +57,7 @@ def same(a, b, tolerance=1e-5):
             one, other = getattr(x, field.name), getattr(y, field.name)
             if field.name in ("name", "source", "activation") or one is None or other is None:
                 assert (one is None) == (other is None)
-            elif field.name == "effective_rank":
+            elif field.name in ("effective_rank", "stable_rank"):
                 np.testing.assert_allclose(one, other, rtol=1e-3)
             else:
                 np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
