@@ -122,6 +122,8 @@ def plan(sweep: Sweep, passed_on: Sequence[str], out: Path) -> list[Job]:
     for option in ("--out", "--resume", "--seeds"):
         if any(argument.split("=")[0] == option for argument in passed_on):
             raise UsageError(f"{option} after -- is for the sweep to say; put it before --, or leave it out")
+    if asked.distributed:
+        raise UsageError("a sweep starts each command once, and --distributed needs it in every process; run the table")
     settings = table.check(dataclasses.replace(asked, seeds=sweep.seeds))
     jobs = [_job(table, settings, cell, out) for cell in table.cells(settings)]
     if out.exists() and not out.is_dir():

@@ -13,12 +13,12 @@ _WIDE = 180  # columns, where the output goes to a file
 
 
 class Console:
-    """Lines and tables on standard output; the bar only where that is a terminal."""
+    """Lines and tables on standard output, unless quiet; the bar only where that is a terminal."""
 
-    def __init__(self):
+    def __init__(self, *, quiet: bool = False):
         width = None if sys.stdout.isatty() else _WIDE
         self._console = rich.console.Console(
-            file=sys.stdout, highlight=False, width=width
+            file=sys.stdout, highlight=False, width=width, quiet=quiet
         )  # also while it is redirected
 
     def say(self, text: str) -> None:
@@ -37,7 +37,7 @@ class Console:
         shown = columns or (MofNCompleteColumn(), TextColumn("steps"))
         bar = Progress(
             TextColumn("{task.description}"), BarColumn(), *shown, TimeRemainingColumn(), console=self._console,
-            transient=True, disable=not self._console.is_terminal,
+            transient=True, disable=self._console.quiet or not self._console.is_terminal,
         )  # fmt: skip
         with bar:
             task = bar.add_task(description, total=total)

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+import jax
+
 
 class UsageError(ValueError):
     """Says what is wrong, what was received and what to do."""
@@ -40,12 +42,18 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except NonFiniteLossError as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        _say(f"stopped: {error}")
         sys.exit(3)
     except InterruptedRunError as error:
-        print(f"interrupted by {signal.Signals(error.signum).name}. {error}", file=sys.stderr)
+        _say(f"interrupted by {signal.Signals(error.signum).name}. {error}")
         sys.exit(128 + error.signum)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _say(line: str) -> None:
+    """Once, where several processes end alike."""
+    if not jax.distributed.is_initialized() or jax.process_index() == 0:
+        print(line, file=sys.stderr)

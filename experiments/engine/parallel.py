@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.engine.errors import UsageError
-from experiments.engine.settings import Settings
+from experiments.engine.settings import AnySettings, Settings, check_spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,20 @@ class Placement:
     def _put(self, tree: Any, spec: P) -> Any:
         if self.mesh is None:
             return jax.tree.map(jax.numpy.asarray, tree)
-        return jax.device_put(tree, NamedSharding(self.mesh, spec))
+        sharding = NamedSharding(self.mesh, spec)
+        if sharding.is_fully_addressable:
+            return jax.device_put(tree, sharding)
+        return jax.tree.map(lambda x: _of_all_processes(x, sharding), tree)
+
+
+def _of_all_processes(x: Any, sharding: NamedSharding) -> jax.Array:
+    """The global array of what is equal in all processes. `jax.device_put` would compare them, at every batch."""
+    if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(
+            _of_all_processes(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x)
+        )
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 ONE_DEVICE = Placement()
@@ -82,6 +95,23 @@ def check_devices(count: int) -> None:
     if count > jax.device_count():
         platform = jax.devices()[0].platform
         raise UsageError(f"--devices {count} needs {count} devices, got {jax.device_count()} ({platform}); lower it")
+
+
+def on_devices(settings: AnySettings) -> AnySettings:
+    """The settings with the number of devices that they mean.
+
+    Raises:
+      UsageError: if there are fewer; or more, where several processes share them.
+    """
+    asked, there = settings.devices, jax.device_count()
+    check_devices(asked)
+    if not settings.distributed:
+        return settings
+    if 1 < asked < there:
+        raise UsageError(f"--distributed uses all devices, which are {there}, got --devices {asked}; leave it out")
+    settings = dataclasses.replace(settings, devices=there)
+    check_spread(settings)
+    return settings
 
 
 def placement(settings: Settings) -> Placement:

@@ -68,17 +68,10 @@ class Record:
         Raises:
           UsageError: if it is no run, is damaged, belongs to other code, or another process has it.
         """
-        if not folder.is_dir():
-            raise UsageError(f"there is no run {folder}; pass --resume with the folder of one")
+        _check_is_there(folder)
         lock = _lock(folder)
         try:
-            config = read_config(folder)
-            for what, now in _program().items():
-                if config.get(what) != now:
-                    raise UsageError(
-                        f"the run {folder} was begun with {what} {config.get(what)}, this is {now}: resuming it would "
-                        "mix two programs in one record; go back to that, or start anew"
-                    )
+            config = resumable_config(folder)
             lines = read_lines(folder, damaged_end=True)
             record = cls(folder, config, lines, lock)
             content = (folder / METRICS).read_bytes()
@@ -178,6 +171,50 @@ class Record:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Unwritten(Record):
+    """The record of a process that writes nothing, beside the one that does."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        self.folder, self.config = folder, config
+        self.lines = read_lines(folder, damaged_end=True)
+
+    def add(self, *lines: Mapping[str, Any]) -> None:
+        """See `Record.add`; in memory."""
+        self.lines = [*self.lines, *map(dict, lines)]
+
+    def keep(self, count: int) -> None:
+        """See `Record.keep`; in memory."""
+        self.lines = self.lines[:count]
+
+    def write_times(self, times: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def resumable_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a run that this program can resume.
+
+    Raises:
+      UsageError: if there is none, it is damaged, or it belongs to other code.
+    """
+    _check_is_there(folder)
+    config = read_config(folder)
+    for what, now in program().items():
+        if config.get(what) != now:
+            raise UsageError(
+                f"the run {folder} was begun with {what} {config.get(what)}, this is {now}: resuming it would "
+                "mix two programs in one record; go back to that, or start anew"
+            )
+    return config
+
+
+def _check_is_there(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(f"there is no run {folder}; pass --resume with the folder of one")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -301,12 +338,14 @@ def new_folder(out: str | None, name: str) -> Path:
 def environment() -> dict[str, Any]:
     """Versions, hardware and commit of this process."""
     devices = jax.devices()
+    processes = jax.process_count()
     return {
-        **_program(),
+        **program(),
         "hardware": {
             "platform": devices[0].platform,
             "device": devices[0].device_kind,
             "devices": len(devices),
+            **({"processes": processes} if processes > 1 else {}),
             "cpu_cores": os.cpu_count(),
             "machine": platform.machine(),
             "system": platform.system(),
@@ -315,7 +354,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _program() -> dict[str, Any]:
+def program() -> dict[str, Any]:
     """What computes: versions and commit. It does not start JAX."""
     versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     return {"versions": versions, "commit": _commit()}

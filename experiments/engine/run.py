@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ import jax
 import optax
 
 from experiments.engine import data as data_lib
-from experiments.engine import plots, records, tables, training
+from experiments.engine import plots, processes, records, tables, training
 from experiments.engine.checkpoints import Checkpoints
 from experiments.engine.console import Console
 from experiments.engine.costs import count
@@ -20,35 +21,63 @@ from experiments.engine.errors import InterruptedRunError, NonFiniteLossError, U
 from experiments.engine.experiment import Experiment
 from experiments.engine.interrupts import Interrupts
 from experiments.engine.optimizers import OPTIMIZERS
-from experiments.engine.parallel import check_devices, placement, request_devices
-from experiments.engine.settings import NOT_PROTOCOL, Cell, Settings, recorded, resumes, settle
+from experiments.engine.parallel import on_devices, placement, request_devices
+from experiments.engine.settings import (
+    NOT_PROTOCOL,
+    OF_THIS_COMMAND,
+    Cell,
+    Settings,
+    check_processes,
+    recorded,
+    resumes,
+    settle,
+)
 from experiments.engine.study import command
 from experiments.engine.timing import step_times
 
 _EACH_EPOCH_UP_TO = 12  # runs in a command; with more, one line a run
+_AGREE_EVERY = 4  # updates between questions to all processes: has a signal come, is a checkpoint due?
 
 
 def run(experiment: Experiment) -> None:
     """Read the command line, train every net, and leave a record, a table and a picture."""
     settings = experiment.parse(sys.argv[1:])
+    check_processes(settings)
     if not resumes(settings, experiment.presets["auto"]):
-        request_devices(settings.devices)
+        _start(experiment, settings)
         settings = experiment.check(settings)
-        folder = records.new_folder(settings.out, f"{experiment.name}-{'-'.join(settings.act[:3])}")
-        _Run(experiment, settings, folder, None).go()
+        name = f"{experiment.name}-{'-'.join(settings.act[:3])}"
+        folder = processes.from_first(lambda: str(records.new_folder(settings.out, name)))
+        _Run(experiment, settings, Path(folder), None).go()
         return
     folder = Path(settings.resume)
-    with records.Record.reopen(folder) as record:
-        settings = _recorded_settings(experiment, record, settings)
-        request_devices(settings.devices)
+    config = records.resumable_config(folder)
+    settings = _recorded_settings(experiment, folder, config, settings)
+    _start(experiment, settings)
+    with _open(folder, config, lambda: records.Record.reopen(folder)) as record:
         _Run(experiment, settings, folder, record).go()
 
 
-def _recorded_settings(experiment: Experiment, record: records.Record, asked: Settings) -> Any:
-    folder, config = record.folder, record.config
+def _start(experiment: Experiment, settings: Settings) -> None:
+    """What comes before JAX runs: meet the other processes, ask for devices."""
+    options = {
+        f"--{name.replace('_', '-')}": value
+        for name, value in dataclasses.asdict(settings).items()
+        if name not in OF_THIS_COMMAND
+    }
+    plan = {"table": {"table": experiment.name}, "program": records.program(), "options": options}
+    request_devices(settings.devices // processes.join(settings, plan))
+
+
+def _open(folder: Path, config: dict[str, Any], open_it: Callable[[], records.Record]) -> records.Record:
+    """The record, which process 0 writes."""
+    return processes.everywhere(open_it if processes.is_first() else lambda: records.Unwritten(folder, config))
+
+
+def _recorded_settings(experiment: Experiment, folder: Path, config: Mapping[str, Any], asked: Settings) -> Any:
     if config.get("experiment") != experiment.name:
         raise UsageError(f"{folder} is a run of {config.get('experiment')}, not of {experiment.name}")
-    kept = {"data_dir": asked.data_dir, "checkpoint_every": asked.checkpoint_every}
+    kept = {name: getattr(asked, name) for name in ("resume", *OF_THIS_COMMAND)}
     try:
         values = {key: tuple(v) if isinstance(v, list) else v for key, v in config["settings"].items()}
         return type(experiment.presets["auto"])(**values, **kept)
@@ -60,9 +89,13 @@ class _Run:
     """A grid of nets, each with its seeds; a run is a net with one seed, or with all of them where they are stacked."""
 
     def __init__(self, experiment: Experiment, settings: Any, folder: Path, record: records.Record | None):
-        self.experiment, self.folder, self.console = experiment, folder, Console()
-        check_devices(settings.devices)
-        self.data = data_lib.load(settings.dataset, settings.data_dir)
+        self.experiment, self.folder, self.console = experiment, folder, Console(quiet=not processes.is_first())
+        settings = on_devices(settings)
+        self.data = processes.everywhere(lambda: data_lib.load(settings.dataset, settings.data_dir))
+        if len(found := set(processes.texts(self.data.fingerprint))) > 1:
+            raise UsageError(
+                f"the processes have different data, with fingerprints {', '.join(sorted(found))}; copy one"
+            )
         if settings.train_size:
             self.data = data_lib.first(self.data, settings.train_size)
         self.settings = settle(settings, self.data)
@@ -84,12 +117,14 @@ class _Run:
         self.shown = [axis for axis in axes if axis == "act" or len({cell[axis] for cell in self.cells}) > 1]
         self.say_what_comes()
         self.counted = self._count()
-        self.record = record or records.Record.create(folder, self._config())
+        config = self._config()
+        self.record = record or _open(folder, config, lambda: records.Record.create(folder, config))
 
     def say_what_comes(self) -> None:
         settings, say = self.settings, self.console.say
         say(f"data     {self.data} (fingerprint {self.data.fingerprint})")
-        say(f"device   {settings.devices} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
+        of = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        say(f"device   {settings.devices} x {jax.devices()[0].device_kind}{of}, jax {jax.__version__}")
         say(
             f"runs     {len(self.cells)} nets x {settings.seeds} seeds, {settings.optimizer}, "
             f"batch {settings.batch_size}, {settings.epochs} epochs"
@@ -106,7 +141,12 @@ class _Run:
                     self._time()
             finally:
                 checkpoints.close()
-        self._close_with_tables()
+        if processes.is_first():
+            self._show()
+        diverged = [line["diverged"] for line in self.record.lines if "diverged" in line]
+        if diverged:
+            runs = "" if len(diverged) == 1 else f"{len(diverged)} runs diverged; the first: "
+            raise NonFiniteLossError(f"{runs}{diverged[0]}; try a smaller --lr or another --init")
 
     def _train_all(self, checkpoints: Checkpoints, interrupts: Interrupts) -> None:
         saved = checkpoints.position()
@@ -135,7 +175,8 @@ class _Run:
         plan, named = self.plans[id(cell)], _named(cell, self.shown)
         each_epoch = len(self.cells) * self.settings.seeds <= _EACH_EPOCH_UP_TO
         latest: list[Callable[[], training.Snapshot]] = [lambda: snapshot]
-        bar = f"{named} seed {', '.join(map(str, seeds))}"
+        agree_every = 1 if jax.process_count() == 1 else _AGREE_EVERY
+        updates, bar = itertools.count(1), f"{named} seed {', '.join(map(str, seeds))}"
 
         with self.console.progress(bar, plan.epochs * self.steps_per_epoch) as advance:
             advance((snapshot.epoch - 1) * self.steps_per_epoch + snapshot.step)
@@ -143,13 +184,13 @@ class _Run:
             def on_step(now: Callable[[], training.Snapshot], done: int) -> None:
                 advance(done)
                 latest[0] = now
-                if interrupts.signum is not None or checkpoints.due():
+                if next(updates) % agree_every:
+                    return
+                signum, due = processes.greatest([interrupts.signum or 0, checkpoints.due()])
+                if signum or due:
                     checkpoints.save(now(), {"run": number, "lines": len(self.record.lines)})
-                if interrupts.signum is not None:
-                    again = ["python", "-m", f"experiments.{self.experiment.name}", "--resume", str(self.folder)]
-                    raise InterruptedRunError(
-                        interrupts.signum, f"The run is saved; resume it with: {shlex.join(again)}"
-                    )
+                if signum:
+                    raise InterruptedRunError(signum, f"The run is saved; resume it with: {self._again()}")
 
             for lines in training.fit(loop, snapshot, self.data, plan, seeds, on_step=on_step):
                 for line in lines:
@@ -157,6 +198,15 @@ class _Run:
                     if each_epoch or line["epoch"] == plan.epochs or "diverged" in line:
                         self.console.say(f"{named} {_said(line, plan.epochs)}")
         return latest[0]
+
+    def _again(self) -> str:
+        """The command that resumes this run."""
+        settings, again = self.settings, ["python", "-m", f"experiments.{self.experiment.name}"]
+        again += ["--resume", str(self.folder), *["--distributed"] * settings.distributed]
+        for name in ("coordinator", "process_id", "process_count"):
+            if (value := getattr(settings, name)) is not None:
+                again += [f"--{name.replace('_', '-')}", str(value)]
+        return shlex.join(again)
 
     def _count(self) -> dict[tuple[Any, ...], dict[str, int]]:
         """Parameters, and costs if the table shows them, of each architecture."""
@@ -217,7 +267,7 @@ class _Run:
             place=self.place,
         )  # fmt: skip
 
-    def _close_with_tables(self) -> None:
+    def _show(self) -> None:
         lines, axes = self.record.lines, self.experiment.all_axes
         rows = tables.summary(self.experiment.name, lines, axes)
         self.console.table(f"{self.experiment.title}, {self.data.name}. {tables.legend(rows)}", rows)
@@ -227,10 +277,6 @@ class _Run:
         if times:
             title = f"Median time of a training step, {times['steps']} steps of each net in turns."
             self.console.table(title, tables.time_table(times["medians"]))
-        diverged = [line["diverged"] for line in lines if "diverged" in line]
-        if diverged:
-            runs = "" if len(diverged) == 1 else f"{len(diverged)} runs diverged; the first: "
-            raise NonFiniteLossError(f"{runs}{diverged[0]}; try a smaller --lr or another --init")
 
 
 def _named(cell: Cell, axes: Sequence[str]) -> str:

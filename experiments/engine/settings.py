@@ -61,26 +61,40 @@ class Settings:
     seeds_mode: SeedsMode = "auto"
     """sequential: one after another. vmap: all in one program. spread: over the devices. auto: sequential."""
     devices: int = 1
-    """Split each batch over that many devices; on a CPU they are virtual."""
+    """Split each batch over that many devices; on a CPU they are virtual. With --distributed: those of all
+    processes together, by default all that there are."""
     time_steps: int = 0
     """After the training, time that many steps of each net, in turns; 0 does not."""
     out: str | None = None
     """The folder for the record; by default a new one in runs/."""
     resume: str | None = None
-    """Go on with this record; its settings hold, so no other option is taken but --data-dir and --checkpoint-every."""
+    """Go on with this record; its settings hold, so no other option is taken but --data-dir, --checkpoint-every and
+    those of --distributed."""
     checkpoint_every: float = 30.0
     """Seconds between checkpoints."""
+    distributed: bool = False
+    """Be one of several processes that train together, each started with this command; see docs/scaling.md."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0; by default the cluster's (SLURM, Cloud TPU, Open MPI, Kubernetes)."""
+    process_id: int | None = None
+    """Which process this is, from 0; by default as the cluster says."""
+    process_count: int | None = None
+    """How many processes there are; by default as the cluster says."""
+    start_timeout: int = 120
+    """Seconds that the processes wait for each other at the start and at the end."""
 
 
 AXES = ("act", "init", "lr")
 """The options whose values are combined in every table. A table names its own axes beside them."""
+_OF_PROCESSES = ("distributed", "coordinator", "process_id", "process_count", "start_timeout")
 NOT_PROTOCOL = (
     "preset", "norm", "match_params", "seed", "seeds", "seeds_mode", "devices", "data_dir", "out", "resume",
-    "checkpoint_every", "time_steps",
+    "checkpoint_every", "time_steps", *_OF_PROCESSES,
 )  # fmt: skip
 """What says where and how a run was made, or is part of a row's name, and not what was computed."""
-_NOT_RECORDED = ("norm", "match_params", "data_dir", "out", "resume", "checkpoint_every")
-_RESUMABLE_WITH = {"resume", "data_dir", "checkpoint_every"}
+_NOT_RECORDED = ("norm", "match_params", "data_dir", "out", "resume", "checkpoint_every", *_OF_PROCESSES)
+OF_THIS_COMMAND = ("data_dir", "checkpoint_every", *_OF_PROCESSES)
+"""What a command that resumes a record may say anew."""
 _MOST_SEEDS = 2**31
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -105,7 +119,9 @@ def resumes(settings: Settings, default: Settings) -> bool:
     if settings.resume is None:
         return False
     for field in dataclasses.fields(default):
-        if field.name not in _RESUMABLE_WITH and getattr(settings, field.name) != getattr(default, field.name):
+        if field.name not in ("resume", *OF_THIS_COMMAND) and getattr(settings, field.name) != getattr(
+            default, field.name
+        ):
             option = f"--{field.name.replace('_', '-')}"
             raise UsageError(f"--resume takes the settings of its record, got {option} too; leave {option} out")
     return True
@@ -160,15 +176,44 @@ def check(
         raise UsageError(f"--time-steps is 0 or more, got {settings.time_steps}")
     if not 0 <= settings.seed <= _MOST_SEEDS - settings.seeds:
         raise UsageError(f"all seeds are between 0 and 2^31, got {settings.seeds} from {settings.seed}; lower --seed")
+    check_spread(settings)
+    rows = named_rows(settings, all_rows)
+    for act, init in itertools.product(rows, settings.init):
+        check_init(init, Row.parse(act))
+    return dataclasses.replace(settings, act=rows, norm="none", match_params=False)
+
+
+def check_spread(settings: Settings) -> None:
+    """Refuse seeds that the devices do not divide.
+
+    Raises:
+      UsageError: if they do not.
+    """
     if settings.seeds_mode == "spread" and settings.seeds % settings.devices:
         raise UsageError(
             f"--seeds-mode spread gives every device as many seeds, got {settings.seeds} seeds for {settings.devices} "
             "devices; make --seeds a multiple of --devices"
         )
-    rows = named_rows(settings, all_rows)
-    for act, init in itertools.product(rows, settings.init):
-        check_init(init, Row.parse(act))
-    return dataclasses.replace(settings, act=rows, norm="none", match_params=False)
+
+
+def check_processes(settings: Settings) -> None:
+    """Refuse options of processes that do not go together.
+
+    Raises:
+      UsageError: if one comes without --distributed, or is out of range.
+    """
+    given = [name for name in ("coordinator", "process_id", "process_count") if getattr(settings, name) is not None]
+    if given and not settings.distributed:
+        raise UsageError(f"--{given[0].replace('_', '-')} goes with --distributed, which is not there; add it")
+    for name in ("process_count", "start_timeout"):
+        if (getattr(settings, name) or 1) < 1 or getattr(settings, name) == 0:
+            raise UsageError(f"--{name.replace('_', '-')} is at least 1, got {getattr(settings, name)}")
+    count = settings.process_count or 1
+    if settings.distributed and settings.devices > 1 and settings.devices % count:
+        raise UsageError(
+            f"--devices counts those of all processes, got {settings.devices} devices for {count} processes; make it a "
+            "multiple of --process-count, or leave it out"
+        )
 
 
 def settle(settings: AnySettings, data: data_lib.Dataset) -> AnySettings:
@@ -178,6 +223,11 @@ def settle(settings: AnySettings, data: data_lib.Dataset) -> AnySettings:
     batch_size = settings.batch_size or (32 if small else 128)
     if batch_size > size:
         raise UsageError(f"--batch-size is at most the {size:,} training images of {data.name}, got {batch_size:,}")
+    if settings.seeds_mode != "spread" and batch_size % settings.devices:
+        raise UsageError(
+            f"each device takes an equal part of a batch, got --batch-size {batch_size:,} for {settings.devices} "
+            "devices; make it a multiple of them"
+        )
     epochs = settings.epochs or (30 if small else 6)
     return dataclasses.replace(settings, dataset=data.name, batch_size=batch_size, epochs=epochs)
 

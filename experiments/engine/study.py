@@ -9,7 +9,7 @@ from typing import Any
 from experiments.engine.records import Record
 
 Line = Mapping[str, Any]
-_PRIVATE = ("--out", "--data-dir", "--resume")  # options whose values are paths of this machine
+_PRIVATE = ("--out", "--data-dir", "--resume", "--coordinator", "--process-id")  # paths and places of this machine
 
 
 def command(experiment: str, arguments: Sequence[str] | None = None) -> str:

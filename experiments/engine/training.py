@@ -21,6 +21,7 @@ from experiments.engine import data as data_lib
 from experiments.engine.augment import flip_and_shift
 from experiments.engine.loop import Carry, Loop, advance
 from experiments.engine.parallel import ONE_DEVICE, Placement
+from experiments.engine.processes import fetch
 from linked_jax.diagnostics import UnitStatistics
 from linked_jax.probe import observe
 from linked_jax.signal_statistics import mean_square
@@ -167,7 +168,7 @@ def fit(
             losses.append(new)
             done += count
             if done % in_flight == 0 or done == steps:
-                for seed, value in zip(seeds, np.atleast_1d(new[..., -1]), strict=True):
+                for seed, value in zip(seeds, np.atleast_1d(fetch(new)[..., -1]), strict=True):
                     if not math.isfinite(value) and seed not in diverged:
                         diverged.add(seed)
                         where = f"the loss is {float(value)} in epoch {epoch}, step {done}"
@@ -199,7 +200,7 @@ def _snapshot(carry: Carry, losses: list[Any], epoch: int, done: int, diverged: 
 
 
 def _joined(losses: list[Any]) -> np.ndarray:
-    return np.concatenate(jax.device_get(losses), axis=-1).astype(np.float32)
+    return np.concatenate(jax.device_get(fetch(losses)), axis=-1).astype(np.float32)
 
 
 def train(model: nnx.Module, data: data_lib.Dataset, plan: Plan, seed: int) -> tuple[nnx.Module, list[dict[str, Any]]]:
@@ -232,7 +233,7 @@ def evaluate(
     for begin in range(0, len(labels), _EVALUATE_AT_ONCE):
         batch = slice(begin, begin + _EVALUATE_AT_ONCE)
         arguments = (carry.parameters, carry.state, images[batch], labels[batch], inputs)
-        hits, seen = jax.device_get(_evaluate_batch(place, graph, *arguments))
+        hits, seen = jax.device_get(fetch(_evaluate_batch(place, graph, *arguments)))
         correct = correct + np.asarray(hits)
         live.append([units for units, _ in seen])
         signal.append([np.asarray(layers, np.float64) * len(labels[batch]) for _, layers in seen])

@@ -158,6 +158,7 @@ def test_learning_rates(command):
         (["depth", "--", "--seeds", "3"], "--seeds after -- is for the sweep to say"),
         (["depth", "--", "--out=x"], "--out after -- is for the sweep to say"),
         (["depth", "--", "--resume", "x"], "--resume after -- is for the sweep to say"),
+        (["depth", "--", "--distributed"], "--distributed needs it in every process; run the table"),
         (["depth", "--out", "file"], "file is no folder"),
         (["depth", "--out", "file/sub"], "cannot write file/sub"),
     ],

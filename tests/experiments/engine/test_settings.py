@@ -13,7 +13,7 @@ import pytest
 from experiments import allcnn, covariate_shift, depth, parameters, resnet50, width
 from experiments.engine.errors import UsageError
 from experiments.engine.rows import Row
-from experiments.engine.settings import Settings, check, named_rows, recorded, resumes
+from experiments.engine.settings import OF_THIS_COMMAND, Settings, check, named_rows, recorded, resumes
 from experiments.engine.study import command
 
 MODULES = {module.TABLE.name: module for module in (width, depth, parameters, allcnn, resnet50, covariate_shift)}
@@ -22,6 +22,7 @@ OTHER = {
     "dataset": "digits", "data_dir": "x", "train_size": 7, "epochs": 7, "batch_size": 7, "decay": 0.5,
     "optimizer": "rmsprop", "augment": True, "shuffle": False, "seed": 7, "seeds": 7, "seeds_mode": "vmap",
     "devices": 7, "time_steps": 7, "out": "x", "resume": "x", "checkpoint_every": 7.0,
+    "distributed": True, "coordinator": "x:7", "process_id": 7, "process_count": 7, "start_timeout": 7,
 }  # fmt: skip
 """A value of each shared option that is not its default."""
 
@@ -126,8 +127,8 @@ def test_a_record_keeps_all_that_was_computed_and_no_path(module):
     settings = module.TABLE.check(dataclasses.replace(default, **common))
     stored = json.loads(json.dumps(recorded(settings)))
     again = type(default)(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
-    paths = {"data_dir": None, "out": None, "resume": None, "checkpoint_every": default.checkpoint_every}
-    assert again == dataclasses.replace(settings, **paths)
+    of_this_command = {name: getattr(default, name) for name in ("out", "resume", *OF_THIS_COMMAND)}
+    assert again == dataclasses.replace(settings, **of_this_command)
 
 
 def test_norm_and_match_params_are_in_the_names_of_the_rows():
@@ -168,7 +169,7 @@ def test_each_option_has_another_value_here():
 @pytest.mark.parametrize("name", OTHER)
 def test_a_record_is_gone_on_with_as_it_is(name):
     settings = dataclasses.replace(Settings(resume="run"), **{name: OTHER[name]})
-    if name in ("resume", "data_dir", "checkpoint_every"):
+    if name in ("resume", *OF_THIS_COMMAND):
         assert resumes(settings, Settings())
     else:
         option = f"--{name.replace('_', '-')}"
