@@ -227,7 +227,7 @@ def test_local_links_of_the_pages_exist():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/diagnostics.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/diagnostics.md", "docs/scaling.md"])
 def test_the_snippets_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
