@@ -1,0 +1,234 @@
+"""What becomes of an optimiser's state when weights are added or start anew. tx.init, on old and new weights, tells.
+
+An array of the state is
+    of one weight each   it has the name and the shape of a weight: kept for kept entries, as in tx.init for new ones
+    of no weight         its shape is the same for other shapes of the weights (counts, rates, sums): kept
+    of many weights      all else (factored, flattened, projected): its whole record is that of tx.init
+
+So no table of optimisers is needed. What shapes cannot tell is tried: beside weights of some age, a weight that starts
+anew must move, and not wildly. (acprop divides by the last step's moment, which is 0 for a new weight.)
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from linked_jax.revive.names import Names, edit, ending, leaf_names, leaves_by_name
+
+Place = Callable[[Array], Array]
+"""A weight's array -> that of the new weight, in which new entries are 0, or False."""
+
+_WILD = 1e3
+"""A new weight's update over those of the first steps of all. Adam's is 1 / sqrt(1 - b2) at most, 100 for b2 = 0.9999;
+a division by a moment that is still 0 gives 1 / eps."""
+_AGE, _TRIED = 8, 4
+"""Updates of the trial before some weights start anew, and after it."""
+
+
+def carry(
+    opt_state: Any, tx: optax.GradientTransformation | None, params: Any, new_params: Any, places: Mapping[Names, Place]
+) -> Any:
+    """The optimiser's state for the new parameters.
+
+    Args:
+      opt_state: of tx.init(params), maybe some updates later.
+      tx: may be None for a state without arrays.
+      params: before the change.
+      new_params: after it.
+      places: for each weight that changes.
+
+    Raises:
+      ValueError: if the state is not one of this tx and these parameters, new weights would move wildly or not at all,
+        or tx is None and has to be known.
+    """
+    if tx is None:
+        _check_no_arrays(opt_state)
+        return opt_state
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        raise ValueError(f"tx is an Optax transformation, the one that made opt_state, got {type(tx).__name__}")
+    check_state(opt_state, tx, params)
+    _check_moves(
+        tx, jax.tree.structure(params), tuple((jnp.shape(a), jnp.result_type(a)) for a in jax.tree.leaves(params))
+    )
+    return _carried(opt_state, tx, params, new_params, places)
+
+
+def check_state(opt_state: Any, tx: optax.GradientTransformation, params: Any) -> None:
+    """Refuse a state that has not the shapes of tx.init(params).
+
+    Raises:
+      ValueError: with the first array that differs.
+    """
+    for name, leaf in leaves_by_name(params).items():
+        if not hasattr(leaf, "shape"):
+            raise ValueError(
+                f"params are arrays, got a {type(leaf).__name__} at {'/'.join(name)}; pass what tx.init was given, e.g. "
+                "equinox.filter(model, equinox.is_array)"
+            )
+    wanted = _named(jax.eval_shape(tx.init, params))
+    found = _named(opt_state)
+    for (name, a), (_, b) in zip(wanted, found, strict=False):
+        if a.shape != jnp.shape(b):
+            raise ValueError(
+                f"opt_state is no state of tx.init(params): {'/'.join(name)} has the shape {jnp.shape(b)} and not "
+                f"{a.shape}; pass the tx that made it, and the parameters before the change"
+            )
+    if len(wanted) != len(found):
+        raise ValueError(
+            f"opt_state is no state of tx.init(params): it has {len(found)} arrays and not {len(wanted)}; pass the tx "
+            "that made it, and the parameters before the change"
+        )
+
+
+def _carried(opt_state: Any, tx: Any, params: Any, new_params: Any, places: Mapping[Names, Place]) -> Any:
+    """`carry` without its checks."""
+    weights, news = leaves_by_name(params), leaves_by_name(new_params)
+    before, fresh = jax.eval_shape(tx.init, params), tx.init(new_params)
+    # A weight that keeps its shape is made larger here, to see what depends on its shape.
+    larger = {n: _larger for n in places if jnp.shape(weights[n]) == jnp.shape(news[n])}
+    other_params = edit(new_params, larger)
+    others = leaves_by_name(other_params)
+    old, was, new, other = (_named(tree) for tree in (opt_state, before, fresh, jax.eval_shape(tx.init, other_params)))
+    if not len(was) == len(new) == len(other):
+        raise ValueError("tx.init gives a state of other arrays for the new parameters; start it anew: tx.init")
+    names = [ending(name, weights) for name, _ in was]
+    of_one = {
+        i
+        for i, name in enumerate(names)
+        if name in places and (was[i][1].shape, other[i][1].shape) == (weights[name].shape, others[name].shape)
+    }
+    of_many = {i for i in range(len(was)) if was[i][1].shape != other[i][1].shape} - of_one
+    indices = jax.tree.unflatten(jax.tree.structure(before), range(len(was)))
+    anew = _anew(indices, of_many, {type(node) for node in _nodes(params)})
+
+    def leaf(i: int) -> Any:
+        if i in anew:
+            return new[i][1]
+        if i not in of_one:
+            return old[i][1]
+        place, mine = places[names[i]], jnp.asarray(old[i][1])
+        return jnp.where(place(jnp.ones(mine.shape, bool)), place(mine), new[i][1]).astype(mine.dtype)
+
+    return jax.tree.unflatten(jax.tree.structure(opt_state), [leaf(i) for i in range(len(was))])
+
+
+def _named(tree: Any) -> list[tuple[Names, Any]]:
+    return [(leaf_names(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def _larger(a: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(n + 1 for n in a.shape), a.dtype)
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def _anew(node: Any, of_many: set[int], of_params: set[type]) -> set[int]:
+    """The leaves, numbers, of all records that have one of these among their own."""
+    mine = set(jax.tree.leaves(node))
+    if not mine & of_many:
+        return set()
+    inner = [part for part in _parts(node) if any(_is_record(n, of_params) for n in _nodes(part))]
+    own = [set(jax.tree.leaves(part)) for part in _parts(node) if not any(part is other for other in inner)]
+    hit = [part for part in own if part & of_many]
+    if not inner or (hit and _is_record(node, of_params)):
+        return mine
+    return set().union(*hit, *(_anew(part, of_many, of_params) for part in inner))
+
+
+def _is_record(node: Any, of_params: set[type]) -> bool:
+    """Whether it is a transformation's state, such as a ScaleByAdamState, and neither a container nor part of params."""
+    plain = (
+        type(node) in (tuple, list, dict, type(None), optax.MaskedNode)
+        or isinstance(node, Mapping)
+        or type(node) in of_params
+    )
+    return not plain and not jax.tree_util.all_leaves([node])
+
+
+def _nodes(tree: Any) -> Iterator[Any]:
+    yield tree
+    for part in _parts(tree):
+        yield from _nodes(part)
+
+
+def _parts(node: Any) -> list[Any]:
+    """One level below."""
+    return [] if jax.tree_util.all_leaves([node]) else jax.tree.leaves(node, is_leaf=lambda a: a is not node)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def _check_no_arrays(opt_state: Any) -> None:
+    arrays = [name for name, leaf in _named(opt_state) if jnp.ndim(leaf)]
+    if arrays:
+        raise ValueError(
+            f"opt_state has arrays, e.g. {'/'.join(arrays[0])}, and what they mean only their optimiser knows; pass "
+            "tx=, the Optax transformation that made it"
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def _check_moves(tx: Any, structure: Any, leaves: tuple) -> None:
+    """Try, on weights of at most 2 entries an axis: after some updates the first entry of each starts anew.
+
+    Raises:
+      ValueError: if it then moves wildly, or not at all though it did at the start.
+    """
+    with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
+        small = [jnp.ones([min(n, 2) for n in shape], dtype) for shape, dtype in leaves]
+        try:
+            moved, moves = _trial(tx, jax.tree.unflatten(structure, small))
+        except Exception:  # it knows the weights' true shapes
+            try:
+                moved, moves = _trial(tx, jax.tree.unflatten(structure, [jnp.ones(*leaf) for leaf in leaves]))
+            except Exception as error:
+                reason = str(error).partition("\n")[0]
+                raise ValueError(
+                    f"tx could not be tried, to see what new weights do: {type(error).__name__}: {reason}; start it "
+                    "anew (tx.init)"
+                ) from error
+    for name, first in moved.items():
+        if not moves[name] <= _WILD * first:
+            raise ValueError(
+                f"with this tx a new weight would move {moves[name] / first if first else np.inf:.1g} times as far as "
+                "at the start, since it starts at a moment of 0 where the count is not 0; start it anew (tx.init)"
+            )
+        if first > 0 and moves[name] == 0:
+            raise ValueError("with this tx a new weight would not move at all; start it anew (tx.init)")
+
+
+def _trial(tx: Any, params: Any) -> tuple[dict[Names, float], dict[Names, float]]:
+    """For each weight the largest update of its first entry: in the first steps, and once it started anew."""
+    tx, rng = optax.with_extra_args_support(tx), np.random.default_rng(0)
+
+    def step(params: Any, state: Any) -> tuple[Any, Any, dict[Names, float]]:
+        noise = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
+        loss = lambda p: sum(
+            jnp.sum(n * a + 0.05 * a * a) for n, a in zip(jax.tree.leaves(noise), jax.tree.leaves(p), strict=True)
+        )  # noqa: E731, E501
+        grads = jax.tree.map(lambda n, p: n + 0.1 * p, noise, params)
+        given = {"value": loss(params), "grad": grads, "value_fn": loss, "obj_fn": loss}
+        updates, state = tx.update(grads, state, params, **given)
+        sizes = {name: float(jnp.abs(jnp.ravel(u)[0])) for name, u in leaves_by_name(updates).items()}
+        return optax.apply_updates(params, updates), state, sizes
+
+    def steps(params: Any, state: Any, number: int) -> tuple[Any, Any, dict[Names, float]]:
+        largest: dict[Names, float] = dict.fromkeys(leaves_by_name(params), 0.0)
+        for _ in range(number):
+            params, state, sizes = step(params, state)
+            largest = {name: float(np.maximum(largest[name], sizes[name])) for name in largest}  # NaN stays
+        return params, state, largest
+
+    params, state, first = steps(params, tx.init(params), _AGE)
+    places = {name: lambda a: jnp.where(jnp.arange(a.size).reshape(a.shape) == 0, jnp.zeros_like(a), a)
+              for name in leaves_by_name(params)}  # fmt: skip
+    *_, then = steps(params, _carried(state, tx, params, params, places), _TRIED)
+    return first, then
