@@ -10,6 +10,7 @@ anew must move, and not wildly. (acprop divides by the last step's moment, which
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,10 +26,10 @@ Place = Callable[[Array], Array]
 """A weight's array -> that of the new weight, in which new entries are 0, or False."""
 
 _WILD = 1e3
-"""A new weight's update over those of the first steps of all. Adam's is 1 / sqrt(1 - b2) at most, 100 for b2 = 0.9999;
+"""A new weight's largest update over the largest of all before. Adam's is 1 / sqrt(1 - b2) at most, 100 for b2 = 0.9999;
 a division by a moment that is still 0 gives 1 / eps."""
-_AGE, _TRIED = 8, 4
-"""Updates of the trial before some weights start anew, and after it."""
+_STEPS = 64
+"""Updates of the trial before some weights start anew, and after it: enough for gradients that are added up."""
 
 
 def carry(
@@ -52,38 +53,11 @@ def carry(
         return opt_state
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise ValueError(f"tx is an Optax transformation, the one that made opt_state, got {type(tx).__name__}")
-    check_state(opt_state, tx, params)
-    _check_moves(
-        tx, jax.tree.structure(params), tuple((jnp.shape(a), jnp.result_type(a)) for a in jax.tree.leaves(params))
-    )
+    _check_state(opt_state, tx, params)
+    if any(ending(name, places) for name, _ in _named(jax.eval_shape(tx.init, params))):
+        leaves = tuple((a.shape, a.dtype) for a in jax.tree.leaves(params))
+        _check_moves(tx, jax.tree.structure(params), leaves)
     return _carried(opt_state, tx, params, new_params, places)
-
-
-def check_state(opt_state: Any, tx: optax.GradientTransformation, params: Any) -> None:
-    """Refuse a state that has not the shapes of tx.init(params).
-
-    Raises:
-      ValueError: with the first array that differs.
-    """
-    for name, leaf in leaves_by_name(params).items():
-        if not hasattr(leaf, "shape"):
-            raise ValueError(
-                f"params are arrays, got a {type(leaf).__name__} at {'/'.join(name)}; pass what tx.init was given, e.g. "
-                "equinox.filter(model, equinox.is_array)"
-            )
-    wanted = _named(jax.eval_shape(tx.init, params))
-    found = _named(opt_state)
-    for (name, a), (_, b) in zip(wanted, found, strict=False):
-        if a.shape != jnp.shape(b):
-            raise ValueError(
-                f"opt_state is no state of tx.init(params): {'/'.join(name)} has the shape {jnp.shape(b)} and not "
-                f"{a.shape}; pass the tx that made it, and the parameters before the change"
-            )
-    if len(wanted) != len(found):
-        raise ValueError(
-            f"opt_state is no state of tx.init(params): it has {len(found)} arrays and not {len(wanted)}; pass the tx "
-            "that made it, and the parameters before the change"
-        )
 
 
 def _carried(opt_state: Any, tx: Any, params: Any, new_params: Any, places: Mapping[Names, Place]) -> Any:
@@ -175,6 +149,30 @@ def _check_no_arrays(opt_state: Any) -> None:
         )
 
 
+def _check_state(opt_state: Any, tx: Any, params: Any) -> None:
+    """Refuse a state that has not the shapes of tx.init(params)."""
+    for name, leaf in leaves_by_name(params).items():
+        if not hasattr(leaf, "dtype"):
+            raise ValueError(
+                f"params are arrays, got a {type(leaf).__name__} at {'/'.join(name)}; pass what tx.init was given, "
+                "e.g. equinox.filter(model, equinox.is_array)"
+            )
+    wanted, found = _named(jax.eval_shape(tx.init, params)), _named(opt_state)
+    differ = [(name, a.shape, jnp.shape(b)) for (name, a), (_, b) in zip(wanted, found, strict=False)]
+    differ = [f"{'/'.join(name)} has the shape {is_} and not {due}" for name, due, is_ in differ if due != is_]
+    if len(wanted) != len(found):
+        differ.append(f"it has {len(found)} arrays and not {len(wanted)}")
+    if differ:
+        raise ValueError(
+            f"opt_state is no state of tx.init(params): {differ[0]}; pass the tx that made it, and the parameters "
+            "before the change"
+        )
+
+
+_GIVEN = (("value", "grad", "value_fn"), ("obj_fn",), ())
+"""What updates are given beside gradients: line searches and such, sophia, sam."""
+
+
 @functools.lru_cache(maxsize=16)
 def _check_moves(tx: Any, structure: Any, leaves: tuple) -> None:
     """Try, on weights of at most 2 entries an axis: after some updates the first entry of each starts anew.
@@ -182,53 +180,56 @@ def _check_moves(tx: Any, structure: Any, leaves: tuple) -> None:
     Raises:
       ValueError: if it then moves wildly, or not at all though it did at the start.
     """
+    small = tuple((tuple(min(n, 2) for n in shape), dtype) for shape, dtype in leaves)
+    reason = ""
     with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
-        small = [jnp.ones([min(n, 2) for n in shape], dtype) for shape, dtype in leaves]
-        try:
-            moved, moves = _trial(tx, jax.tree.unflatten(structure, small))
-        except Exception:  # it knows the weights' true shapes
+        for sizes, given in itertools.product((small, leaves), _GIVEN):  # leaves: it may know the weights' true shapes
             try:
-                moved, moves = _trial(tx, jax.tree.unflatten(structure, [jnp.ones(*leaf) for leaf in leaves]))
+                params = jax.tree.unflatten(structure, [jnp.ones(*leaf) for leaf in sizes])
+                first, then = _trial(tx, params, given)
+                break
             except Exception as error:
-                reason = str(error).partition("\n")[0]
-                raise ValueError(
-                    f"tx could not be tried, to see what new weights do: {type(error).__name__}: {reason}; start it "
-                    "anew (tx.init)"
-                ) from error
-    for name, first in moved.items():
-        if not moves[name] <= _WILD * first:
+                reason = reason or f"{type(error).__name__}: {error}".partition("\n")[0]
+        else:
+            raise ValueError(f"tx could not be tried, to see what new weights do: {reason}; start it anew (tx.init)")
+    most = max(first.values(), default=0.0)
+    for name in first:
+        if not then[name] <= _WILD * most:
             raise ValueError(
-                f"with this tx a new weight would move {moves[name] / first if first else np.inf:.1g} times as far as "
-                "at the start, since it starts at a moment of 0 where the count is not 0; start it anew (tx.init)"
+                f"with this tx a new weight would move by {then[name]:.1g} where others moved by {most:.1g}: it cannot "
+                "start beside weights of some age; start the optimiser anew (tx.init)"
             )
-        if first > 0 and moves[name] == 0:
-            raise ValueError("with this tx a new weight would not move at all; start it anew (tx.init)")
+        if first[name] > 0 and then[name] == 0:
+            raise ValueError("with this tx a new weight would not move at all; start the optimiser anew (tx.init)")
 
 
-def _trial(tx: Any, params: Any) -> tuple[dict[Names, float], dict[Names, float]]:
+def _trial(tx: Any, params: Any, given: tuple[str, ...]) -> tuple[dict[Names, float], dict[Names, float]]:
     """For each weight the largest update of its first entry: in the first steps, and once it started anew."""
     tx, rng = optax.with_extra_args_support(tx), np.random.default_rng(0)
 
-    def step(params: Any, state: Any) -> tuple[Any, Any, dict[Names, float]]:
-        noise = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
-        loss = lambda p: sum(
-            jnp.sum(n * a + 0.05 * a * a) for n, a in zip(jax.tree.leaves(noise), jax.tree.leaves(p), strict=True)
-        )  # noqa: E731, E501
-        grads = jax.tree.map(lambda n, p: n + 0.1 * p, noise, params)
-        given = {"value": loss(params), "grad": grads, "value_fn": loss, "obj_fn": loss}
-        updates, state = tx.update(grads, state, params, **given)
-        sizes = {name: float(jnp.abs(jnp.ravel(u)[0])) for name, u in leaves_by_name(updates).items()}
-        return optax.apply_updates(params, updates), state, sizes
+    @jax.jit
+    def step(params: Any, state: Any, aim: Any) -> tuple[Any, Any, Any]:
+        def loss(params: Any) -> Array:
+            apart = jax.tree.map(lambda w, a: jnp.sum(jnp.square(w - a)) / 2, params, aim)
+            return jnp.asarray(sum(jax.tree.leaves(apart)))
 
-    def steps(params: Any, state: Any, number: int) -> tuple[Any, Any, dict[Names, float]]:
+        grads = jax.tree.map(lambda w, a: w - a, params, aim)
+        extra = {"value": loss(params), "grad": grads, "value_fn": loss, "obj_fn": loss}
+        updates, state = tx.update(grads, state, params, **{name: extra[name] for name in given})
+        return optax.apply_updates(params, updates), state, updates
+
+    def steps(params: Any, state: Any) -> tuple[Any, Any, dict[Names, float]]:
         largest: dict[Names, float] = dict.fromkeys(leaves_by_name(params), 0.0)
-        for _ in range(number):
-            params, state, sizes = step(params, state)
-            largest = {name: float(np.maximum(largest[name], sizes[name])) for name in largest}  # NaN stays
+        for _ in range(_STEPS):
+            aim = jax.tree.map(lambda w: jnp.asarray(rng.normal(scale=0.5, size=w.shape), w.dtype), params)
+            params, state, updates = step(params, state, aim)
+            for name, update in leaves_by_name(updates).items():
+                largest[name] = float(np.maximum(largest[name], np.abs(np.ravel(update)[0])))  # NaN stays
         return params, state, largest
 
-    params, state, first = steps(params, tx.init(params), _AGE)
-    places = {name: lambda a: jnp.where(jnp.arange(a.size).reshape(a.shape) == 0, jnp.zeros_like(a), a)
-              for name in leaves_by_name(params)}  # fmt: skip
-    *_, then = steps(params, _carried(state, tx, params, params, places), _TRIED)
+    def place(a: Array) -> Array:
+        return jnp.where(jnp.arange(a.size).reshape(a.shape) == 0, jnp.zeros_like(a), a)
+
+    params, state, first = steps(params, tx.init(params))
+    *_, then = steps(params, _carried(state, tx, params, params, dict.fromkeys(first, place)))
     return first, then
