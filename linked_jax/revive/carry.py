@@ -161,7 +161,7 @@ def _check_state(opt_state: Any, tx: Any, params: Any) -> None:
     differ = [(name, a.shape, jnp.shape(b)) for (name, a), (_, b) in zip(wanted, found, strict=False)]
     differ = [f"{'/'.join(name)} has the shape {is_} and not {due}" for name, due, is_ in differ if due != is_]
     if len(wanted) != len(found):
-        differ.append(f"it has {len(found)} arrays and not {len(wanted)}")
+        differ = [f"it has {len(found)} arrays and not {len(wanted)}"]
     if differ:
         raise ValueError(
             f"opt_state is no state of tx.init(params): {differ[0]}; pass the tx that made it, and the parameters "

@@ -235,7 +235,7 @@ def test_moments_of_kept_weights_are_kept_and_new_ones_zero(tx, name):
     model, x = build(layers, jax.nn.relu), white(*shape)
     model, opt_state, _ = train(model, tx, tx.init(nnx.state(model, nnx.Param)), x, 3)
     link = Link(lk_relu.members, layout="interleaved")
-    revived, revived_state = link_sequential(model, link), link_sequential_opt_state(opt_state, model, link)
+    revived, revived_state = link_sequential(model, link), link_sequential_opt_state(opt_state, model, link, tx=tx)
     fresh = tx.init(nnx.state(revived, nnx.Param))
     assert jax.tree.map(jnp.shape, revived_state) == jax.tree.map(jnp.shape, fresh)
 
@@ -313,13 +313,17 @@ BAD = {
         [linear(3, 4), LinkedLinear(4, 2, rngs=nnx.Rngs(0))], r"no plain.*layers\[1\] is already linked",
     ),
     "linked layer next": (after_relu(LinkedLinear(4, 2, rngs=nnx.Rngs(0))), r"after it, only layers\[2\], a LinkedL"),
-    "general layer next": (
-        after_relu(nnx.LinearGeneral(4, 2, rngs=nnx.Rngs(0))), r"layers\[2\], a LinearGeneral, has variables",
+    "a layer over another axis next": (
+        after_relu(nnx.LinearGeneral(4, 2, axis=1, rngs=nnx.Rngs(0))),
+        r"layers\[2\], an nnx.LinearGeneral over axes \(1,\), is not over the channels",
     ),
-    "learned activation": ([linear(3, 4), nnx.PReLU(), linear(4, 2)], r"layers\[1\], a PReLU, has variables"),
-    "a net inside": (
-        [nnx.Sequential(linear(3, 4), jax.nn.relu, linear(4, 4)), *after_relu(linear(4, 2))],
-        r"layers\[0\] is an nnx.Sequential in the model.*flatten the Sequential",
+    "an own Sequential inside": (
+        [type("Doubled", (nnx.Sequential,), {})(linear(3, 4), jax.nn.relu, linear(4, 4)), *after_relu(linear(4, 2))],
+        r"layers\[0\], a Doubled, has variables",
+    ),
+    "nested": (
+        [nnx.Sequential(linear(3, 4), nnx.Sequential(jnp.tanh, linear(4, 4))), *after_relu(linear(4, 2))],
+        r"first member.* for layers\[0\].layers\[1\].layers\[0\]",
     ),
     "a module of several layers": (after_relu(linear(4, 4), Residual(), linear(4, 2)), r"layers\[3\], a Residual, has"),
     "relu and dropout": ([linear(3, 4), Dropped(), linear(4, 2)], r"layers\[1\], a Dropped, has variables or modules"),
@@ -414,8 +418,8 @@ def test_a_layer_before_an_activation_stays_what_it_is():
     revived = link_sequential(model, lk_relu)
     assert type(revived.layers[0]) is LCWLinear
     close(revived(white(5, 3)), model(white(5, 3)))
-    opt_state = optax.adam(1e-3).init(nnx.state(model, nnx.Param))
-    linked_state = link_sequential_opt_state(opt_state, model, lk_relu)
+    tx = optax.adam(1e-3)
+    linked_state = link_sequential_opt_state(tx.init(nnx.state(model, nnx.Param)), model, lk_relu, tx=tx)
     jax.tree.map(lambda a, b: a.shape == b.shape or pytest.fail(f"{a.shape} {b.shape}"), linked_state[0].mu,
                  nnx.state(revived, nnx.Param))  # fmt: skip
 
