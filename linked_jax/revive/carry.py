@@ -26,8 +26,8 @@ Place = Callable[[Array], Array]
 """A weight's array -> that of the new weight, in which new entries are 0, or False."""
 
 _WILD = 1e3
-"""A new weight's largest update over the largest of all before. Adam's is 1 / sqrt(1 - b2) at most, 100 for b2 = 0.9999;
-a division by a moment that is still 0 gives 1 / eps."""
+"""A new weight's largest update over the largest of all before. Adam's is 1 / sqrt(1 - b2) at most, 100 for b2 = 0.9999.
+A division by a moment that is still 0 gives 1 / eps."""
 _STEPS = 64
 """Updates of the trial before some weights start anew, and after it: enough for gradients that are added up."""
 
@@ -117,7 +117,7 @@ def _anew(node: Any, of_many: set[int], of_params: set[type]) -> set[int]:
 
 
 def _is_record(node: Any, of_params: set[type]) -> bool:
-    """Whether it is a transformation's state, such as a ScaleByAdamState, and neither a container nor part of params."""
+    """Whether it is a transformation's state, such as a ScaleByAdamState: no mere container, and no part of params."""
     plain = (
         type(node) in (tuple, list, dict, type(None), optax.MaskedNode)
         or isinstance(node, Mapping)

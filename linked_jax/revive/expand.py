@@ -24,7 +24,7 @@ Fill = Callable[[Array], Array]
 Axes = dict[Names, tuple[int, int, Fill]]
 
 _ROWS = {"kernel": -2, "w": -2, "weight": 1}
-"""A layer's weights -> the axis of its rows, its inputs: Flax' (*window, in, out), Haiku's, Equinox' (out, in, *window)."""
+"""Weights -> the axis of rows, their inputs: Flax' and Haiku's (*window, in, out), Equinox' (out, in, *window)."""
 _UNITS = {-2: -1, 0: -1, 1: 0, -1: 0}
 """The axis of rows -> that of units, its outputs."""
 
@@ -119,8 +119,8 @@ def link_params(params: Any, pairs: Sequence[Pair], link: Link) -> Any:
     statistics start at 0 and 1 and take some steps to follow, so evaluation lags behind training at first.
 
     Args:
-      params: nested dictionaries, an NNX state, an Equinox module, or another tree with names; with a `norm` the running
-        statistics too, so all variables. An Equinox layer goes on saying its old `in_features`.
+      params: nested dictionaries, an NNX state, an Equinox module, or another tree with names; with a `norm` the
+        running statistics too, so all variables. An Equinox layer goes on saying its old `in_features`.
       pairs: where the activations are, and where weights are if they are none of Flax', Haiku's or Equinox'.
       link: the new activation. Its first member is the old one; parameters alone cannot show whether it is. Its axis
         is -1 where channels are last, always in Flax; in an Equinox convolution they are first, axis=0.

@@ -51,7 +51,7 @@ def rows_axis(layer: Any, name: str) -> int:
         return layer.kernel.ndim - 2
     if -1 not in layer.axis:
         raise ValueError(f"{name}, an nnx.LinearGeneral over axes {layer.axis}, is not over the channels, axis -1")
-    return len(layer.batch_axis) + layer.axis.index(-1)
+    return len(layer.batch_axis) + len(layer.axis) - 1  # Flax contracts over sorted axes
 
 
 def fit(layer: Any) -> None:

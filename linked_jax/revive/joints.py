@@ -2,8 +2,8 @@
 
 A layer is an nnx.Linear, nnx.LinearGeneral or nnx.Conv, or folds to one. An activation is a `Link`, a PReLU, or a
 function that is elementwise and not affine: functions are tried on a few numbers, each compiled by itself, so that a
-`jax.jit` or `jax.vmap` around the call does not matter. What stands between an activation and the next layer must treat channels alike: pools, flatten,
-dropout, batch norm.
+`jax.jit` or `jax.vmap` around the call does not matter. What stands between an activation and the next layer must treat
+channels alike: pools, flatten, dropout, batch norm.
 """
 
 import dataclasses

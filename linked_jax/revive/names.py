@@ -1,4 +1,4 @@
-"""Names of a tree's leaves: the same for a Linen dictionary, an NNX state, Haiku's, Equinox' and an optimiser's trees."""
+"""Names of a tree's leaves: of a Linen dictionary, an NNX state, Haiku's, Equinox' and an optimiser's trees."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any

@@ -41,15 +41,17 @@ def redo(
         s_i <= tau:   incoming weights drawn anew, bias 0, outgoing weights 0, their optimiser's state as in tx.init
 
     A linked unit is scored as one, and the weights of all its members become 0. All layers are scored first, then
-    changed. If all units of a layer are dormant, dormant units of the next one keep the weights to them that are drawn
-    anew, for a unit with incoming and outgoing weights of 0 would never move; outputs do not depend on them. With tau = 0 and dead relu units outputs stay the same, unless a batch norm stands after the activation:
-    it makes a constant of a dead unit, which is 0 afterwards.
+    changed. If all units of a layer are dormant, dormant ones of the next layer keep the weights that are drawn for
+    them: with incoming and outgoing weights of 0 they would never move, and outputs do not depend on them. With tau = 0
+    and dead relu units outputs stay the same, unless a batch norm stands after the activation: it makes a constant of a
+    dead unit, which is 0 afterwards. New weights are drawn, so a unit can be silent again: the next call finds it.
 
     Args:
       model: as for `link_sequential`; linked already or not. Layers around activations are nnx.Linear, nnx.Conv or
-        nnx.LinearGeneral of one axis themselves: one that adds to its kernel (nnx.LoRALinear, nnx.WeightNorm) or
-        computes it could stay dead, and so could shared weights; all these are refused. Norms between a layer and its activation are batch norms:
-        a dormant unit's entries become mean 0, variance 1, scale 1 and bias 0. It is scored in evaluation mode.
+        nnx.LinearGeneral of one axis. Where a layer adds to its kernel (nnx.LoRALinear, nnx.WeightNorm), computes it,
+        or shares it, a unit with new weights could stay dead: these are refused. Norms between a layer and its
+        activation are batch norms: a dormant unit's entries become mean 0, variance 1, scale 1 and bias 0. It is scored
+        in evaluation mode.
       opt_state: of tx.init(nnx.state(model, nnx.Param)); see `link_params_opt_state` for what stays and what does not.
       x: the model's input, a batch, floating-point, finite (not checked under `jax.jit`).
       tau: the largest score of a dormant unit, at least 0.

@@ -88,8 +88,8 @@ def link_sequential_opt_state(
 
     See `link_params_opt_state` for what is no moment. Outputs stay the same, the training that follows is not smooth:
     Adam's first steps of the new weights are large while their v is still small, and the loss of a net in good health
-    can rise for some steps. `warm_up_new` lets new weights start slowly. Behind a batch norm after the activation, evaluation lags at first: see
-    `link_params`.
+    can rise for some steps: `warm_up_new` lets new weights start slowly. Behind a batch norm after the activation,
+    evaluation lags at first: see `link_params`.
 
     Args:
       opt_state: of tx.init(nnx.state(model, nnx.Param)), or an nnx.Optimizer's.
@@ -126,8 +126,8 @@ def link_sequential_opt_state(
     for i in sorted({i for joint in joints for i in (joint.activation, joint.after)}):
         if isinstance(layer := stack.layers[i], (Foldable, *PRELUS)):
             raise ValueError(
-                f"{stack.name(i)}, a {type(layer).__name__}, is {'linked' if isinstance(layer, PRELUS) else 'folded'} and "
-                "has other parameters then; start the optimiser anew (tx.init)"
+                f"{stack.name(i)}, a {type(layer).__name__}, is {'linked' if isinstance(layer, PRELUS) else 'folded'} "
+                "and has other parameters then; start the optimiser anew (tx.init)"
             )
     return link_params_opt_state(opt_state, nnx.state(model, nnx.Param), _pairs(stack, joints), link, tx=tx)
 

@@ -43,8 +43,8 @@ class Stack:
             )
             if twice := [seen[v] for v in mine if v in seen]:
                 raise ValueError(
-                    f"{self.name(twice[0])} and {self.name(i)} share weights: a layer or a variable stands in the model "
-                    "twice, and shared weights are not handled; give each its own"
+                    f"{self.name(twice[0])} and {self.name(i)} share weights: a layer or a variable stands in the "
+                    "model twice, and shared weights are not handled; give each its own"
                 )
             seen |= dict.fromkeys(mine, i)
 

@@ -239,7 +239,7 @@ def test_a_state_of_other_parameters_is_refused_and_one_without_arrays_needs_no_
     for wrong in (1e-2, optax.adam, nnx.Optimizer):
         with pytest.raises(ValueError, match="tx is an Optax transformation"):
             link_params_opt_state(tx.init(params), params, pairs, lk_relu, tx=wrong)
-    with pytest.raises(ValueError, match="params are arrays, got a .* at act"):
+    with pytest.raises(ValueError, match=r"params are arrays, got a .* at act"):
         link_params_opt_state(tx.init(params), params | {"act": relu.members[0]}, pairs, lk_relu, tx=tx)
     for tx in (optax.sgd(1e-2), optax.inject_hyperparams(optax.sgd)(1e-2)):
         assert link_params_opt_state(tx.init(params), params, pairs, lk_relu) == tx.init(params)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from linked_jax.activations import ACTIVATIONS, lk_relu, lk_swish, relu
-from linked_jax.layers import LinkedLinear
+from linked_jax.layers import ChannelPReLU, LinkedLinear, LinkedPReLU
 from linked_jax.linking import Link
 from linked_jax.remedies import LCWConv, LCWLinear, NormPropConv, VPLinear, WSConv
 from linked_jax.revive import link_sequential, link_sequential_opt_state, redo, unlink
@@ -22,6 +22,10 @@ layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"
 
 def flatten(x):
     return x.reshape(len(x), -1)
+
+
+def linear(a, b):
+    return nnx.Linear(a, b, rngs=nnx.Rngs(0))
 
 
 def white(*shape, seed=0):
@@ -195,6 +199,73 @@ def test_links_of_two_members_stay():
     close(revived(x), model(x))
 
 
+def general(inputs, outputs, **options):
+    return nnx.LinearGeneral(inputs, outputs, rngs=nnx.Rngs(0), **options)
+
+
+GENERAL = {
+    "plain": lambda: [general(5, 7), jax.nn.relu, general(7, (3, 2))],
+    "heads": lambda: [general(5, (3, 4)), jax.nn.relu, general((3, 4), 2, axis=(-2, -1))],
+    "heads the other way": lambda: [general(5, (3, 4)), jax.nn.relu, general((3, 4), 2, axis=(-1, -2))],
+    "channels only": lambda: [general(5, (3, 4)), jax.nn.relu, general(4, (2, 3))],
+    "of each example": lambda: [general(5, (3, 4)), jax.nn.relu, general(4, 2, batch_axis={0: 6})],
+    "flattened": lambda: [general(5, (3, 4)), jax.nn.relu, flatten, general(12, (2, 2))],
+    "flattened first": lambda: [general(5, (3, 4)), flatten, jax.nn.relu, linear(12, 2)],
+}
+
+
+@layouts
+@pytest.mark.parametrize("name", first_fast(GENERAL))
+def test_general_layers(name, layout):
+    model, x = nnx.Sequential(*GENERAL[name]()), white(6, 5)
+    link = Link(lk_relu.members, layout=layout)
+    revived = link_sequential(model, link)
+    close(revived(x), model(x))
+    last = revived.layers[-1]
+    assert last.kernel.size == 2 * model.layers[-1].kernel.size
+    assert np.prod(last.in_features) == 2 * np.prod(model.layers[-1].in_features)
+    close(unlink(revived)(x), model(x))
+
+
+@layouts
+@pytest.mark.parametrize("slopes", first_fast(["layer", "channel", "element"]))
+def test_prelus_become_linked_prelus_with_their_slopes(slopes, layout):
+    features = {"layer": 4, "channel": 4, "element": (5, 6, 4)}[slopes]
+    prelu = nnx.PReLU(0.3) if slopes == "layer" else ChannelPReLU(features, share=slopes)
+    prelu.negative_slope[...] = (0.3 + 0.1 * white(*prelu.negative_slope.shape)).astype(jnp.float32)
+    model = nnx.Sequential(nnx.Conv(2, 4, (3, 3), rngs=nnx.Rngs(0)), prelu, flatten, linear(4 * 30, 3))
+    model, x = nnx.Sequential(model, jax.nn.relu, linear(3, 2)), white(2, 5, 6, 2)
+    revived = link_sequential(model, Link(lk_relu.members, layout=layout))
+    close(revived(x), model(x))
+    linked = revived.layers[0].layers[1]
+    assert type(linked) is LinkedPReLU
+    z, slope = jnp.ones((5, 6, 4)), jnp.broadcast_to(prelu.negative_slope[...], (5, 6, 4))
+    by_unit = linked(-z).reshape((5, 6, 2, 4) if layout == "blocked" else (5, 6, 4, 2))
+    close(by_unit.take(0, 2 if layout == "blocked" else 3), -slope)
+    close(by_unit.take(1, 2 if layout == "blocked" else 3), z)
+    close(unlink(revived)(x), model(x))
+    with pytest.raises(ValueError, match=r"layers\[0\].layers\[1\], a \w*PReLU, is linked and has other parameters"):
+        link_sequential_opt_state((), model, lk_relu)
+    with pytest.raises(ValueError, match="no plain activation"):
+        link_sequential(revived, lk_relu)
+
+
+def test_a_nested_model_stays_nested_and_its_optimiser_follows():
+    inner = nnx.Sequential(linear(4, 6), nnx.Sequential(nnx.BatchNorm(6, rngs=nnx.Rngs(0)), jax.nn.relu))
+    model = nnx.Sequential(nnx.Sequential(linear(3, 4), jax.nn.relu), inner, linear(6, 2))
+    model.eval()
+    revived, x, tx = link_sequential(model, lk_relu), white(5, 3), optax.adam(1e-2)
+    close(revived(x), model(x))
+    assert revived.layers[1].layers[0].kernel.shape == (8, 6)
+    assert [revived.layers[0].layers[1], revived.layers[1].layers[1].layers[1]] == [lk_relu] * 2
+    assert [inner.layers[0].kernel.shape, model.layers[2].kernel.shape] == [(4, 6), (6, 2)]
+    state = link_sequential_opt_state(tx.init(nnx.state(model, nnx.Param)), model, lk_relu, tx=tx)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, tx.init(nnx.state(revived, nnx.Param)))
+    close(unlink(revived)(x), model(x))
+    with pytest.raises(ValueError, match=r"layers\[0\].layers\[1\] is already linked"):
+        link_sequential(revived, lk_relu)
+
+
 # --- the optimiser follows ----------------------------------------------------------------------------------------
 
 OPTIMISERS = {
@@ -280,10 +351,6 @@ def test_added_weights_learn_in_the_first_update_and_dead_units_in_the_second(la
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
-
-
-def linear(a, b):
-    return nnx.Linear(a, b, rngs=nnx.Rngs(0))
 
 
 def after_relu(*layers):
@@ -381,7 +448,7 @@ def test_what_cannot_be_linked_is_refused_by_name(layers, message):
 
 def test_other_refusals(unchecked):
     shared = linear(4, 4)
-    with pytest.raises(ValueError, match="stands in the model twice"):
+    with pytest.raises(ValueError, match="stands in the model twice, and shared weights are not"):
         link_sequential(nnx.Sequential(shared, jax.nn.relu, shared), lk_relu)
     with pytest.raises(ValueError, match=r"nnx\.Sequential, got a Linear"):
         link_sequential(shared, lk_relu)
