@@ -26,7 +26,7 @@ Place = Callable[[Array], Array]
 """A weight's array -> that of the new weight, in which new entries are 0, or False."""
 
 _WILD = 1e3
-"""A new weight's largest update over the largest of all before. Adam's is 1 / sqrt(1 - b2) at most, 100 for b2 = 0.9999.
+"""A new weight's largest update over the largest of all before. Adam's is at most 1 / sqrt(1 - b2): 100 for 0.9999.
 A division by a moment that is still 0 gives 1 / eps."""
 _STEPS = 64
 """Updates of the trial before some weights start anew, and after it: enough for gradients that are added up."""
