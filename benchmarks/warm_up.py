@@ -5,7 +5,7 @@
 An MLP on digits is trained with Adam, then linked with its optimiser's state, and trained on: as it was (not linked),
 linked at once (0), and with `warm_up_new` over some steps. All ways of a seed see the same batches. The loss is that of
 all training images, after every update; each number is the largest of those after linking, or the last one, relative to
-that before linking. The medians and largest values of the seeds are printed. One minute on two cores.
+that before linking. The medians of the seeds are printed. A few minutes on two cores.
 """
 
 import dataclasses
@@ -108,6 +108,24 @@ class Bench:
         return found
 
 
+def rows(results: list[dict[str, dict[str, float]]]) -> list[dict[str, str]]:
+    """Of the table: a row for each way, of all seeds."""
+    table = []
+    for steps in map(str, _WARM_UPS):
+        largest, last = ([found[steps][name] for found in results] for name in ("largest", "last"))
+        cells = np.median(largest), max(largest), np.median(last)
+        names = ("largest loss", "in the worst seed", "last loss")
+        table.append({"steps of warm-up": steps} | {n: f"{cell:.2f}" for n, cell in zip(names, cells, strict=True)})
+    return table
+
+
+def markdown(results: list[dict[str, dict[str, float]]]) -> str:
+    """The table of docs/optimisers.md."""
+    table = rows(results)
+    lines = [[*table[0]], ["---"] * len(table[0]), *(list(row.values()) for row in table)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     """Measure, print medians and largest values, and write the record."""
     settings, console = turns.parse(Settings, "warm_up"), Console()
@@ -116,20 +134,9 @@ def main() -> None:
         for seed in range(settings.rounds):
             results.append(bench.measure(seed))
             advance(1)
-    rows = []
-    for steps in map(str, _WARM_UPS):
-        largest, last = ([found[steps][name] for found in results] for name in ("largest", "last"))
-        rows.append(
-            {
-                "steps of warm-up": steps,
-                "largest loss": f"{np.median(largest):.2f}",
-                "worst seed": f"{max(largest):.2f}",
-                "last loss": f"{np.median(last):.2f}",
-            }
-        )
     console.table(
-        f"The loss in {settings.after} updates after linking, relative to that before, median of {settings.rounds} seeds:",
-        rows,
+        f"The loss in {settings.after} updates after linking, relative to that before; median of {settings.rounds}:",
+        rows(results),
     )
     turns.save(settings, "warm_up", results)
 

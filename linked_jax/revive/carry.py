@@ -174,7 +174,7 @@ _GIVEN = (("value", "grad", "value_fn"), ("obj_fn",), ())
 
 
 @functools.lru_cache(maxsize=16)
-def _check_moves(tx: Any, structure: Any, leaves: tuple) -> None:
+def _check_moves(tx: Any, structure: Any, leaves: tuple[tuple[tuple[int, ...], Any], ...]) -> None:
     """Try, on weights of at most 2 entries an axis: after some updates the first entry of each starts anew.
 
     Raises:
@@ -185,7 +185,7 @@ def _check_moves(tx: Any, structure: Any, leaves: tuple) -> None:
     with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
         for sizes, given in itertools.product((small, leaves), _GIVEN):  # leaves: it may know the weights' true shapes
             try:
-                params = jax.tree.unflatten(structure, [jnp.ones(*leaf) for leaf in sizes])
+                params = jax.tree.unflatten(structure, [jnp.ones(shape, dtype) for shape, dtype in sizes])
                 first, then = _trial(tx, params, given)
                 break
             except Exception as error:

@@ -150,7 +150,7 @@ def arity(activation: Any) -> int:
 def _as_link(activation: Any) -> Link:
     if isinstance(activation, nnx.PReLU):
         return Link((jax.nn.leaky_relu,))
-    return activation.link if isinstance(activation, (Link, *PRELUS)) else Link((activation,))
+    return activation.link if isinstance(activation, (Link, ChannelPReLU, LinkedPReLU)) else Link((activation,))
 
 
 @jax.ensure_compile_time_eval()  # under jit too

@@ -1,6 +1,7 @@
 """An `nnx.Sequential` and those in it as one list of layers, in the order of the data."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from flax import nnx
@@ -91,7 +92,7 @@ def _variables(layer: Any) -> list[nnx.Variable]:
     return [node for _, node in nnx.iter_graph(layer) if isinstance(node, nnx.Variable)]
 
 
-def _places(model: nnx.Sequential, outer: tuple[int, ...] = ()) -> Any:
+def _places(model: Any, outer: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
     for n, layer in enumerate(model.layers):
         if type(layer) is nnx.Sequential:  # a subclass may do more
             yield from _places(layer, (*outer, n))

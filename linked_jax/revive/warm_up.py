@@ -9,9 +9,9 @@ from jaxtyping import Array, Int
 
 
 class WarmUpNewState(NamedTuple):
-    """The number of updates so far, and which weights are new: True where one was 0."""
+    """The number of updates so far, up to `steps`, and which weights are new: True where one was 0."""
 
-    count: Int[Array, ""]
+    t: Int[Array, ""]
     new: Any
 
 
@@ -55,11 +55,10 @@ def warm_up_new(steps: int) -> optax.GradientTransformation:
     def init(params: Any) -> WarmUpNewState:
         return WarmUpNewState(jnp.zeros((), jnp.int32), jax.tree.map(lambda w: w == 0, params))
 
-    def update(updates: Any, state: WarmUpNewState, params: Any = None) -> tuple[Any, WarmUpNewState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, WarmUpNewState]:
         del params
-        count = jnp.minimum(state.count + 1, steps)
-        factor = count / steps
-        slow = lambda u, new: jnp.where(new, (factor * u).astype(u.dtype), u)  # noqa: E731
-        return jax.tree.map(slow, updates, state.new), WarmUpNewState(count, state.new)
+        t = jnp.minimum(state.t + 1, steps)
+        slow = lambda u, new: jnp.where(new, (t / steps * u).astype(u.dtype), u)  # noqa: E731
+        return jax.tree.map(slow, updates, state.new), WarmUpNewState(t, state.new)
 
     return optax.GradientTransformation(init, update)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import re
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import optax
 import pytest
 from optax import contrib
 
+from benchmarks import warm_up
 from linked_jax.activations import lk_relu
 from linked_jax.revive import Pair, link_params, link_params_opt_state
 from tests.cases import first_fast
@@ -351,3 +353,9 @@ def table():
 
 def test_the_page_has_this_table():
     assert table() in PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["warm_up", "warm_up_at_3e-3"])
+def test_the_page_has_what_the_benchmark_measured(name):
+    record = json.loads((PAGE.parents[1] / "results" / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
+    assert warm_up.markdown(record["results"]) in PAGE.read_text(encoding="utf-8")
