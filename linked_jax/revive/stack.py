@@ -1,12 +1,15 @@
 """An `nnx.Sequential` and those in it as one list of layers, in the order of the data."""
 
 import functools
+import types
 from collections.abc import Iterator
 from typing import Any
 
 from flax import nnx
 
 Function = Any
+_EMPTY = types.CellType()
+"""Of a name that has no value yet."""
 
 
 class Stack:
@@ -101,22 +104,16 @@ def _places(model: Any, outer: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]
 
 
 def _held(layer: Function) -> Any:
-    """A module with weights, or a variable, that a plain function holds: as a method's self, or in its closure."""
-    if isinstance(layer, nnx.Module):
-        return None
-    if isinstance(layer, functools.partial):
-        inside = [layer.func, *layer.args, *layer.keywords.values()]
-    else:
-        cells = getattr(layer, "__closure__", None) or ()
-        inside = [getattr(layer, "__self__", None)]
-        for cell in cells:
-            try:
-                inside.append(cell.cell_contents)
-            except ValueError:  # an empty cell
-                continue
-    for thing in inside:
+    """A module with weights, or a variable, that a function holds: as its self, in a closure, in a partial."""
+    todo, seen = [] if isinstance(layer, nnx.Module) else [layer], set()
+    while todo:
+        thing = todo.pop()
         if isinstance(thing, nnx.Variable) or has_variables(thing):
             return thing
-        if isinstance(thing, functools.partial) and (held := _held(thing)):
-            return held
+        if callable(thing) and id(thing) not in seen:
+            seen.add(id(thing))
+            todo += [getattr(thing, "__self__", None), getattr(thing, "__wrapped__", None)]
+            todo += [cell.cell_contents for cell in getattr(thing, "__closure__", None) or () if cell != _EMPTY]
+            if isinstance(thing, functools.partial):
+                todo += [thing.func, *thing.args, *thing.keywords.values()]
     return None

@@ -58,7 +58,7 @@ def warm_up_new(steps: int) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, WarmUpNewState]:
         del params
         t = jnp.minimum(state.t + 1, steps)
-        slow = lambda u, new: jnp.where(new, (t / steps * u).astype(u.dtype), u)  # noqa: E731
+        slow = lambda u, new: jnp.where(new, (t / steps).astype(u.dtype) * u, u)  # noqa: E731
         return jax.tree.map(slow, updates, state.new), WarmUpNewState(t, state.new)
 
     return optax.GradientTransformation(init, update)

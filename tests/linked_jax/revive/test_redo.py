@@ -333,6 +333,10 @@ def test_shared_weights_are_refused():
             r"layers\[3\] is a function that holds an? L",
         ),
         (nnx.Sequential(first, relu, last, functools.partial(jnp.dot, b=last.kernel)), r"holds an? Param"),
+        (
+            nnx.Sequential(first, relu, last, jax.jit(lambda h: h @ first.kernel[:2])),
+            r"layers\[3\] .* holds an? Linear",
+        ),
     ):
         for f in (
             lambda model: redo(model, (), white(2, 3), key=jax.random.key(7)),

@@ -13,8 +13,9 @@ from linked_jax.activations import ACTIVATIONS, lk_relu, lk_swish, relu
 from linked_jax.layers import ChannelPReLU, LinkedLinear, LinkedPReLU
 from linked_jax.linking import Link
 from linked_jax.remedies import LCWConv, LCWLinear, NormPropConv, VPLinear, WSConv
-from linked_jax.revive import link_sequential, link_sequential_opt_state, redo, unlink
+from linked_jax.revive import link_sequential, link_sequential_opt_state, redo, unlink, warm_up_new
 from tests.cases import first_fast
+from tests.linked_jax.test_switches import SWITCHES
 
 LINKS = {name: a for name, a in ACTIVATIONS.items() if isinstance(a, Link) and a.arity > 1 and name != "crelu"}
 layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
@@ -214,6 +215,7 @@ GENERAL = {
 }
 
 
+@pytest.mark.slow
 @layouts
 @pytest.mark.parametrize("name", first_fast(GENERAL))
 def test_general_layers(name, layout):
@@ -227,6 +229,7 @@ def test_general_layers(name, layout):
     close(unlink(revived)(x), model(x))
 
 
+@pytest.mark.slow
 @layouts
 @pytest.mark.parametrize("slopes", first_fast(["layer", "channel", "element"]))
 def test_prelus_become_linked_prelus_with_their_slopes(slopes, layout):
@@ -250,6 +253,7 @@ def test_prelus_become_linked_prelus_with_their_slopes(slopes, layout):
         link_sequential(revived, lk_relu)
 
 
+@pytest.mark.slow
 def test_a_nested_model_stays_nested_and_its_optimiser_follows():
     inner = nnx.Sequential(linear(4, 6), nnx.Sequential(nnx.BatchNorm(6, rngs=nnx.Rngs(0)), jax.nn.relu))
     model = nnx.Sequential(nnx.Sequential(linear(3, 4), jax.nn.relu), inner, linear(6, 2))
@@ -321,6 +325,23 @@ def test_moments_of_kept_weights_are_kept_and_new_ones_zero(tx, name):
     jax.tree.map(check, opt_state, revived_state)
     _, after, _ = train(revived, tx, revived_state, x, 2)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SWITCHES)
+def test_under_strict_switches(name):
+    x, tx = np.asarray(white(8, 5), np.float32), optax.sgd(1e-2, momentum=0.9)
+    with SWITCHES[name]():
+        model = nnx.Sequential(linear(5, 7), nnx.Sequential(jax.nn.relu, linear(7, 3)))
+        state = tx.init(nnx.state(model, nnx.Param))
+        revived, warm = link_sequential(model, lk_relu), warm_up_new(3)
+        close(revived(x), model(x))
+        state = link_sequential_opt_state(state, model, lk_relu, tx=tx)
+        revived, state, count = redo(revived, state, jnp.asarray(x), key=jax.random.key(1), tx=tx)
+        state = state, warm.init(nnx.state(revived, nnx.Param))
+        _, state, grads = train(revived, optax.chain(tx, warm), state, jnp.asarray(x), 2)
+    assert int(count) == 0
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((state, grads)))
 
 
 # --- dead units come back -----------------------------------------------------------------------------------------
