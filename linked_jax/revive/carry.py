@@ -27,10 +27,10 @@ Place = Callable[[Array], Array]
 """A weight's array -> that of the new weight, in which new entries are 0, or False."""
 
 _WILD = 1e3
-"""A new weight's largest update over the largest of all before. Adam's is at most 1 / sqrt(1 - b2): 100 for 0.9999.
+"""A new weight's largest update over the largest of all others. Adam's is at most 1 / sqrt(1 - b2): 100 for 0.9999.
 A division by a moment that is still 0 gives 1 / eps."""
 _STEPS = 64
-"""Updates of the trial before some weights start anew, and after it: enough for gradients that are added up."""
+"""Updates of the trial before some weights start anew, and after it: enough where gradients are added up."""
 
 
 def carry(
@@ -203,25 +203,25 @@ def _check_moves(tx: Any, structure: Any, leaves: tuple[tuple[tuple[int, ...], A
         for sizes, given in itertools.product((small, leaves), _GIVEN):  # leaves: it may know the weights' true shapes
             try:
                 params = jax.tree.unflatten(structure, [jnp.ones(shape, dtype) for shape, dtype in sizes])
-                first, then = _trial(tx, params, given)
+                aged, others, anew = _trial(tx, params, given)
                 break
             except Exception as error:
                 reason = reason or f"{type(error).__name__}: {error}".partition("\n")[0]
         else:
             raise ValueError(f"tx could not be tried, to see what new weights do: {reason}; start it anew (tx.init)")
-    most = max(first.values(), default=0.0)
-    for name in first:
-        if not then[name] <= _WILD * most:
+    most = max([*aged.values(), *others.values()], default=0.0)
+    for name in anew:
+        if not anew[name] <= _WILD * most:
             raise ValueError(
-                f"with this tx a new weight would move by {then[name]:.1g} where others moved by {most:.1g}: it cannot "
+                f"with this tx a new weight would move by {anew[name]:.1g} where others moved by {most:.1g}: it cannot "
                 "start beside weights of some age; start the optimiser anew (tx.init)"
             )
-        if first[name] > 0 and then[name] == 0:
+        if others[name] > 0 and anew[name] == 0:
             raise ValueError("with this tx a new weight would not move at all; start the optimiser anew (tx.init)")
 
 
-def _trial(tx: Any, params: Any, given: tuple[str, ...]) -> tuple[dict[Names, float], dict[Names, float]]:
-    """For each weight the largest update of its first entry: in the first steps, and once it started anew."""
+def _trial(tx: Any, params: Any, given: tuple[str, ...]) -> list[dict[Names, float]]:
+    """For each weight the largest update of its first entry: in the first steps, in the next, and in these anew."""
     tx, rng = optax.with_extra_args_support(tx), np.random.default_rng(0)
 
     @jax.jit
@@ -247,6 +247,6 @@ def _trial(tx: Any, params: Any, given: tuple[str, ...]) -> tuple[dict[Names, fl
     def place(a: Array) -> Array:
         return jnp.where(jnp.arange(a.size).reshape(a.shape) == 0, jnp.zeros_like(a), a)
 
-    params, state, first = steps(params, tx.init(params))
-    *_, then = steps(params, _carried(state, tx, params, params, dict.fromkeys(first, place)))
-    return first, then
+    params, state, aged = steps(params, tx.init(params))
+    anew = _carried(state, tx, params, params, dict.fromkeys(aged, place))
+    return [aged, steps(params, state)[-1], steps(params, anew)[-1]]

@@ -328,6 +328,21 @@ def test_twenty_updates_after_linking(name):
     assert change < 1e-5 or case.couples or case.state == "anew", change
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        optax.cosine_decay_schedule(1.0, 50),
+        optax.piecewise_constant_schedule(1e-6, {70: 1e6}),
+        optax.constant_schedule(0.0),
+    ],
+)
+def test_a_rate_that_changes_in_the_trial_does_not_matter(schedule):
+    tx, params = optax.adam(schedule), net()
+    new_state = link_params_opt_state(tx.init(params), params, PAIRS, lk_relu, tx=tx)
+    assert rows(new_state[0].mu).shape == (2 * UNITS, 5)
+
+
 def outcome(old, new, fresh):
     """What became of a state, leaf by leaf, told by the values alone."""
     kinds = set()
