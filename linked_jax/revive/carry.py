@@ -56,8 +56,13 @@ def carry(
         raise ValueError(f"tx is an Optax transformation, the one that made opt_state, got {type(tx).__name__}")
     _check_state(opt_state, tx, params)
     if any(ending(name, places) for name, _ in _named(jax.eval_shape(tx.init, params))):
-        leaves = tuple((a.shape, a.dtype) for a in jax.tree.leaves(params))
-        _check_moves(tx, jax.tree.structure(params), leaves)
+        tried = tx, jax.tree.structure(params), tuple((a.shape, a.dtype) for a in jax.tree.leaves(params))
+        try:
+            hash(tried)
+        except TypeError:  # a structure or an optimiser that holds arrays
+            _check_moves.__wrapped__(*tried)
+        else:
+            _check_moves(*tried)
     return _carried(opt_state, tx, params, new_params, places)
 
 
@@ -189,12 +194,12 @@ def _no_switches() -> Iterator[None]:
         yield
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4)
 def _check_moves(tx: Any, structure: Any, leaves: tuple[tuple[tuple[int, ...], Any], ...]) -> None:
     """Try, on weights of at most 2 entries an axis: after some updates the first entry of each starts anew.
 
     Raises:
-      ValueError: if it then moves wildly, or not at all though it did at the start.
+      ValueError: if it then moves wildly, or not at all though others do, or cannot be tried.
     """
     leaves = tuple((shape, jnp.promote_types(dtype, jnp.float32)) for shape, dtype in leaves)
     small = tuple((tuple(min(n, 2) for n in shape), dtype) for shape, dtype in leaves)
@@ -241,7 +246,8 @@ def _trial(tx: Any, params: Any, given: tuple[str, ...]) -> list[dict[Names, flo
             aim = jax.tree.map(lambda w: jnp.asarray(rng.normal(scale=0.5, size=w.shape), w.dtype), params)
             params, state, updates = step(params, state, aim)
             for name, update in leaves_by_name(updates).items():
-                largest[name] = float(np.maximum(largest[name], np.abs(np.ravel(update)[0])))  # NaN stays
+                sizes = np.abs(np.ravel(update)[:1])
+                largest[name] = float(np.max(sizes, initial=largest[name]))  # NaN stays
         return params, state, largest
 
     def place(a: Array) -> Array:

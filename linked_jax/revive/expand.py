@@ -120,7 +120,8 @@ def link_params(params: Any, pairs: Sequence[Pair], link: Link) -> Any:
 
     Args:
       params: nested dictionaries, an NNX state, an Equinox module, or another tree with names; with a `norm` the
-        running statistics too, so all variables. An Equinox layer goes on saying its old `in_features`.
+        running statistics too, so all variables. An Equinox layer goes on saying its old `in_features`;
+        equinox.nn.MLP calls its activation unit by unit and cannot take a link: write its layers one by one.
       pairs: where the activations are, and where weights are if they are none of Flax', Haiku's or Equinox'.
       link: the new activation. Its first member is the old one; parameters alone cannot show whether it is. Its axis
         is -1 where channels are last, always in Flax; in an Equinox convolution they are first, axis=0.
