@@ -16,12 +16,12 @@ from linked_jax import probe, remedies, revive
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
-    "arrays", "members", "linking", "activations", "moments", "initializers", "schedules", "diagnostics", "signal_statistics",
-    "learned", "layers", "linen", "certificates", "remedies", "probe", "revive",
+    "arrays", "members", "linking", "activations", "moments", "initializers", "schedules", "diagnostics",
+    "signal_statistics", "convolution", "learned", "layers", "linen", "certificates", "remedies", "probe", "revive",
 ]  # fmt: skip
 """From the ground up: a room imports from rooms before it only."""
 ALLOWED = {"jax", "numpy", "flax", "optax", "jaxtyping", "linked_jax"}
-FLAX_ROOMS = {"learned", "layers", "linen", "remedies", "probe", "revive"}
+FLAX_ROOMS = {"convolution", "learned", "layers", "linen", "remedies", "probe", "revive"}
 LAZY = {"probe": {"rich", "matplotlib"}}
 """What a room imports when it is asked to show something."""
 PACKAGES = {"linked_jax": linked_jax, "probe": probe, "remedies": remedies, "revive": revive}
@@ -84,7 +84,8 @@ import sys
 import flax.nnx, jax, jaxtyping, optax
 before = set(sys.modules)
 import linked_jax
-core = "arrays members linking activations moments initializers schedules diagnostics learned layers".split()
+core = "arrays members linking activations moments initializers schedules diagnostics".split()
+core += ["convolution", "learned", "layers"]
 new = {module for module in set(sys.modules) - before if not module.startswith("jax.")}
 assert new == {"linked_jax", *(f"linked_jax.{room}" for room in core)}, new
 assert {*linked_jax.__all__} <= {*dir(linked_jax)}
