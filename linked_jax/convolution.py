@@ -1,19 +1,26 @@
-"""A convolution whose derivative for the kernel is fast on a CPU as well. Values are `jax.lax`'s, everywhere.
+"""A convolution that is fast on a CPU as well, and its derivatives too. Elsewhere it is `jax.lax`'s.
 
-    y = x * K,    dy = dx * K + x * dK
+    y = x * K,    dL/dx = g * flipped(K),    dL/dK = correlation of x and g,    g = dL/dy
 
-XLA's gradient of a kernel is several times as slow on a CPU as the convolution. Here x * dK is written so that its
-transpose, which is that gradient, is one matrix product for every few images:
+Wide layers: XLA's gradient of a kernel is several times as slow on a CPU as the convolution. Here it is one matrix
+product for every few images, of x and of g at all shifts of the window, side by side:
 
-    (x * dK)[p] = sum_t z_t[p + t],    z = x [dK_1, ..., dK_T]      T taps side by side
+    dL/dK = x' [g shifted by tap 1, ..., g shifted by tap T]
 
-No derivative rule of JAX is lost: forward and reverse mode, of any order, vmap, jet and checkpoint see plain JAX.
-Other platforms, and shapes for which XLA's own is as fast, get XLA's own.
+Narrow layers: for few channels the product of patches and kernel is too thin to be fast. Here B pixels of a row, with
+the pixels around them, are the channels of one position, and the kernel is a band of copies of K:
+
+    Y[q] = X[q] * band(K),    X[q] = x[B q - low, ..., B q + B + high]
+
+The derivative in forward mode is written as the transpose of the gradient, so transposing it gives the gradient back,
+and no rule of JAX is lost: both modes of any order, vmap and checkpoint see plain JAX. (Its `jet` refuses every custom
+derivative, that of `jax.nn.relu` too. For it, and to export from a CPU to another platform, pass
+conv_general_dilated=jax.lax.conv_general_dilated to a layer.)
 """
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +28,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-_AT_ONCE = 4  # images a product: more take more memory and are slower, see benchmarks/kernel_gradient.py
-_LEAST_CHANNELS = 32  # of inputs; below, XLA's own gradient is as fast
+NARROW = 8  # channels in and out, at most
+WIDE = 64  # channels in, at least
+_PIXELS = 4  # B; these three are measured: python -m benchmarks.convolution
+_IMAGES = 4  # a product; more take more memory and are slower
 
 Pads = tuple[tuple[int, int], ...]
 
@@ -34,7 +43,7 @@ def conv_general_dilated(
     padding: str | Sequence[tuple[int, int]],
     **options: Any,
 ) -> Float[Array, "..."]:
-    """`jax.lax.conv_general_dilated`, with a derivative for the kernel that is fast on a CPU as well.
+    """`jax.lax.conv_general_dilated`, in a form that is fast on a CPU where there is one.
 
     Args:
       lhs: images, (N, *space, C).
@@ -44,8 +53,9 @@ def conv_general_dilated(
       **options: all else that `jax.lax.conv_general_dilated` takes.
 
     Returns:
-      The value that `jax.lax` gives. The derivative for the kernel is the same sum in another order, where strides
-      and dilations are 1, there is one group, and axes lie as Flax has them; else it is `jax.lax`'s.
+      What `jax.lax` gives, and on a CPU the same sums in another order: where strides and dilations are 1, there is one
+      group, axes lie as Flax has them, and channels are few (8 in and out) or many (64 in, and one device). With few
+      channels a number that is not finite makes NaN of up to 3 pixels more on each side.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -55,75 +65,121 @@ def conv_general_dilated(
       >>> conv(jnp.ones((8, 16, 16, 64))).shape
       (8, 16, 16, 64)
     """
-    pads = _plain(lhs, rhs, window_strides, padding, options)
-    if pads is None:
-        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
 
-    def conv(x: Array, kernel: Array) -> Array:
+    def plain(x: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
 
-    def kernel_part(x: Array, kernel: Array) -> Array:
-        return lax.platform_dependent(x, kernel, cpu=lambda x, k: _tap_by_tap(x, k, pads), default=conv)
+    pads = _covered(lhs, rhs, window_strides, padding, options) if _on_cpu() else None
+    narrow, wide = max(rhs.shape[-2:]) <= NARROW, rhs.shape[-2] >= WIDE and not _several_devices()
+    if pads is None or not (narrow or wide):
+        return plain(lhs, rhs)
+
+    def blocks(x: Array, kernel: Array, pads: Pads) -> Array:
+        return by_blocks(x, kernel, pads, options.get("precision"))
+
+    def of_dx(dx: Array, kernel: Array) -> Array:
+        """Linear in dx."""
+        around = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape, pads, strict=False))
+        flipped = jnp.flip(kernel, range(kernel.ndim - 2)).swapaxes(-1, -2)
+        return _transpose(lambda g: blocks(g, flipped, around), y)(dx) if narrow else plain(dx, kernel)
+
+    def of_dkernel(x: Array, dkernel: Array) -> Array:
+        """Linear in dkernel."""
+        if narrow:
+            return plain(x, dkernel)
+        return _transpose(lambda g: kernel_gradient(x, g, pads, options.get("precision")), y)(dkernel)
 
     @jax.custom_jvp
-    def with_fast_derivative(x: Array, kernel: Array) -> Array:
-        return conv(x, kernel)
+    def fast_convolution(x: Array, kernel: Array) -> Array:
+        return blocks(x, kernel, pads) if narrow else plain(x, kernel)
 
-    with_fast_derivative.defjvps(
-        lambda dx, _, x, kernel: conv(dx, kernel),
-        lambda dkernel, _, x, kernel: kernel_part(x, dkernel),
+    fast_convolution.defjvps(lambda dx, _, x, kernel: of_dx(dx, kernel), lambda dk, _, x, kernel: of_dkernel(x, dk))
+    y = jax.eval_shape(plain, lhs, rhs)
+    return fast_convolution(lhs, rhs)
+
+
+def _transpose(linear: Callable[[Array], Array], argument: Any) -> Callable[[Array], Array]:
+    return lambda ct: jax.linear_transpose(linear, argument)(ct)[0]
+
+
+def kernel_gradient(x: Array, g: Array, pads: Pads, precision: Any = None) -> Array:
+    """dL/dK of y = x * K from g = dL/dy: for every few images one product of x and all shifts of g."""
+    c, c_out = x.shape[-1], g.shape[-1]
+    window = [n + sum(pad) - m + 1 for n, m, pad in zip(x.shape[1:-1], g.shape[1:-1], pads, strict=True)]
+    around = [(k - 1 - low, k - 1 - high) for k, (low, high) in zip(window, pads, strict=True)]
+    shifts = [
+        tuple(slice(k - 1 - t, k - 1 - t + n) for k, t, n in zip(window, tap, x.shape[1:-1], strict=True))
+        for tap in itertools.product(*map(range, window))
+    ]
+
+    def of_images(x: Array, g: Array) -> Array:
+        g = jnp.pad(g, [(0, 0), *around, (0, 0)])
+        shifted = jnp.concatenate([g[:, *shift] for shift in shifts], axis=-1)
+        return jnp.matmul(x.reshape(-1, c).T, shifted.reshape(-1, shifted.shape[-1]), precision=precision)
+
+    def add(total: Array, images: tuple[Array, Array]) -> tuple[Array, None]:
+        return total + of_images(*images), None
+
+    at_once = math.gcd(len(x), _IMAGES)
+    parts = x.reshape(-1, at_once, *x.shape[1:]), g.reshape(-1, at_once, *g.shape[1:])
+    total, _ = lax.scan(add, jnp.zeros((c, len(shifts) * c_out), x.dtype), parts)
+    return jnp.moveaxis(total.reshape(c, *window, c_out), 0, -2)
+
+
+def by_blocks(x: Array, kernel: Array, pads: Pads, precision: Any = None) -> Array:
+    """x * K with B pixels of a row, and those around them, as the channels of one position."""
+    *others, k, c, c_out = kernel.shape
+    *other_pads, (low, high) = pads
+    width = x.shape[-2] + low + high - k + 1
+    blocks = -(-width // _PIXELS)
+    seen = _PIXELS + k - 1
+    more = blocks * _PIXELS + k - 1 - low - x.shape[-2]  # high, and what makes the last block whole
+    row = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(low, more), (0, 0)])
+    X = jnp.stack([row[..., b * _PIXELS : b * _PIXELS + seen, :] for b in range(blocks)], axis=-3)
+    shifts = jnp.stack([jnp.eye(seen, _PIXELS, -t, dtype=kernel.dtype) for t in range(k)])  # (tap, seen, pixel)
+    band = jnp.einsum("tsp,...tio->...sipo", shifts, kernel, precision="highest")
+    Y = lax.conv_general_dilated(
+        X.reshape(*X.shape[:-2], -1),
+        band.reshape(*others, 1, seen * c, _PIXELS * c_out),
+        (1,) * len(pads),
+        (*other_pads, (0, 0)),
+        dimension_numbers=_as_in_flax(x.ndim),
+        precision=precision,
     )
-    return with_fast_derivative(lhs, rhs)
+    return Y.reshape(*Y.shape[:-2], -1, c_out)[..., :width, :]
 
 
-def _plain(lhs: Any, rhs: Any, strides: Sequence[int], padding: Any, options: dict[str, Any]) -> Pads | None:
-    """The padding of a convolution that this file covers and that is worth it; None of any other."""
+def _covered(x: Any, kernel: Any, strides: Sequence[int], padding: Any, options: dict[str, Any]) -> Pads | None:
+    """The padding of a convolution that has a form here; None of any other."""
     numbers = options.get("dimension_numbers")
-    if numbers is None or lhs.ndim != rhs.ndim or lhs.ndim < 3 or not lhs.size:
+    if numbers is None or not 3 <= x.ndim == kernel.ndim or not x.size or math.prod(kernel.shape[:-2]) == 1:
         return None
-    axes = tuple(range(1, lhs.ndim - 1))
-    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers)
-    images, kernels = (0, lhs.ndim - 1, *axes), (lhs.ndim - 1, lhs.ndim - 2, *range(lhs.ndim - 2))
+    numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, numbers)
     dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
-    ours = (
-        (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec) == (images, kernels, images)
-        and max(*strides, *dilations, options.get("feature_group_count", 1), options.get("batch_group_count", 1)) == 1
-        and lhs.dtype == rhs.dtype
-        and not _split()
-        and lhs.shape[-1] >= _LEAST_CHANNELS
-        and math.prod(rhs.shape[:-2]) > 1
-    )
-    if not ours:
+    groups = options.get("feature_group_count", 1), options.get("batch_group_count", 1)
+    if (
+        numbers != lax.conv_dimension_numbers(x.shape, kernel.shape, _as_in_flax(x.ndim))
+        or max(*strides, *dilations, *groups) > 1
+        or x.dtype != kernel.dtype
+        or options.get("out_sharding") is not None
+        or options.get("preferred_element_type") not in (None, x.dtype)
+    ):
         return None
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(lhs.shape[1:-1], rhs.shape[:-2], strides, padding)
+        padding = lax.padtype_to_pads(x.shape[1:-1], kernel.shape[:-2], strides, padding)
     pads = tuple((int(low), int(high)) for low, high in padding)
-    covered = all(0 <= p < k for k, pad in zip(rhs.shape, pads, strict=False) for p in pad)
-    return pads if covered else None
+    return pads if all(0 <= p < k for k, pad in zip(kernel.shape, pads, strict=False) for p in pad) else None
 
 
-def _split() -> bool:
-    """Whether images may lie on several devices; a loop over them would bring all to each."""
+def _as_in_flax(ndim: int) -> tuple[str, str, str]:
+    space = "DHW"[3 - (ndim - 2) :]
+    return f"N{space}C", f"{space}IO", f"N{space}C"
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def _several_devices() -> bool:
+    """Images may lie on several devices, and a loop over them would bring all to each."""
     return jax.device_count() > 1
-
-
-def _tap_by_tap(x: Array, kernel: Array, pads: Pads) -> Array:
-    """x * K, linear in K, and made for its transpose: pad, take all shifts, one product with x."""
-    *window, c, c_out = kernel.shape
-    taps = list(itertools.product(*map(range, window)))
-    side_by_side = jnp.moveaxis(kernel.reshape(-1, c, c_out), 1, 0).reshape(c, -1)
-    first = [k - 1 - low for k, (low, _) in zip(window, pads, strict=True)]
-    sizes = [n + sum(pad) - k + 1 for n, k, pad in zip(x.shape[1:-1], window, pads, strict=True)]
-    crop = [slice(begin, begin + size) for begin, size in zip(first, sizes, strict=True)]
-
-    def some_images(x: Array) -> Array:
-        z = jnp.matmul(x.reshape(-1, c), side_by_side).reshape(*x.shape[:-1], -1)
-        y = 0
-        for tap, z_t in zip(taps, lax.split(z, [c_out] * len(taps), axis=z.ndim - 1), strict=True):
-            around = [(k - 1 - t, t, 0) for k, t in zip(window, tap, strict=True)]
-            y = y + lax.pad(z_t, jnp.zeros((), z.dtype), [(0, 0, 0), *around, (0, 0, 0)])
-        return y[:, *crop]
-
-    at_once = math.gcd(len(x), _AT_ONCE)
-    y = lax.map(some_images, x.reshape(-1, at_once, *x.shape[1:]))
-    return y.reshape(len(x), *y.shape[2:])

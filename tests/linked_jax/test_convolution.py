@@ -1,5 +1,7 @@
 """The convolution with a fast derivative is `jax.lax`'s in value and in every derivative."""
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +20,8 @@ NUMBERS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """Tests have two devices, and where there are several the derivative is JAX' own."""
-    monkeypatch.setattr(convolution, "_split", lambda: False)
+    """Tests have two devices, and where there are several a wide layer is JAX' own."""
+    monkeypatch.setattr(convolution, "_several_devices", lambda: False)
 
 
 def arrays(*shapes):
@@ -32,16 +34,20 @@ def close(found, wanted, tolerance=1e-5):
         np.testing.assert_allclose(a, b, atol=tolerance * max(1, float(jnp.abs(b).max())))
 
 
-def both(image, window, padding, count=6, c=32, c_out=3):
+def both(channels, image, window, padding, count=6):
     """Ours and JAX' convolution of one geometry, and their arguments; ours must not be JAX'."""
-    x, kernel = arrays((count, *image, c), (*window, c, c_out))
+    x, kernel = arrays((count, *image, channels[0]), (*window, *channels))
     strides, options = (1,) * len(window), {"dimension_numbers": NUMBERS[len(window)]}
-    assert convolution._plain(x, kernel, strides, padding, options) is not None
     convs = (
         lambda x, k: convolution.conv_general_dilated(x, k, strides, padding, **options),
         lambda x, k: lax.conv_general_dilated(x, k, strides, padding, **options),
     )
+    assert "fast_convolution" in str(jax.make_jaxpr(convs[0])(x, kernel))
     return convs, x, kernel / 10
+
+
+NARROW, WIDE = (4, 3), (64, 3)
+sizes = pytest.mark.parametrize("channels", [NARROW, WIDE], ids=["narrow", "wide"])
 
 
 GEOMETRIES = [
@@ -56,10 +62,11 @@ GEOMETRIES = [
 ]
 
 
+@sizes
 @pytest.mark.parametrize(("image", "window", "padding"), first_fast(GEOMETRIES))
 @pytest.mark.parametrize("count", first_fast([6, 1, 8]))
-def test_the_gradients_are_those_of_jax(image, window, padding, count):
-    convs, x, kernel = both(image, window, padding, count)
+def test_values_and_gradients_are_those_of_jax(channels, image, window, padding, count):
+    convs, x, kernel = both(channels, image, window, padding, count)
     ours, theirs = (
         jax.jit(jax.value_and_grad(lambda x, k, conv=conv: jnp.sin(conv(x, k)).sum(), argnums=(0, 1)))(x, kernel)
         for conv in convs
@@ -83,29 +90,32 @@ TRANSFORMATIONS = {
     )(x),
     "checkpoint": lambda conv, x, k: jax.grad(jax.checkpoint(lambda k: jnp.sin(conv(x, k)).sum()))(k),
     "scan": lambda conv, x, k: jax.grad(
-        lambda ks: lax.scan(lambda z, k: (jnp.tile(conv(z, k), 16), None), x, ks)[0].sum()
-    )(jnp.stack([k[..., :2], -k[..., :2]])),
+        lambda ks: lax.scan(lambda z, k: (jnp.tile(conv(z, k), z.shape[-1]), None), x, ks)[0].sum()
+    )(jnp.stack([k[..., :1], -k[..., :1]])),
 }
 
 
+@sizes
 @pytest.mark.parametrize("name", first_fast(TRANSFORMATIONS))
-def test_under_a_transformation_it_is_jaxs(name):
-    (ours, theirs), x, kernel = both((4, 4), (3, 3), "SAME", count=2)
+def test_under_a_transformation_it_is_jaxs(name, channels):
+    (ours, theirs), x, kernel = both(channels, (4, 5), (3, 3), "SAME", count=2)
     close(TRANSFORMATIONS[name](ours, x, kernel), TRANSFORMATIONS[name](theirs, x, kernel), 1e-4)
 
 
 @pytest.mark.slow
+@sizes
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_under_a_strict_switch_it_is_jaxs(switch):
+def test_under_a_strict_switch_it_is_jaxs(switch, channels):
     with SWITCHES[switch]():
-        (ours, theirs), x, kernel = both((4, 4), (3, 3), "SAME", count=2)
+        (ours, theirs), x, kernel = both(channels, (4, 4), (3, 3), "SAME", count=2)
         close(*(jax.grad(lambda k, conv=conv: jnp.sin(conv(x, k)).sum())(kernel) for conv in (ours, theirs)))
 
 
 @pytest.mark.slow
+@sizes
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision(dtype):
-    (ours, theirs), x, kernel = both((4, 4), (3, 3), "SAME", count=2)
+def test_half_precision(dtype, channels):
+    (ours, theirs), x, kernel = both(channels, (4, 4), (3, 3), "SAME", count=2)
     half = jax.grad(lambda k: ours(x.astype(dtype), k).astype(jnp.float32).sum())(kernel.astype(dtype))
     assert half.dtype == dtype
     close(half.astype(jnp.float32), jax.grad(lambda k: theirs(x, k).sum())(kernel), 0.02)
@@ -117,7 +127,7 @@ OTHERS = {
     "a dilated input": {"input_dilation": 2, "padding": ((1, 1), (1, 1))},
     "groups": {"feature_group_count": 2, "link": linked(jax.nn.relu, layout="interleaved")},
     "a window of one pixel": {"kernel_size": (1, 1)},
-    "few channels": {"in_features": 4},
+    "neither few nor many channels": {"in_features": 8},
     "padding beyond the window": {"padding": ((4, 4), (4, 4))},
     "negative padding": {"padding": ((-1, 0), (0, 0))},
 }
@@ -125,7 +135,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_convolutions_are_handed_to_jax(name):
-    sizes = {"in_features": 32, "kernel_size": (3, 3), **OTHERS[name]}
+    sizes = {"in_features": 4, "kernel_size": (3, 3), **OTHERS[name]}
     ours = LinkedConv(out_features=4, rngs=nnx.Rngs(0), **sizes)
     plain = LinkedConv(out_features=4, rngs=nnx.Rngs(0), conv_general_dilated=lax.conv_general_dilated, **sizes)
     (z,) = arrays((2, 6, 6, sizes["in_features"]))
@@ -133,28 +143,30 @@ def test_other_convolutions_are_handed_to_jax(name):
 
 
 def test_other_axes_are_handed_to_jax():
-    x, kernel = arrays((2, 32, 5, 5), (4, 32, 3, 3))
+    x, kernel = arrays((2, 4, 5, 5), (4, 4, 3, 3))
     jaxpr = jax.make_jaxpr(lambda x, k: convolution.conv_general_dilated(x, k, (1, 1), "SAME"))(x, kernel)
-    assert "with_fast_derivative" not in str(jaxpr)
+    assert "fast_convolution" not in str(jaxpr)
 
 
 def test_where_images_may_be_split_it_is_jaxs(monkeypatch):
     monkeypatch.undo()
     assert jax.device_count() == 2
     (z,) = arrays((2, 6, 6, 32))
-    assert "with_fast_derivative" not in str(jax.make_jaxpr(nnx.jit(LinkedConv(32, 4, (3, 3), rngs=nnx.Rngs(0))))(z))
+    layer = LinkedConv(32, 4, (3, 3), rngs=nnx.Rngs(0))
+    assert "fast_convolution" not in str(jax.make_jaxpr(layer)(z))
 
 
 @pytest.mark.parametrize("padding", first_fast(["SAME", "VALID", "CIRCULAR", "REFLECT"]))
-def test_both_kinds_of_layers_have_it(padding):
-    (z,) = arrays((2, 6, 6, 32))
-    layer = LinkedConv(32, 4, (3, 3), padding=padding, rngs=nnx.Rngs(0))
-    assert "with_fast_derivative" in str(jax.make_jaxpr(layer)(z))
+@pytest.mark.parametrize("channels", [4, 32])
+def test_both_kinds_of_layers_have_it(padding, channels):
+    (z,) = arrays((2, 6, 6, channels))
+    layer = LinkedConv(channels, 4, (3, 3), padding=padding, rngs=nnx.Rngs(0))
+    assert "fast_convolution" in str(jax.make_jaxpr(layer)(z))
     (found,) = probe(layer, [z]).layers
-    assert (found.activation, len(found.dead)) == ("relu(z), relu(-z)", 32)
+    assert (found.activation, len(found.dead)) == ("relu(z), relu(-z)", channels)
     in_linen = linked_linen.LinkedConv(4, (3, 3), padding=padding)
     variables = {"params": {"kernel": layer.conv.kernel[...], "bias": layer.conv.bias[...]}}
-    assert "with_fast_derivative" in str(jax.make_jaxpr(lambda z: in_linen.apply(variables, z))(z))
+    assert "fast_convolution" in str(jax.make_jaxpr(lambda z: in_linen.apply(variables, z))(z))
     plain = linen.Conv(4, (3, 3), padding=padding, use_bias=True)
 
     def gradients(f):
@@ -164,3 +176,27 @@ def test_both_kinds_of_layers_have_it(padding):
         gradients(lambda v: in_linen.apply(v, z)),
         gradients(lambda v: plain.apply(v, in_linen.link(z))),
     )
+
+
+def test_on_other_platforms_it_is_jaxs(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    (z,) = arrays((2, 6, 6, 4))
+    assert "fast_convolution" not in str(jax.make_jaxpr(LinkedConv(4, 4, (3, 3), rngs=nnx.Rngs(0)))(z))
+
+
+@hypothesis.given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4), st.tuples(*[st.integers(0, 3)] * 4),
+    st.integers(1, 8), st.integers(1, 8),
+)  # fmt: skip
+@hypothesis.settings(max_examples=20)
+@pytest.mark.slow
+def test_any_geometry(height, width, rows, columns, pads, c, c_out):
+    pads = ((pads[0] % rows, pads[1] % rows), (pads[2] % columns, pads[3] % columns))
+    hypothesis.assume(height + sum(pads[0]) >= rows and width + sum(pads[1]) >= columns)
+    x, kernel = arrays((2, height, width, c), (rows, columns, c, c_out))
+    wanted = lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=NUMBERS[2])
+    close(convolution.by_blocks(x, kernel, pads), wanted)
+    gradient = jax.linear_transpose(
+        lambda k: lax.conv_general_dilated(x, k, (1, 1), pads, dimension_numbers=NUMBERS[2]), kernel
+    )
+    close(convolution.kernel_gradient(x, wanted, pads), gradient(wanted)[0])
