@@ -8,9 +8,10 @@ product for every few images, of x and of g at all shifts of the window, side by
     dL/dK = x' [g shifted by tap 1, ..., g shifted by tap T]
 
 Narrow layers: for few channels the product of patches and kernel is too thin to be fast. Here B pixels of a row, with
-the pixels around them, are the channels of one position, and the kernel is a band of copies of K:
+the pixels around them, are one patch, and the kernel is a band of copies of K; x * K and both gradients are products,
+which are also fast within a loop, where XLA's convolutions on a CPU are not:
 
-    Y[q] = X[q] * band(K),    X[q] = x[B q - low, ..., B q + B + high]
+    Y = patches(x) band(K),    dL/dX = patches(g) band(flipped(K)),    dL/dband(flipped(K)) = patches(g)' X
 
 The derivative in forward mode is written as the transpose of the gradient, so transposing it gives the gradient back,
 and no rule of JAX is lost: both modes of any order, vmap and checkpoint see plain JAX. (Its `jet` refuses every custom
@@ -28,9 +29,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-NARROW = 8  # channels in and out, at most
+NARROW = 128  # channels in times channels out, at most
 WIDE = 64  # channels in, at least
-_PIXELS = 4  # B; these three are measured: python -m benchmarks.convolution
+_PIXELS = 2  # B; these are measured: python -m benchmarks.convolution
 _IMAGES = 4  # a product; more take more memory and are slower
 
 Pads = tuple[tuple[int, int], ...]
@@ -54,8 +55,8 @@ def conv_general_dilated(
 
     Returns:
       What `jax.lax` gives, and on a CPU the same sums in another order: where strides and dilations are 1, there is one
-      group, axes lie as Flax has them, and channels are few (8 in and out) or many (64 in, and one device). With few
-      channels a number that is not finite makes NaN of up to 3 pixels more on each side.
+      group, axes lie as Flax has them, and channels are few (in times out at most 128) or many (64 in, and one device).
+      With few channels a number that is not finite makes NaN of one pixel more on each side.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -70,36 +71,41 @@ def conv_general_dilated(
         return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
 
     pads = _covered(lhs, rhs, window_strides, padding, options) if _on_cpu() else None
-    narrow, wide = max(rhs.shape[-2:]) <= NARROW, rhs.shape[-2] >= WIDE and not _several_devices()
+    narrow, wide = math.prod(rhs.shape[-2:]) <= NARROW, rhs.shape[-2] >= WIDE and not _several_devices()
     if pads is None or not (narrow or wide):
         return plain(lhs, rhs)
+    precision, y = options.get("precision"), jax.eval_shape(plain, lhs, rhs)
 
-    def blocks(x: Array, kernel: Array, pads: Pads) -> Array:
-        return by_blocks(x, kernel, pads, options.get("precision"))
-
-    def of_dx(dx: Array, kernel: Array) -> Array:
+    def by_dx(dx: Array, kernel: Array) -> Array:
         """Linear in dx."""
-        around = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape, pads, strict=False))
-        flipped = jnp.flip(kernel, range(kernel.ndim - 2)).swapaxes(-1, -2)
-        return _transpose(lambda g: blocks(g, flipped, around), y)(dx) if narrow else plain(dx, kernel)
+        return _transpose(lambda g: image_gradient(g, kernel, pads, precision), y)(dx) if narrow else plain(dx, kernel)
 
-    def of_dkernel(x: Array, dkernel: Array) -> Array:
+    def by_dkernel(x: Array, dkernel: Array) -> Array:
         """Linear in dkernel."""
-        if narrow:
-            return plain(x, dkernel)
-        return _transpose(lambda g: kernel_gradient(x, g, pads, options.get("precision")), y)(dkernel)
+
+        def gradient(g: Array) -> Array:
+            if narrow:
+                return _transpose(lambda kernel: image_gradient(g, kernel, pads, precision), rhs)(x)
+            return kernel_gradient(x, g, pads, precision)
+
+        return _transpose(gradient, y)(dkernel)
 
     @jax.custom_jvp
     def fast_convolution(x: Array, kernel: Array) -> Array:
-        return blocks(x, kernel, pads) if narrow else plain(x, kernel)
+        return by_blocks(x, kernel, pads, precision) if narrow else plain(x, kernel)
 
-    fast_convolution.defjvps(lambda dx, _, x, kernel: of_dx(dx, kernel), lambda dk, _, x, kernel: of_dkernel(x, dk))
-    y = jax.eval_shape(plain, lhs, rhs)
+    fast_convolution.defjvps(lambda dx, _, x, kernel: by_dx(dx, kernel), lambda dk, _, x, kernel: by_dkernel(x, dk))
     return fast_convolution(lhs, rhs)
 
 
 def _transpose(linear: Callable[[Array], Array], argument: Any) -> Callable[[Array], Array]:
-    return lambda ct: jax.linear_transpose(linear, argument)(ct)[0]
+    return lambda ct: jax.linear_transpose(linear, jax.ShapeDtypeStruct(argument.shape, argument.dtype))(ct)[0]
+
+
+def image_gradient(g: Array, kernel: Array, pads: Pads, precision: Any = None) -> Array:
+    """dL/dx of y = x * K from g = dL/dy, for few channels: a convolution of g with the flipped kernel."""
+    around = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape, pads, strict=False))
+    return by_blocks(g, jnp.flip(kernel, range(kernel.ndim - 2)).swapaxes(-1, -2), around, precision)
 
 
 def kernel_gradient(x: Array, g: Array, pads: Pads, precision: Any = None) -> Array:
@@ -127,26 +133,22 @@ def kernel_gradient(x: Array, g: Array, pads: Pads, precision: Any = None) -> Ar
 
 
 def by_blocks(x: Array, kernel: Array, pads: Pads, precision: Any = None) -> Array:
-    """x * K with B pixels of a row, and those around them, as the channels of one position."""
-    *others, k, c, c_out = kernel.shape
-    *other_pads, (low, high) = pads
-    width = x.shape[-2] + low + high - k + 1
-    blocks = -(-width // _PIXELS)
-    seen = _PIXELS + k - 1
-    more = blocks * _PIXELS + k - 1 - low - x.shape[-2]  # high, and what makes the last block whole
-    row = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(low, more), (0, 0)])
-    X = jnp.stack([row[..., b * _PIXELS : b * _PIXELS + seen, :] for b in range(blocks)], axis=-3)
-    shifts = jnp.stack([jnp.eye(seen, _PIXELS, -t, dtype=kernel.dtype) for t in range(k)])  # (tap, seen, pixel)
-    band = jnp.einsum("tsp,...tio->...sipo", shifts, kernel, precision="highest")
-    Y = lax.conv_general_dilated(
-        X.reshape(*X.shape[:-2], -1),
-        band.reshape(*others, 1, seen * c, _PIXELS * c_out),
-        (1,) * len(pads),
-        (*other_pads, (0, 0)),
-        dimension_numbers=_as_in_flax(x.ndim),
-        precision=precision,
-    )
-    return Y.reshape(*Y.shape[:-2], -1, c_out)[..., :width, :]
+    """x * K for few channels: one product of patches, each of B pixels of a row and those around them, and a band."""
+    *window, c, c_out = kernel.shape
+    out = [n + sum(pad) - k + 1 for n, pad, k in zip(x.shape[1:-1], pads, window, strict=True)]
+    blocks, seen = -(-out[-1] // _PIXELS), _PIXELS + window[-1] - 1
+    (*around, (low, _)), width = pads, x.shape[-2]
+    x = jnp.pad(x, [(0, 0), *around, (low, blocks * _PIXELS - _PIXELS + seen - low - width), (0, 0)])
+    rows = jnp.stack([x[..., b * _PIXELS : b * _PIXELS + seen, :] for b in range(blocks)], axis=-3)
+    rows = rows.reshape(*rows.shape[:-2], seen * c)
+    taps = itertools.product(*map(range, window[:-1]))
+    near = [[slice(t, t + n) for t, n in zip(tap, out[:-1], strict=True)] for tap in taps]
+    patches = jnp.concatenate([rows[:, *some] for some in near], axis=-1)
+
+    shifts = jnp.stack([jnp.eye(seen, _PIXELS, -t, dtype=kernel.dtype) for t in range(window[-1])])
+    band = jnp.einsum("tsp,...tio->...sipo", shifts, kernel, precision="highest")  # row, pixel seen, in, pixel, out
+    y = jnp.matmul(patches.reshape(-1, patches.shape[-1]), band.reshape(-1, _PIXELS * c_out), precision=precision)
+    return y.reshape(len(x), *out[:-1], -1, c_out)[..., : out[-1], :]
 
 
 def _covered(x: Any, kernel: Any, strides: Sequence[int], padding: Any, options: dict[str, Any]) -> Pads | None:
