@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from linked_jax.activations import ACTIVATIONS, SYNONYMS, lk_relu
+from linked_jax.convolution import conv_general_dilated
 from linked_jax.initializers import Initializer, check_groups, default_kernel_init
 from linked_jax.learned import ChannelPReLU, LinkedPReLU
 from linked_jax.linking import Activation, Link, floating
@@ -119,7 +120,8 @@ class LinkedConv(nnx.Module):
         None.
       rngs: Flax random streams; `params` is used.
       **options: all else that `flax.nnx.Conv` takes: padding, kernel_dilation, feature_group_count, mask, use_bias,
-        bias_init, dtype, param_dtype, precision, ...
+        bias_init, dtype, param_dtype, precision, ... conv_general_dilated is that of `linked_jax.convolution`, whose
+        gradient of the kernel is fast on a CPU as well.
 
     Raises:
       ValueError: if a number of features is below 1; if the groups do not divide them, or would split a unit's members.
@@ -166,7 +168,7 @@ class LinkedConv(nnx.Module):
             strides=strides,
             kernel_init=kernel_init or conv_start(link, strides, options.get("input_dilation"), groups),
             rngs=rngs,
-            **options,
+            **{"conv_general_dilated": conv_general_dilated, **options},
         )
 
     def __call__(self, z: Float[Array, "... c"], out_sharding: Any = None) -> Float[Array, "... c_out"]:
