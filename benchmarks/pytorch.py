@@ -9,6 +9,7 @@ are faster.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -30,8 +31,9 @@ try:
     import torch
     from torch import nn
     from torch.nn import functional
-except ImportError as error:
-    raise SystemExit('error: PyTorch is not installed; run pip install "torch>=2.13"') from error
+except ImportError:
+    print('error: PyTorch is not installed; run pip install "torch>=2.13"', file=sys.stderr)
+    sys.exit(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +214,8 @@ def main() -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (settings.batch_size, 32, 32, 3), np.uint8)
     labels = rng.integers(0, 10, settings.batch_size).astype(np.int32)
-    data = data_lib.Dataset("noise", 10, images, labels, images[:1], labels[:1], "none")
+    x, y = jnp.asarray(images), jnp.asarray(labels)
+    data = data_lib.Dataset("noise", 10, x, y, x[:1], y[:1], "none")
     cell = {"act": settings.act, "init": "auto", "depth": 50, "schedule": "fixed", "link": "inside"}
     model = table.build(table.Settings(), cell, data, 0)
     net = theirs(model, linked_relu if settings.act == "lk_relu" else relu)
