@@ -127,7 +127,7 @@ OTHERS = {
     "a dilated input": {"input_dilation": 2, "padding": ((1, 1), (1, 1))},
     "groups": {"feature_group_count": 2, "link": linked(jax.nn.relu, layout="interleaved")},
     "a window of one pixel": {"kernel_size": (1, 1)},
-    "neither few nor many channels": {"in_features": 8},
+    "neither few nor many channels": {"in_features": 20},
     "padding beyond the window": {"padding": ((4, 4), (4, 4))},
     "negative padding": {"padding": ((-1, 0), (0, 0))},
 }
