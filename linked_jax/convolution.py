@@ -13,6 +13,8 @@ which are also fast within a loop, where XLA's convolutions on a CPU are not:
 
     Y = patches(x) band(K),    dL/dX = patches(g) band(flipped(K)),    dL/dband(flipped(K)) = patches(g)' X
 
+A window of one pixel: a matrix product of the pixels and K, of every s-th of them at strides s.
+
 The derivative in forward mode is written as the transpose of the gradient, so transposing it gives the gradient back,
 and no rule of JAX is lost: both modes of any order, vmap and checkpoint see plain JAX. (Its `jet` refuses every custom
 derivative, that of `jax.nn.relu` too. For it, and to export from a CPU to another platform, pass
@@ -54,9 +56,10 @@ def conv_general_dilated(
       **options: all else that `jax.lax.conv_general_dilated` takes.
 
     Returns:
-      What `jax.lax` gives, and on a CPU the same sums in another order: where strides and dilations are 1, there is one
-      group, axes lie as Flax has them, and channels are few (in times out at most 128) or many (64 in, and one device).
-      With few channels a number that is not finite makes NaN of one pixel more on each side.
+      What `jax.lax` gives, and on a CPU the same sums in another order: where dilations are 1, there is one group, axes
+      lie as Flax has them, and the window is one pixel, or strides are 1 and channels are few (in times out at most
+      128) or many (64 in, and one device). With few channels a number that is not finite makes NaN of one pixel more
+      on each side.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -71,6 +74,8 @@ def conv_general_dilated(
         return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
 
     pads = _covered(lhs, rhs, window_strides, padding, options) if _on_cpu() else None
+    if pads is not None and math.prod(rhs.shape[:-2]) == 1:
+        return pointwise(lhs, rhs, window_strides, options.get("precision"))
     narrow, wide = math.prod(rhs.shape[-2:]) <= NARROW, rhs.shape[-2] >= WIDE and not _several_devices()
     if pads is None or not (narrow or wide):
         return plain(lhs, rhs)
@@ -106,6 +111,12 @@ def image_gradient(g: Array, kernel: Array, pads: Pads, precision: Any = None) -
     """dL/dx of y = x * K from g = dL/dy, for few channels: a convolution of g with the flipped kernel."""
     around = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape, pads, strict=False))
     return by_blocks(g, jnp.flip(kernel, range(kernel.ndim - 2)).swapaxes(-1, -2), around, precision)
+
+
+def pointwise(x: Array, kernel: Array, strides: Sequence[int], precision: Any = None) -> Array:
+    """x * K for a window of one pixel."""
+    x = x[:, *(slice(None, None, stride) for stride in strides)]
+    return jnp.matmul(x, kernel.reshape(kernel.shape[-2:]), precision=precision)
 
 
 def kernel_gradient(x: Array, g: Array, pads: Pads, precision: Any = None) -> Array:
@@ -147,22 +158,24 @@ def by_blocks(x: Array, kernel: Array, pads: Pads, precision: Any = None) -> Arr
 
     shifts = jnp.stack([jnp.eye(seen, _PIXELS, -t, dtype=kernel.dtype) for t in range(window[-1])])
     band = jnp.einsum("tsp,...tio->...sipo", shifts, kernel, precision="highest")  # row, pixel seen, in, pixel, out
-    y = jnp.matmul(patches.reshape(-1, patches.shape[-1]), band.reshape(-1, _PIXELS * c_out), precision=precision)
+    y = jnp.matmul(patches, band.reshape(-1, _PIXELS * c_out), precision=precision)
     return y.reshape(len(x), *out[:-1], -1, c_out)[..., : out[-1], :]
 
 
 def _covered(x: Any, kernel: Any, strides: Sequence[int], padding: Any, options: dict[str, Any]) -> Pads | None:
     """The padding of a convolution that has a form here; None of any other."""
     numbers = options.get("dimension_numbers")
-    if numbers is None or not 3 <= x.ndim == kernel.ndim or not x.size or math.prod(kernel.shape[:-2]) == 1:
+    if numbers is None or not 3 <= x.ndim == kernel.ndim or not x.size:
         return None
     numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, numbers)
     dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
     groups = options.get("feature_group_count", 1), options.get("batch_group_count", 1)
     if (
         numbers != lax.conv_dimension_numbers(x.shape, kernel.shape, _as_in_flax(x.ndim))
-        or max(*strides, *dilations, *groups) > 1
+        or max(*dilations, *groups) > 1
+        or (max(strides) > 1 and math.prod(kernel.shape[:-2]) > 1)
         or x.dtype != kernel.dtype
+        or any(jax.typeof(x).sharding.spec)  # split on an Explicit mesh, where a reshape may have no rule
         or options.get("out_sharding") is not None
         or options.get("preferred_element_type") not in (None, x.dtype)
     ):

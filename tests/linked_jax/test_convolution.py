@@ -121,12 +121,26 @@ def test_half_precision(dtype, channels):
     close(half.astype(jnp.float32), jax.grad(lambda k: theirs(x, k).sum())(kernel), 0.02)
 
 
+@pytest.mark.parametrize("strides", [1, 2, (3, 1)])
+def test_a_window_of_one_pixel_is_a_product(strides):
+    ours = LinkedConv(4, 5, (1, 1), strides=strides, rngs=nnx.Rngs(0))
+    plain = LinkedConv(4, 5, (1, 1), strides=strides, conv_general_dilated=lax.conv_general_dilated, rngs=nnx.Rngs(0))
+    (z,) = arrays((2, 7, 6, 4))
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(ours)(z))
+
+    def gradients(layer):
+        graph, state = nnx.split(layer)
+        return jax.value_and_grad(lambda s, z: jnp.sin(nnx.merge(graph, s)(z)).sum(), argnums=(0, 1))(state, z)
+
+    close(gradients(ours), gradients(plain))
+
+
 OTHERS = {
     "strides": {"strides": 2},
     "dilation": {"kernel_dilation": 2},
     "a dilated input": {"input_dilation": 2, "padding": ((1, 1), (1, 1))},
     "groups": {"feature_group_count": 2, "link": linked(jax.nn.relu, layout="interleaved")},
-    "a window of one pixel": {"kernel_size": (1, 1)},
+    "a padded window of one pixel": {"kernel_size": (1, 1), "padding": ((1, 1), (1, 1))},
     "neither few nor many channels": {"in_features": 20},
     "padding beyond the window": {"padding": ((4, 4), (4, 4))},
     "negative padding": {"padding": ((-1, 0), (0, 0))},
