@@ -1,7 +1,9 @@
 """All benchmarks that this machine can run, one after the other, each in a process of its own.
 
-python -m benchmarks                          # a few minutes; --rounds 5 is quicker
-python -m benchmarks --out results/benchmarks   # keep the records
+    python -m benchmarks
+    python -m benchmarks --rounds 5 --out runs/benchmarks
+
+The second is quicker, and keeps the records.
 """
 
 import dataclasses

@@ -5,10 +5,10 @@
 plain     nnx.Conv after jax.nn.relu: what a user has now.
 naive     nnx.Conv after jnp.concatenate([relu(z), relu(-z)]): what a user would write.
 linked    linked_jax.LinkedConv; on a CPU its convolutions are products of patches, which are fast and take memory.
-lean      linked_jax.LinkedConv with jax.lax's convolution.
+lax       linked_jax.LinkedConv with jax.lax's convolution.
 
 Step time is forward and backward, the median of rounds in which all take turns; memory is XLA's temporary buffers
-of the compiled step. Both relative to the plain net. Memory goal, under scan: lean <= 0.9 plain and <= 0.45 naive.
+of the compiled step. Both relative to the plain net. Memory goal, under scan: lax <= 0.9 plain and <= 0.45 naive.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ LAYERS: dict[str, Callable[..., nnx.Module]] = {
     "plain": PlainLayer,
     "naive": NaiveLayer,
     "linked": lambda width, *, rngs: LinkedConv(width, width, (3, 3), rngs=rngs),
-    "lean": lambda width, *, rngs: LinkedConv(
+    "lax": lambda width, *, rngs: LinkedConv(
         width, width, (3, 3), conv_general_dilated=jax.lax.conv_general_dilated, rngs=rngs
     ),
 }

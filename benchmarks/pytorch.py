@@ -51,13 +51,8 @@ class Settings(turns.Settings):
 # --- the nets in PyTorch --------------------------------------------------------------------------------------------
 
 
-def relu(z: torch.Tensor) -> torch.Tensor:
-    """The plain activation."""
-    return torch.relu(z)
-
-
 def linked_relu(z: torch.Tensor) -> torch.Tensor:
-    """Its mirror link, along the channels."""
+    """The mirror link of relu, along the channels."""
     return torch.cat([torch.relu(z), torch.relu(-z)], 1)
 
 
@@ -218,7 +213,7 @@ def main() -> None:
     data = data_lib.Dataset("noise", 10, x, y, x[:1], y[:1], "none")
     cell = {"act": settings.act, "init": "auto", "depth": 50, "schedule": "fixed", "link": "inside"}
     model = table.build(table.Settings(), cell, data, 0)
-    net = theirs(model, linked_relu if settings.act == "lk_relu" else relu)
+    net = theirs(model, linked_relu if settings.act == "lk_relu" else torch.relu)
     check_same(model, net, images[:4])
     steps = {"ours": Ours(model, data, settings.batch_size).step, "PyTorch": Theirs(net, images, labels).step}
     medians = turns.medians(steps, settings.rounds, console, "steps")

@@ -20,9 +20,9 @@ from experiments.engine.rows import INITS, Row, identity, stem_init
 from experiments.engine.run import run
 from experiments.engine.settings import SMALL_SET, Cell
 from experiments.models.depth_net import DepthNet
+from linked_jax.convolution import NARROW
 
 _UNROLL_UP_TO = 100  # layers; beyond it, and on small sets, compile time rules and layers are scanned
-_AS_FAST_SCANNED = 8  # units: on a CPU such layers are matrix products, which are as fast within a loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,8 @@ def learning_rate(_settings: Settings, cell: Cell) -> float:
 def build(settings: Settings, cell: Cell, data: data_lib.Dataset, seed: int) -> DepthNet:
     """The network of one run."""
     row, init, depth = Row.parse(cell["act"]), cell["init"], cell["depth"]
-    scan = settings.width <= _AS_FAST_SCANNED or depth > _UNROLL_UP_TO or len(data.train_labels) <= SMALL_SET
+    narrow = 2 * settings.width**2 <= NARROW  # linked layers that are products on a CPU, as fast within a loop
+    scan = narrow or depth > _UNROLL_UP_TO or len(data.train_labels) <= SMALL_SET
     return DepthNet(
         data.train_images.shape[1:],
         data.classes,

@@ -3,8 +3,7 @@
     z' = f(z) K + b
 
 They take the pre-activation z, so `in_features` counts pre-activations and nobody doubles widths by hand. For the
-backward pass only z is kept: the link is computed again there, so a linked net needs less memory than a plain one
-that keeps its activations. All options of Flax' own layers go through to them.
+backward pass only z is kept: the link is computed again there. All options of Flax' own layers go through to them.
 """
 
 import difflib

@@ -40,7 +40,8 @@ def check_training(loss, params, new_params, pairs, link):
 @pytest.mark.slow
 @layouts
 def test_haiku(layout):
-    hk = pytest.importorskip("haiku")
+    import haiku as hk
+
     link = Link(lk_relu.members, layout=layout)
 
     def net(act):
@@ -68,7 +69,7 @@ def test_haiku(layout):
 @layouts
 @pytest.mark.parametrize("flatten_first", first_fast([False, True]))
 def test_equinox(layout, flatten_first):
-    eqx = pytest.importorskip("equinox")
+    import equinox as eqx
 
     class Net(eqx.Module):
         """Channels are first: so is the link's axis, and positions are last in a flatten."""
@@ -102,7 +103,8 @@ def test_equinox(layout, flatten_first):
 @pytest.mark.slow
 @layouts
 def test_an_equinox_optimiser_follows(layout):
-    eqx = pytest.importorskip("equinox")
+    import equinox as eqx
+
     link, pairs = Link(lk_relu.members, layout=layout), [Pair("layers/0", "layers/1")]
 
     class Net(eqx.Module):
