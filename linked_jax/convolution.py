@@ -2,14 +2,15 @@
 
     y = x * K,    dL/dx = g * flipped(K),    dL/dK = correlation of x and g,    g = dL/dy
 
-Wide layers: XLA's gradient of a kernel is several times as slow on a CPU as the convolution. Here it is one matrix
-product for every few images, of x and of g at all shifts of the window, side by side:
+Wide layers: XLA's gradient of a kernel is slower on a CPU than the convolution. Here it is one matrix product for every
+few images, of x and of g at all shifts of the window, side by side:
 
     dL/dK = x' [g shifted by tap 1, ..., g shifted by tap T]
 
 Narrow layers: for few channels the product of patches and kernel is too thin to be fast. Here B pixels of a row, with
 the pixels around them, are one patch, and the kernel is a band of copies of K; x * K and both gradients are products,
-which are also fast within a loop, where XLA's convolutions on a CPU are not:
+which are as fast within a loop, where XLA's convolutions on a CPU are many times slower. Outside of one they are faster
+too, unless the patches are many megabytes (results/benchmarks/convolution.json):
 
     Y = patches(x) band(K),    dL/dX = patches(g) band(flipped(K)),    dL/dband(flipped(K)) = patches(g)' X
 
@@ -31,8 +32,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-NARROW = 128  # channels in times channels out, at most
-WIDE = 64  # channels in, at least
+NARROW = 36  # channels in times channels out, at most
+WIDE = 192  # channels in, at least
 _PIXELS = 2  # B; these are measured: python -m benchmarks.convolution
 _IMAGES = 4  # a product; more take more memory and are slower
 
@@ -58,15 +59,15 @@ def conv_general_dilated(
     Returns:
       What `jax.lax` gives, and on a CPU the same sums in another order: where dilations are 1, there is one group, axes
       lie as Flax has them, and the window is one pixel, or strides are 1 and channels are few (in times out at most
-      128) or many (64 in, and one device). With few channels a number that is not finite makes NaN of one pixel more
+      36) or many (192 in, and one device). With few channels a number that is not finite makes NaN of one pixel more
       on each side.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax.convolution import conv_general_dilated
-      >>> conv = nnx.Conv(64, 64, (3, 3), conv_general_dilated=conv_general_dilated, rngs=nnx.Rngs(0))
-      >>> conv(jnp.ones((8, 16, 16, 64))).shape
+      >>> conv = nnx.Conv(192, 64, (3, 3), conv_general_dilated=conv_general_dilated, rngs=nnx.Rngs(0))
+      >>> conv(jnp.ones((8, 16, 16, 192))).shape
       (8, 16, 16, 64)
     """
 
@@ -90,7 +91,7 @@ def conv_general_dilated(
 
         def gradient(g: Array) -> Array:
             if narrow:
-                return _transpose(lambda kernel: image_gradient(g, kernel, pads, precision), rhs)(x)
+                return _transpose(lambda kernel: image_gradient(g, kernel, pads, precision), dkernel)(x)
             return kernel_gradient(x, g, pads, precision)
 
         return _transpose(gradient, y)(dkernel)

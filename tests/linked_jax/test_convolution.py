@@ -46,7 +46,7 @@ def both(channels, image, window, padding, count=6):
     return convs, x, kernel / 10
 
 
-NARROW, WIDE = (4, 3), (64, 3)
+NARROW, WIDE = (4, 3), (192, 3)
 sizes = pytest.mark.parametrize("channels", [NARROW, WIDE], ids=["narrow", "wide"])
 
 
@@ -165,13 +165,13 @@ def test_other_axes_are_handed_to_jax():
 def test_where_images_may_be_split_it_is_jaxs(monkeypatch):
     monkeypatch.undo()
     assert jax.device_count() == 2
-    (z,) = arrays((2, 6, 6, 32))
-    layer = LinkedConv(32, 4, (3, 3), rngs=nnx.Rngs(0))
+    (z,) = arrays((2, 6, 6, 96))
+    layer = LinkedConv(96, 4, (3, 3), rngs=nnx.Rngs(0))
     assert "fast_convolution" not in str(jax.make_jaxpr(layer)(z))
 
 
 @pytest.mark.parametrize("padding", first_fast(["SAME", "VALID", "CIRCULAR", "REFLECT"]))
-@pytest.mark.parametrize("channels", [4, 32])
+@pytest.mark.parametrize("channels", [4, 96])
 def test_both_kinds_of_layers_have_it(padding, channels):
     (z,) = arrays((2, 6, 6, channels))
     layer = LinkedConv(channels, 4, (3, 3), padding=padding, rngs=nnx.Rngs(0))
