@@ -33,7 +33,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 NARROW = 36  # channels in times channels out, at most
-WIDE = 192  # channels in, at least
+WIDE = 96  # channels in, at least
 _PIXELS = 2  # B; these are measured: python -m benchmarks.convolution
 _IMAGES = 4  # a product; more take more memory and are slower
 
@@ -59,7 +59,7 @@ def conv_general_dilated(
     Returns:
       What `jax.lax` gives, and on a CPU the same sums in another order: where dilations are 1, there is one group, axes
       lie as Flax has them, and the window is one pixel, or strides are 1 and channels are few (in times out at most
-      36) or many (192 in, and one device). With few channels a number that is not finite makes NaN of one pixel more
+      36) or many (96 in, and one device). With few channels a number that is not finite makes NaN of one pixel more
       on each side.
 
     Example:
