@@ -20,6 +20,7 @@ from experiments.engine.rows import INITS, Row, identity, stem_init
 from experiments.engine.run import run
 from experiments.engine.settings import SMALL_SET, Cell
 from experiments.models.depth_net import DepthNet
+from linked_jax.convolution import NARROW
 
 _UNROLL_UP_TO = 100  # layers; beyond it, and on small sets, compile time rules and layers are scanned
 
@@ -33,7 +34,8 @@ class Settings(settings_lib.Settings):
     width: int = 4
     """Units in every layer."""
     scan_layers: Literal["auto", "yes", "no"] = "auto"
-    """Loop over the layers: fast to compile. auto: no for up to 100 layers and more than 10,000 images, else yes."""
+    """Loop over the layers: fast to compile. auto: no for up to 100 layers of more than 4 units on more than 10,000
+    images, else yes."""
 
 
 PAPER = Settings(
@@ -50,7 +52,8 @@ def learning_rate(_settings: Settings, cell: Cell) -> float:
 def build(settings: Settings, cell: Cell, data: data_lib.Dataset, seed: int) -> DepthNet:
     """The network of one run."""
     row, init, depth = Row.parse(cell["act"]), cell["init"], cell["depth"]
-    scan = depth > _UNROLL_UP_TO or len(data.train_labels) <= SMALL_SET
+    narrow = 2 * settings.width**2 <= NARROW  # linked layers that are products on a CPU, as fast within a loop
+    scan = narrow or depth > _UNROLL_UP_TO or len(data.train_labels) <= SMALL_SET
     return DepthNet(
         data.train_images.shape[1:],
         data.classes,

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
+from linked_jax.arrays import like
 from linked_jax.linking import Layout, Link, floating, fourier, from_the_right, join, linked, min_max
 from linked_jax.members import as_array
 
@@ -48,7 +49,7 @@ def prelu(z: Float[Array, "..."], negative_slope: Float[ArrayLike, "..."]) -> Fl
     z = floating(z)
     slope = as_array(negative_slope).astype(z.dtype)
     if 0 < slope.ndim < z.ndim:
-        slope = jnp.expand_dims(slope, range(z.ndim - slope.ndim))
+        slope = like(slope, z)
     return jnp.where(z > 0, z, slope * z)
 
 

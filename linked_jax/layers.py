@@ -3,8 +3,7 @@
     z' = f(z) K + b
 
 They take the pre-activation z, so `in_features` counts pre-activations and nobody doubles widths by hand. For the
-backward pass only z is kept: the link is computed again there, so a linked net needs less memory than a plain one
-that keeps its activations. All options of Flax' own layers go through to them.
+backward pass only z is kept: the link is computed again there. All options of Flax' own layers go through to them.
 """
 
 import difflib
@@ -17,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from linked_jax.activations import ACTIVATIONS, SYNONYMS, lk_relu
+from linked_jax.convolution import conv_general_dilated
 from linked_jax.initializers import Initializer, check_groups, default_kernel_init
 from linked_jax.learned import ChannelPReLU, LinkedPReLU
 from linked_jax.linking import Activation, Link, floating
@@ -119,7 +119,8 @@ class LinkedConv(nnx.Module):
         None.
       rngs: Flax random streams; `params` is used.
       **options: all else that `flax.nnx.Conv` takes: padding, kernel_dilation, feature_group_count, mask, use_bias,
-        bias_init, dtype, param_dtype, precision, ...
+        bias_init, dtype, param_dtype, precision, ... conv_general_dilated is that of `linked_jax.convolution`, whose
+        gradient of the kernel is fast on a CPU as well.
 
     Raises:
       ValueError: if a number of features is below 1; if the groups do not divide them, or would split a unit's members.
@@ -166,7 +167,7 @@ class LinkedConv(nnx.Module):
             strides=strides,
             kernel_init=kernel_init or conv_start(link, strides, options.get("input_dilation"), groups),
             rngs=rngs,
-            **options,
+            **{"conv_general_dilated": conv_general_dilated, **options},
         )
 
     def __call__(self, z: Float[Array, "... c"], out_sharding: Any = None) -> Float[Array, "... c_out"]:

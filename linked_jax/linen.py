@@ -15,6 +15,7 @@ from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from linked_jax.activations import lk_relu, prelu
+from linked_jax.convolution import conv_general_dilated
 from linked_jax.initializers import Initializer, check_groups, default_kernel_init
 from linked_jax.layers import check_link, conv_start
 from linked_jax.learned import Share, apply_slopes, check_share
@@ -85,6 +86,7 @@ class LinkedConv(nn.Conv):
 
     kernel_init: Initializer | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     promote_dtype: Any = promote_dtype  # Flax' Protocol cannot be checked at runtime
+    conv_general_dilated: Any = conv_general_dilated
     link: Activation = lk_relu
 
     def __post_init__(self):

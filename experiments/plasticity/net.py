@@ -65,7 +65,7 @@ def redo_dormant(net: Net, images: Array, key: Array) -> Net:
     return model, opt_state
 
 
-_redo = jax.jit(functools.partial(redo, tau=TAU))
+_redo = jax.jit(functools.partial(redo, tau=TAU, tx=RULE))
 
 
 def link_half_way(net: Net, now: Round) -> Net:
@@ -76,7 +76,7 @@ def link_half_way(net: Net, now: Round) -> Net:
 def linked(net: Net) -> Net:
     """The net with lk_relu instead of ReLU and the same outputs. Adam's moments stay, those of new weights are 0."""
     model, opt_state = net
-    return link_sequential(model, lk_relu), link_sequential_opt_state(opt_state, model, lk_relu)
+    return link_sequential(model, lk_relu), link_sequential_opt_state(opt_state, model, lk_relu, tx=RULE)
 
 
 METHODS = {

@@ -10,6 +10,7 @@ from linked_jax.revive.fold import fold_batch_norm, fold_sequential
 from linked_jax.revive.redo import redo
 from linked_jax.revive.sequential import link_sequential, link_sequential_opt_state
 from linked_jax.revive.unlink import unlink
+from linked_jax.revive.warm_up import warm_up_new
 
 __all__ = [
     "Pair",
@@ -21,4 +22,5 @@ __all__ = [
     "link_sequential_opt_state",
     "redo",
     "unlink",
+    "warm_up_new",
 ]

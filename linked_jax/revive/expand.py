@@ -3,23 +3,30 @@
     g(z) W = f(z) [W; 0],   f = (g, g_2, ..., g_d)
 
 Rows are in the order of the link's layout, after a flatten position by position: (positions, d, C) if blocked, else
-(positions, C, d). Any pytree with names will do: a Linen dictionary, an NNX state, an optimiser's state.
+(positions, C, d). With channels first, axis=0 say, a flatten puts positions last. Any pytree with names will do: a
+Linen dictionary, an NNX state, Haiku's parameters, an Equinox module.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array
 
 from linked_jax.linking import Link, join
+from linked_jax.revive.carry import carry
+from linked_jax.revive.names import Names, edit, leaves_by_name, split
 
-Names = tuple[str, ...]
 Fill = Callable[[Array], Array]
-_COLLECTIONS = (("params",), ("batch_stats",))
+Axes = dict[Names, tuple[int, int, Fill]]
+
+_ROWS = {"kernel": -2, "w": -2, "weight": 1}
+"""Weights -> the axis of rows, their inputs: Flax' and Haiku's (*window, in, out), Equinox' (out, in, *window)."""
+_UNITS = {-2: -1, 0: -1, 1: 0, -1: 0}
+"""The axis of rows -> that of units, its outputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +37,19 @@ class Pair:
     "params" and "batch_stats" are not part of them and are left out of a path that starts with one.
 
     Args:
-      before: path of the layer before the activation, whose `kernel` gives the number of units C; or C itself.
-      after: path of the layer after it, with a `kernel` of shape (*window, rows, c_out).
-      norm: path of a batch norm between the activation and the next layer, if there is one. Layer norm, group norm and
-        instance norm are refused: the added members would change what they give.
-      positions: needed if rows is not C: height times width where a flatten stands between the activation and the next
+      before: path of the layer before the activation, whose weights give the number of units C; or C itself.
+      after: path of the layer after it.
+      norm: path of a Flax batch norm between the activation and the next layer, if there is one. Layer norm, group norm
+        and instance norm are refused: the added members would change what they give.
+      positions: needed if rows are not C: height times width where a flatten stands between the activation and the next
         layer, and 1 where it stands before the activation.
+      leaf: the name of a layer's weights. By default those of Flax ("kernel"), Haiku ("w") and Equinox ("weight").
+      rows: the axis of the weights with one entry for each input: by default -2 (Flax, Haiku: (*window, in, out)), and
+        1 for "weight" (Equinox: (out, in, *window)). Units are along the last axis if it is -2 or 0, and along the
+        first one if it is 1 or -1; for another one let before be C.
 
     Raises:
-      ValueError: if a path has no names, or positions is no integer of at least 1.
+      ValueError: if a path has no names, positions is no integer of at least 1, leaf no name or rows no integer.
 
     Example:
       >>> from linked_jax.revive import Pair
@@ -50,6 +61,8 @@ class Pair:
     after: Any
     norm: Any = None
     positions: int | None = None
+    leaf: str | None = None
+    rows: int | None = None
 
     def __post_init__(self):
         for field in ("before", "after", "norm"):
@@ -59,12 +72,34 @@ class Pair:
                 object.__setattr__(self, field, _path(path, field))
         if self.positions is not None and not (isinstance(self.positions, int) and self.positions >= 1):
             raise ValueError(f"positions is an integer of at least 1, height * width, got {self.positions!r}")
+        if self.leaf is not None and not (isinstance(self.leaf, str) and self.leaf):
+            raise ValueError(f"leaf is the name of a layer's weights, such as 'kernel', got {self.leaf!r}")
+        if self.rows is not None and type(self.rows) is not int:
+            raise ValueError(f"rows is the axis of a layer's inputs, such as -2, got {self.rows!r}")
+
+    def weights(self, leaves: Mapping[Names, Any], path: Names) -> tuple[Names, int]:
+        """The names of a layer's weights, and the axis of their rows.
+
+        Raises:
+          ValueError: if there are none.
+        """
+        known = [self.leaf] if self.leaf else list(_ROWS)
+        for leaf in known:
+            names = (*path, leaf)
+            rows = _ROWS.get(leaf, -2) if self.rows is None else self.rows
+            ndim = jnp.ndim(leaves[names]) if names in leaves else 0
+            if ndim >= 2 and -ndim <= rows < ndim:
+                return names, rows
+        layers = ", ".join("/".join(n[:-1]) for n, a in leaves.items() if n[-1] in known and jnp.ndim(a) >= 2)
+        axis = "" if self.rows is None else f" that has an axis {self.rows}"
+        raise ValueError(
+            f"there is no layer with a {', a '.join(known)}{axis} at {'/'.join(path)!r}; there are: {layers or 'none'}"
+        )
 
 
 def _path(path: Any, field: str) -> Names:
-    split = path.split("/") if isinstance(path, str) else path
-    names = tuple(map(str, split)) if isinstance(split, (tuple, list)) else ()
-    names = names[1:] if names[:1] in _COLLECTIONS else names
+    parts = path.split("/") if isinstance(path, str) else path
+    names = split(parts) if isinstance(parts, (tuple, list)) else ()
     if not names or not all(names):
         raise ValueError(f"{field} is a path such as 'block/Dense_1' or ('block', 'Dense_1'), got {path!r}")
     return names
@@ -84,9 +119,12 @@ def link_params(params: Any, pairs: Sequence[Pair], link: Link) -> Any:
     statistics start at 0 and 1 and take some steps to follow, so evaluation lags behind training at first.
 
     Args:
-      params: nested dictionaries, or an NNX state; with a `norm` the running statistics too, so all variables.
-      pairs: where the activations are.
-      link: the new activation. Its first member is the old one; parameters alone cannot show whether it is.
+      params: nested dictionaries, an NNX state, an Equinox module, or another tree with names; with a `norm` the
+        running statistics too, so all variables. An Equinox layer goes on saying its old `in_features`;
+        equinox.nn.MLP calls its activation unit by unit and cannot take a link: write its layers one by one.
+      pairs: where the activations are, and where weights are if they are none of Flax', Haiku's or Equinox'.
+      link: the new activation. Its first member is the old one; parameters alone cannot show whether it is. Its axis
+        is -1 where channels are last, always in Flax; in an Equinox convolution they are first, axis=0.
 
     Returns:
       A new tree like params.
@@ -114,56 +152,49 @@ def link_params(params: Any, pairs: Sequence[Pair], link: Link) -> Any:
       (512, 3)
       >>> np.testing.assert_allclose(Net(lk_relu).apply(revived, x), Net().apply(variables, x), atol=1e-6)
     """
-    return edit(params, _edits(params, pairs, link, moments=False), leaves_by_name(params))
+    return _linked(params, _axes(params, pairs, link, check=True), link)
 
 
-def link_params_opt_state(opt_state: Any, params: Any, pairs: Sequence[Pair], link: Link) -> Any:
-    """The Optax state for the parameters that `link_params` gives: moments of kept weights kept, new ones 0.
+def link_params_opt_state(
+    opt_state: Any, params: Any, pairs: Sequence[Pair], link: Link, *, tx: optax.GradientTransformation | None = None
+) -> Any:
+    """The Optax state for the parameters that `link_params` gives: of kept weights kept, of new ones as in tx.init.
 
-    Counts and learning rates stay. With Adam the first step of a new weight is then up to 3.2 times the learning rate,
-    (1 - b1) / sqrt(1 - b2), since its bias correction is over.
+        m' = [m; 0]   and so for step sizes, accumulators, copies of the weights: all that is one array a weight
 
-    Every array beside a parameter is taken for a moment of its gradient. Copies of the parameters, as in schedule_free
-    or lookahead, are not handled: their new entries would be 0 too.
+    Counts and learning rates stay. What is of many weights, such as adafactor's factored moments, starts anew with the
+    record that holds it. docs/optimisers.md has the table over all of Optax. With Adam the first step of a new weight
+    is up to 3.2 times the learning rate, (1 - b1) / sqrt(1 - b2), since its bias correction is over: see `warm_up_new`.
 
     Args:
-      opt_state: of an optimiser that keeps gradient moments of the parameters' shapes, under the parameters' names.
-      params: the plain parameters, before `link_params`.
+      opt_state: of tx.init(params), maybe some updates later.
+      params: the plain parameters, before `link_params`; what tx.init was given.
       pairs: as for `link_params`.
       link: as for `link_params`.
+      tx: the optimiser. It may be left out only if opt_state has no arrays but scalars, as that of plain SGD.
 
     Returns:
       A new state, like that of tx.init(link_params(params, pairs, link)).
 
     Raises:
-      ValueError: as for `link_params`, or if an entry has another shape than its weight (factored moments), or the
-        state has arrays of which none bears the name of a parameter (optax.flatten, or another model's state).
+      ValueError: as for `link_params`, or if opt_state is no state of tx and params, tx is needed, or beside weights of
+        some age a new one would move wildly or not at all (acprop), which is tried on small arrays.
 
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from linked_jax import lk_relu
       >>> from linked_jax.revive import Pair, link_params_opt_state
-      >>> params = {"in": {"kernel": jnp.ones((2, 4))}, "out": {"kernel": jnp.ones((4, 3))}}
-      >>> state = optax.adam(1e-3).init(params)
-      >>> link_params_opt_state(state, params, [Pair("in", "out")], lk_relu)[0].mu["out"]["kernel"].shape
+      >>> params, tx = {"in": {"kernel": jnp.ones((2, 4))}, "out": {"kernel": jnp.ones((4, 3))}}, optax.adam(1e-3)
+      >>> state = link_params_opt_state(tx.init(params), params, [Pair("in", "out")], lk_relu, tx=tx)
+      >>> state[0].mu["out"]["kernel"].shape
       (8, 3)
     """
-    return edit_opt_state(opt_state, _edits(params, pairs, link, moments=True), leaves_by_name(params))
-
-
-def edit_opt_state(opt_state: Any, edits: Mapping[Names, Callable[[Any], Any]], weights: Mapping[Names, Any]) -> Any:
-    """`edit` of an optimiser's state, for arrays of the weights' shapes only; refuses a state of other weights."""
-    arrays = [
-        _names(path)
-        for path, a in jax.tree_util.tree_flatten_with_path(opt_state)[0]
-        if jnp.ndim(a) and jnp.issubdtype(jnp.result_type(a), jnp.floating)
-    ]
-    if arrays and not any(path[i:] in weights for path in arrays for i in range(len(path))):
-        raise ValueError(
-            f"no array of the optimiser's state has the name of a parameter, got e.g. {'/'.join(arrays[0])}; pass the "
-            "state of tx.init of these parameters, of an optimiser that does not flatten them"
-        )
-    return edit(opt_state, {name: same_shape(f, name, weights[name]) for name, f in edits.items()}, weights)
+    axes = _axes(params, pairs, link, check=False)
+    places = {
+        name: functools.partial(_widened, axis=axis, units=units, link=link, fill=jnp.zeros_like)
+        for name, (axis, units, _) in axes.items()
+    }
+    return carry(opt_state, tx, params, _linked(params, axes, link), places)
 
 
 def check_link(link: Any) -> Link:
@@ -180,86 +211,66 @@ def check_link(link: Any) -> Link:
     return link
 
 
-def leaves_by_name(tree: Any) -> dict[Names, Any]:
-    """Path -> leaf, without Linen's collections and NNX' `.value`.
-
-    >>> from linked_jax.revive.expand import leaves_by_name
-    >>> leaves_by_name({"params": {"Dense_0": {"bias": 1.0}}})
-    {('Dense_0', 'bias'): 1.0}
-    """
-    named = ((_names(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0])
-    return {name[1:] if name[:1] in _COLLECTIONS else name: leaf for name, leaf in named}
-
-
-def edit(tree: Any, edits: Mapping[Names, Callable[[Any], Any]], names: Collection[Names]) -> Any:
-    """The tree with f(leaf) at every leaf whose path ends in a name of `edits`; the longest of all `names` counts.
-
-    >>> from linked_jax.revive.expand import edit
-    >>> edit({"mu": {"a": 1, "b": {"a": 1}}}, {("a",): lambda x: -x}, [("a",), ("b", "a")])
-    {'mu': {'a': -1, 'b': {'a': 1}}}
-    """
-
-    def leaf(path: Any, x: Any) -> Any:
-        path = _names(path)
-        name = next((path[i:] for i in range(len(path)) if path[i:] in names), ())
-        return edits[name](x) if name in edits else x
-
-    return jax.tree_util.tree_map_with_path(leaf, tree)
-
-
-def same_shape(f: Callable[[Any], Any], name: Names, weight: Any) -> Callable[[Any], Any]:
-    """The function f, for arrays of the weight's shape only."""
-
-    def checked(x: Any) -> Any:
-        if jnp.shape(x) != jnp.shape(weight):
-            raise ValueError(
-                f"the optimiser's entry for {'/'.join(name)} has the shape {jnp.shape(x)} and not the weight's "
-                f"{jnp.shape(weight)}; start the optimiser anew (tx.init) or use one that does not factor its moments"
-            )
-        return f(x)
-
-    return checked
-
-
-def _edits(params: Any, pairs: Sequence[Pair], link: Link, *, moments: bool) -> dict[Names, Callable[[Any], Any]]:
-    if check_link(link).axis != -1:
-        raise ValueError(f"Flax layers have channels last, got a link with axis={link.axis}; pass one with axis=-1")
+def _axes(params: Any, pairs: Sequence[Pair], link: Link, *, check: bool) -> Axes:
+    """For each weight that grows: the axis, its number of units, and what new entries are."""
+    check_link(link)
     if not isinstance(pairs, Sequence) or not pairs or not all(isinstance(pair, Pair) for pair in pairs):
         raise ValueError(f"pairs is a list of one or more Pair, got {pairs!r}")
-    leaves, edits = leaves_by_name(params), {}
+    leaves, axes = leaves_by_name(params), {}
     for pair in pairs:
+        names, rows = pair.weights(leaves, pair.after)
+        if link.axis != -1 and names[-1] == "kernel":
+            raise ValueError(f"Flax layers have channels last, got a link with axis={link.axis}; pass one with axis=-1")
         units = _units(leaves, pair)
-        found = {(*pair.after, "kernel"): (-2, jnp.zeros_like)}
+        found = {names: (rows, jnp.zeros_like)}
         if pair.norm:
-            if not moments:
+            if check:
                 _check_norm(leaves, pair.norm, units)
             fills = {"mean": jnp.zeros_like, "var": jnp.ones_like, "scale": lambda a: a, "bias": jnp.zeros_like}
-            for name, fill in fills.items():
-                if (*pair.norm, name) in leaves:
-                    found[*pair.norm, name] = (0, jnp.zeros_like if moments else fill)
+            found |= {(*pair.norm, name): (0, fill) for name, fill in fills.items() if (*pair.norm, name) in leaves}
         for name, (axis, fill) in found.items():
-            if name in edits:
+            if name in axes:
                 raise ValueError(f"{'/'.join(name)} is in two pairs; give each activation one pair")
-            edits[name] = functools.partial(_widened, axis=axis, units=units, link=link, fill=fill)
-    return edits
+            axes[name] = (axis, units, fill)
+    return axes
+
+
+def _linked(params: Any, axes: Axes, link: Link) -> Any:
+    return edit(
+        params,
+        {
+            name: functools.partial(_widened, axis=axis, units=units, link=link, fill=fill)
+            for name, (axis, units, fill) in axes.items()
+        },
+    )
 
 
 def _widened(a: Array, *, axis: int, units: int, link: Link, fill: Fill) -> Array:
-    """An axis of positions * C entries -> positions * d * C, where fill gives those of the added members."""
+    """An axis of positions * C entries -> positions * d * C, where fill gives those of the added members.
+
+    With channels first: C * positions -> d * C * positions.
+    """
     axis %= a.ndim
-    head, tail = a.shape[:axis], a.shape[axis + 1 :]
-    kept = jnp.reshape(a, (*head, a.shape[axis] // units, units, *tail))
-    return join([kept] + [fill(kept)] * (link.arity - 1), axis + 1, link.layout).reshape(*head, -1, *tail)
+    head, tail, last = a.shape[:axis], a.shape[axis + 1 :], link.axis == -1
+    kept = jnp.reshape(a, (*head, *((-1, units) if last else (units, -1)), *tail))
+    return join([kept] + [fill(kept)] * (link.arity - 1), axis + last, link.layout).reshape(*head, -1, *tail)
 
 
 def _units(leaves: Mapping[Names, Any], pair: Pair) -> int:
     """The width of the pre-activation: the units, times the positions of a flatten before the activation."""
-    kernel, counted = _kernel(leaves, pair.after), type(pair.before) is int
-    units = pair.before if counted else _kernel(leaves, pair.before).shape[-1]
-    whose = f"{units} units{'' if counted else ' of ' + '/'.join(pair.before)}"
-    positions, left = divmod(kernel.shape[-2], units)
-    one_of = {positions} if kernel.ndim > 2 else {1, positions}
-    if left or (kernel.ndim > 2 and positions != 1) or (pair.positions or positions) not in one_of:
+    names, rows = pair.weights(leaves, pair.after)
+    kernel, units = leaves[names], pair.before
+    whose, entries = f"{units} units", kernel.shape[rows]
+    if type(units) is not int:
+        names, own = pair.weights(leaves, pair.before)
+        if own not in _UNITS:
+            raise ValueError(f"with rows={own} the axis of units is not known; let before be their number")
+        units = leaves[names].shape[_UNITS[own]]
+        whose = f"{units} units of {'/'.join(pair.before)}"
+    positions, left = divmod(entries, units)
+    window = kernel.ndim > 2 and pair.rows is None
+    one_of = {positions} if window else {1, positions}
+    if left or (window and positions != 1) or (pair.positions or positions) not in one_of:
         raise ValueError(
             f"{'/'.join(pair.after)} has a kernel of shape {kernel.shape}, which does not take {pair.positions or 1} "
             f"positions of {whose}; positions is height * width where a flatten stands between the activation and a "
@@ -270,15 +281,7 @@ def _units(leaves: Mapping[Names, Any], pair: Pair) -> int:
             f"{'/'.join(pair.after)} has a kernel of shape {kernel.shape} after {whose}; pass positions={positions} if "
             "a flatten stands after the activation, and positions=1 if it stands before the activation"
         )
-    return kernel.shape[-2] // (pair.positions or 1)
-
-
-def _kernel(leaves: Mapping[Names, Any], path: Names) -> Any:
-    kernel = leaves.get((*path, "kernel"))
-    if kernel is None or jnp.ndim(kernel) < 2:
-        known = ", ".join("/".join(name[:-1]) for name in leaves if name[-1] == "kernel")
-        raise ValueError(f"there is no layer with a kernel at {'/'.join(path)!r}; there are: {known or 'none'}")
-    return kernel
+    return entries // (pair.positions or 1)
 
 
 def _check_norm(leaves: Mapping[Names, Any], path: Names, units: int) -> None:
@@ -293,8 +296,3 @@ def _check_norm(leaves: Mapping[Names, Any], path: Names, units: int) -> None:
             f"the norm at {'/'.join(path)!r} has a mean of shape {shape}, which is not one channel for each of {units} "
             "units; layers stacked by a scan are not handled"
         )
-
-
-def _names(path: Any) -> Names:
-    is_value = len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value"
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in (path[:-1] if is_value else path))

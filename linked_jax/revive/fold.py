@@ -10,7 +10,8 @@ from flax import nnx
 
 from linked_jax.arrays import like, wide_dtype
 from linked_jax.revive.foldable import Foldable, link_and_layer, plain
-from linked_jax.revive.joints import check_sequential, is_activation
+from linked_jax.revive.joints import is_activation
+from linked_jax.revive.stack import check_sequential
 
 Layer = TypeVar("Layer", nnx.Linear, nnx.Conv)
 
@@ -100,13 +101,13 @@ def fold_sequential(model: nnx.Sequential) -> nnx.Sequential:
                 layers[-1] = fold_batch_norm(layers[-1], part)
             else:
                 _check_inside(part, i)
-                layers.append(plain(part, i))
+                layers.append(plain(part, f"layers[{i}]"))
     return nnx.Sequential(*layers)
 
 
 def _check_before(before: Any, i: int) -> None:
     if type(before) not in (nnx.Linear, nnx.Conv):
-        link = before is not None and is_activation(before, i - 1)
+        link = before is not None and is_activation(before, f"layers[{i - 1}]")
         reason = "an activation, which its shift does not pass" if link else f"a {type(before).__name__}"
         reason = "nothing" if before is None else reason
         raise ValueError(f"the batch norm at layers[{i}] follows {reason}; move it right behind a layer")

@@ -1,9 +1,9 @@
 """Where the activations of an `nnx.Sequential` are, and the layers around them.
 
-A layer is an nnx.Linear or nnx.Conv, or folds to one. An activation is a `Link`, or a function that is elementwise and
-not affine: functions are tried on a few numbers, each compiled by itself, so that a `jax.jit` or `jax.vmap` around the
-call does not matter. What stands between an activation and the next layer must treat channels alike: pools, flatten,
-dropout, batch norm.
+A layer is an nnx.Linear, nnx.LinearGeneral or nnx.Conv, or folds to one. An activation is a `Link`, a PReLU, or a
+function that is elementwise and not affine: functions are tried on a few numbers, each compiled by itself, so that a
+`jax.jit` or `jax.vmap` around the call does not matter. What stands between an activation and the next layer must treat
+channels alike: pools, flatten, dropout, batch norm.
 """
 
 import dataclasses
@@ -16,19 +16,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from linked_jax.layers import LinkedConv, LinkedLinear, LinkedPReLU
+from linked_jax.layers import ChannelPReLU, LinkedConv, LinkedLinear, LinkedPReLU
 from linked_jax.linking import Link, join
-from linked_jax.revive.foldable import LAYERS, Foldable, is_layer, plain
+from linked_jax.revive.foldable import LAYERS, Foldable, is_layer, plain, rows_axis
+from linked_jax.revive.stack import Function, Stack, has_variables
 
-Function = Any
 _NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
-_LINKED = (LinkedLinear, LinkedConv, LinkedPReLU)
+_LINKED = (LinkedLinear, LinkedConv)
 _KNOWN = (*LAYERS, *_NORMS, *_LINKED, nnx.Dropout, nnx.Embed, nnx.ConvTranspose)
+PRELUS = (nnx.PReLU, ChannelPReLU, LinkedPReLU)
 
 
 @dataclasses.dataclass(frozen=True)
 class Joint:
-    """An activation of a Sequential and what is around it, as indices of its layers.
+    """An activation of a Sequential and what is around it, as indices of its `Stack`.
 
     Attributes:
       before: the layer before it.
@@ -39,7 +40,8 @@ class Joint:
       units: the layer's number of output channels C.
       width: that of the pre-activation: C, or positions * C if a flatten stands before the activation.
       positions: of a flatten after the activation, else 1: the next layer has positions * d * width input features.
-      link: the activation as a `Link`.
+      rows: the axis of the next layer's kernel that these are along.
+      link: the activation as a `Link`; of a PReLU one of as many members.
     """
 
     before: int
@@ -50,66 +52,52 @@ class Joint:
     units: int
     width: int
     positions: int
+    rows: int
     link: Link
 
 
-def activations(model: nnx.Sequential) -> list[int]:
-    """The indices of the activations that have an nnx.Linear or nnx.Conv before them.
+def activations(stack: Stack) -> list[int]:
+    """The indices of the activations that have a layer before them.
 
     Raises:
-      ValueError: if model is not an nnx.Sequential, a layer stands in it twice, or one may hide activations.
+      ValueError: if a layer may hide activations.
     """
-    check_sequential(model)
-    layers = list(model.layers)
+    layers = stack.layers
     for i, layer in enumerate(layers):
-        _check_open(layer, i)
-    modules = [id(layer) for layer in layers if _has_variables(layer)]
-    if len(set(modules)) < len(modules):
-        raise ValueError("a layer stands in the model twice, and shared weights are not handled; give each its own")
+        _check_open(layer, stack.name(i))
     first = next((i for i, layer in enumerate(layers) if is_layer(layer)), len(layers))
-    return [i for i in range(first, len(layers)) if is_activation(layers[i], i)]
+    return [i for i in range(first, len(layers)) if is_activation(layers[i], stack.name(i))]
 
 
-def check_sequential(model: Any) -> None:
-    """Refuse other models.
-
-    Raises:
-      ValueError: if model is not an nnx.Sequential.
-    """
-    if not isinstance(model, nnx.Sequential):
-        raise ValueError(f"model is an nnx.Sequential, got a {type(model).__name__}; for other models see link_params")
+def last_layer(stack: Stack) -> int:
+    """The index of the last layer; -1 if there is none."""
+    return max((i for i, layer in enumerate(stack.layers) if is_layer(layer)), default=-1)
 
 
-def last_layer(model: nnx.Sequential) -> int:
-    """The index of the last nnx.Linear or nnx.Conv; -1 if there is none."""
-    return max((i for i, layer in enumerate(model.layers) if is_layer(layer)), default=-1)
-
-
-def joint_at(model: nnx.Sequential, index: int) -> Joint:
+def joint_at(stack: Stack, index: int) -> Joint:
     """What is around the activation at this index, one of `activations`.
 
     Raises:
       ValueError: if something there is not handled; with the index of the layer.
     """
-    layers: list[Any] = list(model.layers)
+    layers, name = stack.layers, stack.name
     before = max(i for i in range(index) if is_layer(layers[i]))
     after = next((i for i in range(index + 1, len(layers)) if is_layer(layers[i])), None)
     if after is None:
-        raise nothing_after(model, index)
+        raise nothing_after(stack, index)
     inner, outer = range(before + 1, index), range(index + 1, after)
     for i in (*inner, *outer):
-        _check_known(layers[i], i)
-        if is_activation(layers[i], i):
-            raise ValueError(f"layers[{index}] and layers[{i}] are activations in a row; write them as one function")
+        if is_activation(layers[i], name(i)):
+            raise ValueError(f"{name(index)} and {name(i)} are activations in a row; write them as one function")
+        _check_known(layers[i], name(i))
     norms = [i for i in outer if isinstance(layers[i], _NORMS)]
     for i in norms:
-        _check_outer_norm(layers[i], i, first=i == norms[0])
-    first, following = plain(layers[before], before), plain(layers[after], after)
-    _check_next(following, after)
+        _check_outer_norm(layers[i], name(i), first=i == norms[0])
+    first, following = plain(layers[before], name(before)), plain(layers[after], name(after))
+    _check_next(following, name(after))
 
-    activation = layers[index]
-    link = activation if isinstance(activation, Link) else Link((activation,))
-    units, rows = first.out_features, following.in_features
+    link, axis = _as_link(layers[index]), rows_axis(following, name(after))
+    units, rows = first.kernel.shape[-1], following.kernel.shape[axis]
     space = len(first.kernel_size) if isinstance(first, nnx.Conv) else None
     inner_functions, outer_functions = (
         [layers[i] for i in span if not isinstance(layers[i], (*_NORMS, nnx.Dropout))] for span in (inner, outer)
@@ -117,14 +105,14 @@ def joint_at(model: nnx.Sequential, index: int) -> Joint:
     flattened = _flatten_is(inner_functions, outer_functions, space, link, grows=rows != link.arity * units)
     if flattened == "unknown":
         raise ValueError(
-            f"a function between layers[{before}] and layers[{after}] does not treat channels alike, or asks for one "
+            f"a function between {name(before)} and {name(after)} does not treat channels alike, or asks for one "
             "fixed shape; pools, and a flatten to (N, -1), are fine"
         )
     positions, left = divmod(rows, link.arity * units)
     if left or (positions != 1 and flattened == "nowhere"):
         raise ValueError(
-            f"layers[{after}] has {rows} input features, which do not pair with {units} units of layers[{before}] and "
-            f"{link.arity} members of layers[{index}]"
+            f"{name(after)} has {rows} input features, which do not pair with {units} units of {name(before)} and "
+            f"{link.arity} members of {name(index)}"
         )
     return Joint(
         before=before,
@@ -135,41 +123,53 @@ def joint_at(model: nnx.Sequential, index: int) -> Joint:
         units=units,
         width=units * positions if flattened == "before" else units,
         positions=1 if flattened == "before" else positions,
+        rows=axis,
         link=link,
     )
 
 
-def nothing_after(model: nnx.Sequential, index: int) -> ValueError:
-    """The error for an activation that no nnx.Linear or nnx.Conv follows; it names the layer that does."""
-    rest = ((i, model.layers[i]) for i in range(index + 1, len(model.layers)))
-    found = next((f", only layers[{i}], a {type(layer).__name__}" for i, layer in rest if _has_variables(layer)), "")
+def nothing_after(stack: Stack, index: int) -> ValueError:
+    """The error for an activation that no layer follows; it names the module that does."""
+    rest = ((i, stack.layers[i]) for i in range(index + 1, len(stack.layers)))
+    found = next((f", only {stack.name(i)}, a {type(a).__name__}" for i, a in rest if has_variables(a)), "")
     return ValueError(
-        f"layers[{index}], an activation, has no nnx.Linear or nnx.Conv after it{found}; add or remove one"
+        f"{stack.name(index)}, an activation, has no nnx.Linear or nnx.Conv after it{found}; add or remove one"
     )
 
 
-def linked_layers(model: nnx.Sequential) -> list[int]:
-    """The indices of the layers with a link of their own: `LinkedLinear`, `LinkedConv`, `LinkedPReLU`."""
-    return [i for i, layer in enumerate(model.layers) if isinstance(layer, _LINKED)]
+def linked_layers(stack: Stack) -> list[int]:
+    """The indices of the layers with a link of their own: `LinkedLinear`, `LinkedConv`."""
+    return [i for i, layer in enumerate(stack.layers) if isinstance(layer, _LINKED)]
+
+
+def arity(activation: Any) -> int:
+    """The number of members d; a function has one."""
+    return getattr(activation, "arity", 1)
+
+
+def _as_link(activation: Any) -> Link:
+    if isinstance(activation, nnx.PReLU):
+        return Link((jax.nn.leaky_relu,))
+    return activation.link if isinstance(activation, (Link, ChannelPReLU, LinkedPReLU)) else Link((activation,))
 
 
 @jax.ensure_compile_time_eval()  # under jit too
-def is_activation(layer: Any, i: int) -> bool:
-    """Whether layers[i] is a link, or an elementwise function that is not affine.
+def is_activation(layer: Any, name: str) -> bool:
+    """Whether the layer of this name is a link, a PReLU, or an elementwise function that is not affine.
 
     Raises:
       ValueError: if it is one for arrays of some shapes only.
     """
-    if isinstance(layer, Link):
+    if isinstance(layer, (Link, *PRELUS)):
         return True
-    if isinstance(layer, _KNOWN) or _has_variables(layer):
+    if isinstance(layer, _KNOWN) or has_variables(layer):
         return False
     f = apart(layer)
     if not any(_bends(f, shape) for shape in ((8, 3), (2, 2, 2, 3))):
         return False
     if not all(_bends(f, shape) for shape in ((8, 3), (2, 2, 2, 3), (8, 1, 1, 3))):
         raise ValueError(
-            f"layers[{i}] is an activation for arrays of some shapes only and does more for others; write it as two "
+            f"{name} is an activation for arrays of some shapes only and does more for others; write it as two "
             "layers, e.g. a flatten and jax.nn.relu"
         )
     return True
@@ -242,47 +242,38 @@ def _through(functions: Sequence[Function], x: Array) -> Array:
     return x
 
 
-def _has_variables(layer: Any) -> bool:
-    return isinstance(layer, nnx.Module) and bool(jax.tree.leaves(nnx.state(layer, nnx.Variable)))
-
-
-def _check_open(layer: Any, i: int) -> None:
-    if isinstance(layer, nnx.Sequential):
+def _check_open(layer: Any, name: str) -> None:
+    own = isinstance(layer, nnx.Module) and not isinstance(layer, (*_KNOWN, *PRELUS, Foldable))
+    if own and (has_variables(layer) or len(list(nnx.iter_modules(layer))) > 1):
         raise ValueError(
-            f"layers[{i}] is an nnx.Sequential in the model, whose activations would be left out; flatten the "
-            "Sequential: nnx.Sequential(*inner.layers, ...)"
-        )
-    own = isinstance(layer, nnx.Module) and not isinstance(layer, (*_KNOWN, Foldable))
-    if own and (_has_variables(layer) or len(list(nnx.iter_modules(layer))) > 1):
-        raise ValueError(
-            f"layers[{i}], a {type(layer).__name__}, has variables or modules of its own and may hide an activation; "
-            "use nnx.Linear, nnx.Conv, norms and functions, or link_params for other models"
+            f"{name}, a {type(layer).__name__}, has variables or modules of its own and may hide an activation; use "
+            "nnx.Linear, nnx.Conv, norms and functions, or link_params for other models"
         )
 
 
-def _check_known(layer: Any, i: int) -> None:
-    if not isinstance(layer, (*_NORMS, nnx.Dropout)) and _has_variables(layer):
+def _check_known(layer: Any, name: str) -> None:
+    if not isinstance(layer, (*_NORMS, nnx.Dropout)) and has_variables(layer):
         raise ValueError(
-            f"layers[{i}], a {type(layer).__name__}, stands beside an activation and is not handled; use nnx.Linear, "
+            f"{name}, a {type(layer).__name__}, stands beside an activation and is not handled; use nnx.Linear, "
             "nnx.Conv and nnx.BatchNorm, and fold other layers into them first"
         )
 
 
-def _check_outer_norm(norm: Any, i: int, *, first: bool) -> None:
+def _check_outer_norm(norm: Any, name: str, *, first: bool) -> None:
     if not isinstance(norm, nnx.BatchNorm):
         raise ValueError(
-            f"layers[{i}], a {type(norm).__name__} after an activation, would give other values with added members; "
-            "only batch norm can stand there"
+            f"{name}, a {type(norm).__name__} after an activation, would give other values with added members; only "
+            "batch norm can stand there"
         )
     if norm.axis != -1 or not first:
-        raise ValueError(f"layers[{i}]: one batch norm with axis=-1 may follow an activation, got axis={norm.axis}")
+        raise ValueError(f"{name}: one batch norm with axis=-1 may follow an activation, got axis={norm.axis}")
 
 
-def _check_next(layer: Any, i: int) -> None:
+def _check_next(layer: Any, name: str) -> None:
     if type(layer) not in LAYERS:
         raise ValueError(
-            f"layers[{i}] is a {type(layer).__name__}, whose output may not be linear in its kernel; use nnx.Linear or "
+            f"{name} is a {type(layer).__name__}, whose output may not be linear in its kernel; use nnx.Linear or "
             "nnx.Conv itself"
         )
     if isinstance(layer, nnx.Conv) and (layer.feature_group_count != 1 or layer.mask is not None):
-        raise ValueError(f"layers[{i}], a grouped or masked convolution, cannot take added channels; use a plain one")
+        raise ValueError(f"{name}, a grouped or masked convolution, cannot take added channels; use a plain one")

@@ -5,12 +5,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
+from linked_jax.layers import LinkedPReLU
 from linked_jax.linking import Link
 from linked_jax.revive.expand import Pair, check_link, link_params, link_params_opt_state
-from linked_jax.revive.foldable import Foldable, plain
-from linked_jax.revive.joints import Joint, activations, apart, joint_at, last_layer, linked_layers, nothing_after
+from linked_jax.revive.foldable import Foldable, fit, plain
+from linked_jax.revive.joints import (
+    PRELUS,
+    Joint,
+    activations,
+    apart,
+    arity,
+    joint_at,
+    last_layer,
+    linked_layers,
+    nothing_after,
+)
+from linked_jax.revive.stack import Stack
 
 
 def link_sequential(model: nnx.Sequential, link: Link) -> nnx.Sequential:
@@ -19,20 +32,22 @@ def link_sequential(model: nnx.Sequential, link: Link) -> nnx.Sequential:
         g(z) W  ->  f(z) [W; 0],   f = link,   g = its first member
 
     Links of two or more members stay, and so do functions before the first layer and after the last one, and functions
-    that are not elementwise, such as one that is relu and a pool. Added channels of a batch norm after an activation:
+    that are not elementwise, such as one that is relu and a pool. A PReLU module becomes a `LinkedPReLU` that starts
+    with its slopes, z and -z alike, and has the link's layout. Added channels of a batch norm after an activation:
     see `link_params`. Dropout draws other masks for more channels. A next layer that computes its kernel, such as
     `linked_jax.remedies.WSConv`, is folded, for zeros in its parameters need not be zeros in its kernel.
 
     Outputs stay equal where all members are finite: at a large -z the mirror of exp is inf, and inf * 0 is NaN.
 
     Args:
-      model: of nnx.Linear, nnx.Conv and layers that fold to them, activations, norms, nnx.Dropout, pools, flatten and
-        other functions; no modules of several layers. Norms other than batch norm stand before activations only. A
+      model: of nnx.Linear, nnx.LinearGeneral, nnx.Conv and layers that fold to them, activations, nnx.PReLU, norms,
+        nnx.Dropout, pools, flatten and other functions, and of nnx.Sequential of these; no other modules of several
+        layers, and no weights that stand in it twice. Norms other than batch norm stand before activations only. A
         flatten must leave the number of channels open.
       link: its first member is the model's activation, compared in values; axis -1.
 
     Returns:
-      A new `nnx.Sequential` with variables of its own. Optimiser: `link_sequential_opt_state`.
+      A new `nnx.Sequential`, nested like model, with variables of its own. Optimiser: `link_sequential_opt_state`.
 
     Raises:
       ValueError: if there is no plain activation, one is not the link's first member or has no layer after it, what
@@ -50,40 +65,44 @@ def link_sequential(model: nnx.Sequential, link: Link) -> nnx.Sequential:
       >>> jnp.abs(revived(x) - model(x)).max() < 1e-6, revived.layers[2].kernel.shape
       (Array(True, dtype=bool), (32, 3))
     """
-    joints = _plain_joints(model, link)
-    new = nnx.clone(model)
+    joints = _plain_joints(Stack(model), link)
+    new = Stack(nnx.clone(model))
     for joint in joints:
-        new.layers[joint.after] = plain(new.layers[joint.after], joint.after)
-    nnx.update(new, link_params(nnx.state(new), _pairs(joints), link))
+        new.put(joint.after, plain(new.layers[joint.after], new.name(joint.after)))
+    nnx.update(new.model, link_params(nnx.state(new.model), _pairs(new, joints), link))
     for joint in joints:
-        new.layers[joint.activation] = link
+        activation = new.layers[joint.activation]
+        new.put(joint.activation, _linked_prelu(activation, link) if isinstance(activation, PRELUS) else link)
         fit(new.layers[joint.after])
         if joint.norm is not None:
             fit(new.layers[joint.norm])
-    return new
+    return new.model
 
 
-def link_sequential_opt_state(opt_state: Any, model: nnx.Sequential, link: Link) -> Any:
-    """The Optax state for the model that `link_sequential` gives: moments of kept weights kept, new ones 0.
+def link_sequential_opt_state(
+    opt_state: Any, model: nnx.Sequential, link: Link, *, tx: optax.GradientTransformation | None = None
+) -> Any:
+    """The Optax state for the model that `link_sequential` gives: of kept weights kept, of new ones as in tx.init.
 
         m' = [m; 0],   v' = [v; 0]   of each next layer
 
-    Outputs stay the same, the training that follows is not smooth: Adam's first steps of the new weights are large
-    while their v is still small, and the loss of a net in good health can rise for some steps. Warm up again or take a
-    smaller rate for some hundred steps. Behind a batch norm after the activation, evaluation lags at first: see
-    `link_params`.
+    See `link_params_opt_state` for what is no moment. Outputs stay the same, the training that follows is not smooth:
+    Adam's first steps of the new weights are large while their v is still small, and the loss of a net in good health
+    can rise for some steps: `warm_up_new` lets new weights start slowly. Behind a batch norm after the activation,
+    evaluation lags at first: see `link_params`.
 
     Args:
-      opt_state: of tx.init(nnx.state(model, nnx.Param)), or an nnx.Optimizer's; gradient moments only, so no copies of
-        the parameters (schedule_free, lookahead); see `link_params_opt_state`.
+      opt_state: of tx.init(nnx.state(model, nnx.Param)), or an nnx.Optimizer's.
       model: the plain model, before `link_sequential`.
       link: the same one.
+      tx: the optimiser, see `link_params_opt_state`.
 
     Returns:
       A new state, like that of tx.init(nnx.state(link_sequential(model, link), nnx.Param)).
 
     Raises:
-      ValueError: as `link_sequential` and `link_params_opt_state`, or if a next layer is one that has to be folded.
+      ValueError: as `link_sequential` and `link_params_opt_state`, or if a next layer is one that has to be folded, or
+        an activation a PReLU: their parameters are other ones in the linked model.
 
     Example:
       >>> import jax, optax
@@ -96,65 +115,71 @@ def link_sequential_opt_state(opt_state: Any, model: nnx.Sequential, link: Link)
       >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
       >>> revived = link_sequential(model, lk_relu)
       >>> revived_optimizer = nnx.Optimizer(revived, tx, wrt=nnx.Param)
-      >>> revived_optimizer.opt_state = link_sequential_opt_state(optimizer.opt_state, model, lk_relu)
+      >>> revived_optimizer.opt_state = link_sequential_opt_state(optimizer.opt_state, model, lk_relu, tx=tx)
       >>> grads = nnx.grad(lambda net: net(jax.numpy.ones((2, 8))).sum())(revived)
       >>> _ = revived_optimizer.update(revived, grads)
       >>> revived_optimizer.opt_state[0].nu["layers"][2]["kernel"].shape
       (32, 3)
     """
-    joints = _plain_joints(model, link)
-    for joint in joints:
-        if isinstance(layer := model.layers[joint.after], Foldable):
+    stack = Stack(model)
+    joints = _plain_joints(stack, link)
+    for i in sorted({i for joint in joints for i in (joint.activation, joint.after)}):
+        if isinstance(layer := stack.layers[i], (Foldable, *PRELUS)):
             raise ValueError(
-                f"layers[{joint.after}], a {type(layer).__name__}, is folded and has other parameters then; start the "
-                "optimiser anew (tx.init)"
+                f"{stack.name(i)}, a {type(layer).__name__}, is {'linked' if isinstance(layer, PRELUS) else 'folded'} "
+                "and has other parameters then; start the optimiser anew (tx.init)"
             )
-    return link_params_opt_state(opt_state, nnx.state(model, nnx.Param), _pairs(joints), link)
+    return link_params_opt_state(opt_state, nnx.state(model, nnx.Param), _pairs(stack, joints), link, tx=tx)
 
 
-def fit(layer: Any) -> None:
-    """Set the sizes that a layer remembers to those of its variables."""
-    if isinstance(layer, nnx.BatchNorm):
-        layer.num_features = layer.mean.shape[0]
-    else:
-        layer.in_features = layer.kernel.shape[-2]
-        if isinstance(layer, nnx.Conv):
-            layer.kernel_shape = layer.kernel.shape
-
-
-def _plain_joints(model: nnx.Sequential, link: Link) -> list[Joint]:
+def _plain_joints(stack: Stack, link: Link) -> list[Joint]:
     """The places of the activations that are to be linked, each checked."""
     check_link(link)
-    plain = [i for i in activations(model) if getattr(model.layers[i], "arity", 1) == 1]
-    last = last_layer(model)
+    layers, name = stack.layers, stack.name
+    plain = [i for i in activations(stack) if arity(layers[i]) == 1]
+    last = last_layer(stack)
     for i in plain:
-        same = _same_values(model.layers[i], link.members[0])
+        same = isinstance(layers[i], PRELUS) or _same_values(layers[i], link.members[0])
         if i < last and not same:
             raise ValueError(
-                f"the link's first member must be the activation, got {link} for layers[{i}], {model.layers[i]}; "
-                "pass a link that starts with it"
+                f"the link's first member must be the activation, got {link} for {name(i)}, {layers[i]}; pass a link "
+                "that starts with it"
             )
         if i > last and same:
-            raise nothing_after(model, i)
+            raise nothing_after(stack, i)
     inner = [i for i in plain if i < last]
     if not inner:
-        links = sorted({*linked_layers(model), *activations(model)} - {*plain})
-        reason = f"layers[{links[0]}] is already linked" if links else "add one, such as jax.nn.relu"
+        links = sorted({*linked_layers(stack), *activations(stack)} - {*plain})
+        reason = f"{name(links[0])} is already linked" if links else "add one, such as jax.nn.relu"
         raise ValueError(f"no plain activation between two layers (nnx.Linear or nnx.Conv) is in the model; {reason}")
-    return [joint_at(model, i) for i in inner]
+    return [joint_at(stack, i) for i in inner]
 
 
-def _pairs(joints: list[Joint]) -> list[Pair]:
+def _pairs(stack: Stack, joints: list[Joint]) -> list[Pair]:
     """Where the activations stand, as paths in the model's state."""
     return [
         Pair(
             before=joint.units,
-            after=("layers", joint.after),
-            norm=None if joint.norm is None else ("layers", joint.norm),
+            after=stack.path(joint.after),
+            norm=None if joint.norm is None else stack.path(joint.norm),
             positions=joint.positions,
+            leaf="kernel",
+            rows=joint.rows,
         )
         for joint in joints
     ]
+
+
+def _linked_prelu(prelu: Any, link: Link) -> LinkedPReLU:
+    """Both members have the trained slopes at the start."""
+    if getattr(prelu, "dtype", None) is not None:
+        raise ValueError(f"a PReLU that computes in a dtype of its own is not handled, got dtype={prelu.dtype}")
+    slopes = prelu.negative_slope[...]
+    linked = LinkedPReLU(
+        slopes.shape or 1, share="element" if slopes.ndim else "layer", layout=link.layout, param_dtype=slopes.dtype
+    )
+    linked.positive.negative_slope[...] = linked.mirrored.negative_slope[...] = slopes
+    return linked
 
 
 @jax.ensure_compile_time_eval()

@@ -8,10 +8,11 @@ from flax import nnx
 from jaxtyping import Array
 
 from linked_jax.diagnostics import by_member
+from linked_jax.layers import LinkedPReLU
 from linked_jax.linking import Link
-from linked_jax.revive.foldable import link_and_layer, plain
-from linked_jax.revive.joints import Joint, activations, check_sequential, joint_at
-from linked_jax.revive.sequential import fit
+from linked_jax.revive.foldable import fit, link_and_layer, plain
+from linked_jax.revive.joints import Joint, activations, arity, joint_at
+from linked_jax.revive.stack import Stack
 
 
 def unlink(model: nnx.Sequential) -> nnx.Sequential:
@@ -19,7 +20,8 @@ def unlink(model: nnx.Sequential) -> nnx.Sequential:
 
         f(z) [W; 0] = g(z) W
 
-    `LinkedLinear` and `LinkedConv` become an activation and a plain layer. It undoes `link_sequential`.
+    `LinkedLinear` and `LinkedConv` become an activation and a plain layer, an `nnx.Sequential` inside its layers, a
+    `LinkedPReLU` a `ChannelPReLU`. It undoes `link_sequential`.
 
     Args:
       model: as for `link_sequential`, linked.
@@ -42,17 +44,19 @@ def unlink(model: nnx.Sequential) -> nnx.Sequential:
       >>> plain.layers[1], plain.layers[2].kernel.shape
       (Link(relu(z)), (16, 3))
     """
-    check_sequential(model)
-    parts = [(i, part) for i, layer in enumerate(nnx.clone(model).layers) for part in link_and_layer(layer)]
-    new: Any = nnx.Sequential(*(part for _, part in parts))
-    links = [i for i in activations(new) if getattr(new.layers[i], "arity", 1) > 1]
+    before = Stack(nnx.clone(model))
+    parts = [(before.name(i), part) for i, layer in enumerate(before.layers) for part in link_and_layer(layer)]
+    names = [name for name, _ in parts]
+    new = Stack(nnx.Sequential(*(part for _, part in parts)))
+    links = [i for i in activations(new) if arity(new.layers[i]) > 1]
     if not links:
         raise ValueError("no link of two or more members follows an nnx.Linear or nnx.Conv in the model; nothing to do")
     for joint in [joint_at(new, i) for i in links]:
-        layer = new.layers[joint.after] = plain(new.layers[joint.after], parts[joint.after][0])
-        used = _used_member(layer.kernel[...], joint, parts[joint.after][0])
-        new.layers[joint.activation] = Link((joint.link.members[used],))
-        layer.kernel.set_value(_member_rows(layer.kernel[...], -2, used, joint))
+        layer = plain(new.layers[joint.after], names[joint.after])
+        new.put(joint.after, layer)
+        used = _used_member(layer.kernel[...], joint, names[joint.after])
+        new.put(joint.activation, _member(new.layers[joint.activation], used, names[joint.activation]))
+        layer.kernel.set_value(_member_rows(layer.kernel[...], joint.rows, used, joint))
         fit(layer)
         if joint.norm is not None:
             norm = new.layers[joint.norm]
@@ -60,7 +64,15 @@ def unlink(model: nnx.Sequential) -> nnx.Sequential:
                 if variable is not None:
                     variable.set_value(_member_rows(variable[...], 0, used, joint))
             fit(norm)
-    return new
+    return new.model
+
+
+def _member(link: Any, used: int, name: str) -> Any:
+    if not isinstance(link, LinkedPReLU):
+        return Link((link.members[used],))
+    if used:
+        raise ValueError(f"{name}, a LinkedPReLU, is used for its mirrored member, for which there is no module")
+    return link.positive
 
 
 def _member_rows(a: Array, axis: int, member: int, joint: Joint) -> Array:
@@ -70,14 +82,14 @@ def _member_rows(a: Array, axis: int, member: int, joint: Joint) -> Array:
     return jnp.moveaxis(one.reshape(*rows.shape[:-1], -1), -1, axis)
 
 
-def _used_member(kernel: Array, joint: Joint, i: int) -> int:
-    """The member with weights in layers[i]; no other may have one."""
-    largest = [float(np.abs(_member_rows(kernel, -2, i, joint)).max()) for i in range(joint.link.arity)]
+def _used_member(kernel: Array, joint: Joint, name: str) -> int:
+    """The member with weights in the layer of this name; no other may have one."""
+    largest = [float(np.abs(_member_rows(kernel, joint.rows, i, joint)).max()) for i in range(joint.link.arity)]
     used = int(np.argmax(largest))
     rest = max(size for i, size in enumerate(largest) if i != used)
     if not rest == 0:
         raise ValueError(
-            f"layers[{i}] uses more than one member of {joint.link}: the largest weight of the others is "
-            f"{rest:.3g}; it stays linked"
+            f"{name} uses more than one member of {joint.link}: the largest weight of the others is {rest:.3g}; it "
+            "stays linked"
         )
     return used

@@ -235,7 +235,7 @@ def test_an_existing_record_is_refused_and_kept(in_process, tmp_path):
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_with_3_and_keeps_the_record(in_process, tmp_path):
     folder = tmp_path / "record"
-    options = "--depth 1 --width 2 --optimizer sgd --lr 1e30"
+    options = "--width 2 --optimizer sgd --lr 1e30"
     code, _, error = in_process(*TINY, *options.split(), "--out", folder)
     assert code == 3
     assert re.fullmatch(r"stopped: the loss is (nan|inf) in epoch 1, step 3; .*--lr.*\n", error)
@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite_ends_with_3_and_keeps_the_record(in_process, 
 
 @pytest.mark.slow
 def test_a_net_that_diverges_leaves_the_others_to_run(in_process, tmp_path):
-    options = ["--depth", "1", "--width", "2", "--optimizer", "sgd", "--lr", "1e30", "1e-3", "--seeds", "2"]
+    options = ["--width", "2", "--optimizer", "sgd", "--lr", "1e30", "1e-3", "--seeds", "2"]
     code, said, error = in_process(*TINY, *options, "--out", tmp_path / "record")
     assert code == 3
     assert re.fullmatch(r"stopped: 2 runs diverged; the first: the loss is (nan|inf) in epoch 1, step 3; .*\n", error)

@@ -148,7 +148,8 @@ SAVED = {
 
 
 def by_cloudpickle(value):
-    cloudpickle = pytest.importorskip("cloudpickle")
+    import cloudpickle
+
     return cloudpickle.loads(cloudpickle.dumps(value))
 
 

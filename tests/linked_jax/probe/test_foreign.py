@@ -334,12 +334,36 @@ def unet():
     return Case(Unet(nnx.Rngs(0)), {"x": white(4, 8, 8, 3), "time": white(4, 4)}, found)
 
 
+def equinox_cnn():
+    import equinox as eqx
+
+    class Cnn(eqx.Module):
+        conv: eqx.nn.Conv2d
+        mlp: eqx.nn.MLP
+
+        def __call__(self, x):
+            return self.mlp(jax.nn.relu(self.conv(x)).mean((1, 2)))
+
+    a, b = jax.random.split(KEY)
+    net = Cnn(eqx.nn.Conv2d(3, 4, 3, key=a), eqx.nn.MLP(4, 2, 7, 2, activation=jax.nn.gelu, key=b))
+    return Case(net, white(5, 3, 6, 6), [("relu", 4), ("gelu", 7), ("gelu", 7)], lambda net, x: jax.vmap(net)(x))
+
+
+def haiku_mlp():
+    import haiku as hk
+
+    net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([6, 5, 2], activation=jnp.tanh)(x)))
+    x = white(4, 3)
+    return Case(net.init(KEY, x), x, [("tanh", 6), ("tanh", 5)], net.apply)
+
+
 MODELS = {
     "MLP": mlp, "ResNet, training": lambda: resnet(True), "ResNet, evaluation": lambda: resnet(False),
     "transformer": transformer, "Llama": llama, "GRU": gru, "LSTM": lstm, "Mixer": mixer, "DQN": dqn, "PPO": ppo,
     "VAE": vae, "experts": moe, "dispatched experts": dispatched, "ensemble": ensemble,
     "scaled ensemble": scaled_ensemble, "nnx.vmap": nnx_ensemble, "squeeze and excitation": squeeze,
     "norms after activations": post_norm, "DenseNet": densenet, "U-Net": unet,
+    "CNN in Equinox": equinox_cnn, "MLP in Haiku": haiku_mlp,
 }  # fmt: skip
 
 

@@ -122,7 +122,6 @@ def events_of(path, event_type):
 
 @pytest.mark.slow
 def test_tensorboard_has_scalars_and_histograms(tmp_path):
-    pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
 
     writer = tensorboard_writer(tmp_path)

@@ -99,7 +99,7 @@ def test_the_optimiser_follows_and_masks_and_labels_do_not_matter(boxed):
         after = nnx.filter_state(link_params(nnx.state(model), pairs, lk_relu), nnx.Param)
     label = lambda params: jax.tree.map(lambda a: "matrix" if a.ndim > 1 else "vector", params)  # noqa: E731
     tx = optax.partition({"matrix": optax.adam(1e-2), "vector": optax.sgd(1e-2, momentum=0.9)}, label)
-    opt_state = link_params_opt_state(noisy(tx.init(params)), params, pairs, lk_relu)
+    opt_state = link_params_opt_state(noisy(tx.init(params)), params, pairs, lk_relu, tx=tx)
     assert jax.tree.map(jnp.shape, opt_state) == jax.tree.map(jnp.shape, tx.init(after))
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, after), opt_state, after)
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, after)
@@ -108,21 +108,22 @@ def test_the_optimiser_follows_and_masks_and_labels_do_not_matter(boxed):
 def test_a_name_inside_another_path_is_not_touched():
     params = {"out": {"kernel": white(2, 3)}, "block": {"out": {"kernel": white(2, 3)}}}
     params["in"] = {"kernel": white(5, 2)}
-    opt_state = optax.adam(1e-2).init(params)
+    tx = optax.adam(1e-2)
+    opt_state = tx.init(params)
     for path, shapes in (("out", ((4, 3), (2, 3))), ("block/out", ((2, 3), (4, 3)))):
         pairs = [Pair("in", path)]
         for tree in (
             link_params(params, pairs, lk_relu),
-            link_params_opt_state(opt_state, params, pairs, lk_relu)[0].nu,
+            link_params_opt_state(opt_state, params, pairs, lk_relu, tx=tx)[0].nu,
         ):
             assert (tree["out"]["kernel"].shape, tree["block"]["out"]["kernel"].shape) == shapes
 
 
 def test_bad_input(unchecked):
     params = {"a": {"kernel": white(2, 3), "bias": white(3)}, "b": {"kernel": white(12, 4)}, "n": {"scale": white(3)}}
-    with pytest.raises(ValueError, match="no layer with a kernel at 'c/d'; there are: a, b"):
+    with pytest.raises(ValueError, match="no layer with a kernel, a w, a weight at 'c/d'; there are: a, b"):
         link_params(params, [Pair("a", "c/d")], lk_relu)
-    with pytest.raises(ValueError, match="no layer with a kernel at 'n'"):
+    with pytest.raises(ValueError, match="no layer with a kernel, a w, a weight at 'n'"):
         link_params(params, [Pair("n", "b")], lk_relu)
     with pytest.raises(ValueError, match="there are: none"):
         link_params({}, [Pair("a", "b")], lk_relu)
@@ -156,9 +157,16 @@ def test_bad_input(unchecked):
     for pairs in ([], good, ["b"], None):
         with pytest.raises(ValueError, match="pairs is a list of one or more Pair, got"):
             link_params(params, pairs, lk_relu)
-    large = {"big": {"kernel": white(256, 256)}}
-    with pytest.raises(ValueError, match=r"entry for big/kernel has the shape .* use one that does not factor"):
-        link_params_opt_state(optax.adafactor(1e-2).init(large), large, [Pair("big", "big")], lk_relu)
+    for leaf, rows, message in (
+        ("w", None, "a w at 'b'"),
+        (None, 2, "a weight that has an axis 2 at 'b'"),
+        (None, -3, "-3"),
+    ):
+        with pytest.raises(ValueError, match=f"no layer with .*{message}.*; there are: "):
+            link_params(params, [Pair("a", "b", positions=4, leaf=leaf, rows=rows)], lk_relu)
+    deep = {"a": {"kernel": white(3, 3, 4)}, "b": {"kernel": white(3, 3, 4)}}
+    with pytest.raises(ValueError, match="with rows=-3 the axis of units is not known; let before be their number"):
+        link_params(deep, [Pair("a", "b", rows=-3)], lk_relu)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +191,15 @@ def test_bad_paths(unchecked, pair):
 def test_bad_positions(unchecked, positions):
     with pytest.raises(ValueError, match="positions is an integer of at least 1"):
         Pair("a", "b", positions=positions)
+
+
+def test_bad_leaf_and_rows(unchecked):
+    for leaf in ("", 3):
+        with pytest.raises(ValueError, match="leaf is the name of a layer's weights, such as 'kernel', got"):
+            Pair("a", "b", leaf=leaf)
+    for rows in (1.0, True):
+        with pytest.raises(ValueError, match="rows is the axis of a layer's inputs, such as -2, got"):
+            Pair("a", "b", rows=rows)
 
 
 class Flattened(nn.Module):
@@ -211,12 +228,18 @@ def test_where_the_flatten_stands_is_said_by_positions(first, positions, layout)
     np.testing.assert_allclose(revived, Flattened(first=first).apply(variables, X), atol=1e-5)
 
 
-def test_a_state_of_other_parameters_is_refused_and_one_without_moments_is_fine():
+def test_a_state_of_other_parameters_is_refused_and_one_without_arrays_needs_no_tx(unchecked):
     params = {"in": {"kernel": white(5, 2)}, "out": {"kernel": white(2, 3)}}
-    pairs = [Pair("in", "out")]
-    other = optax.adam(1e-2).init({"another": {"kernel": white(2, 3)}})
-    for opt_state in (optax.flatten(optax.adam(1e-2)).init(params), other):
-        with pytest.raises(ValueError, match="no array of the optimiser's state has the name of a parameter"):
-            link_params_opt_state(opt_state, params, pairs, lk_relu)
-    for tx in (optax.sgd(1e-2), optax.add_noise(0.1, 0.5, 0), optax.inject_hyperparams(optax.sgd)(1e-2)):
+    pairs, tx = [Pair("in", "out")], optax.adam(1e-2)
+    for other in ({"another": {"kernel": white(2, 3)}}, jax.tree.map(lambda a: a.T, params)):
+        with pytest.raises(ValueError, match=r"no state of tx.init\(params\).* pass the tx that made it"):
+            link_params_opt_state(tx.init(other), params, pairs, lk_relu, tx=tx)
+    with pytest.raises(ValueError, match=r"has arrays, e.g. 0/mu/in/kernel, .* pass tx="):
         link_params_opt_state(tx.init(params), params, pairs, lk_relu)
+    for wrong in (1e-2, optax.adam, nnx.Optimizer):
+        with pytest.raises(ValueError, match="tx is an Optax transformation"):
+            link_params_opt_state(tx.init(params), params, pairs, lk_relu, tx=wrong)
+    with pytest.raises(ValueError, match=r"params are arrays, got a .* at act"):
+        link_params_opt_state(tx.init(params), params | {"act": relu.members[0]}, pairs, lk_relu, tx=tx)
+    for tx in (optax.sgd(1e-2), optax.inject_hyperparams(optax.sgd)(1e-2)):
+        assert link_params_opt_state(tx.init(params), params, pairs, lk_relu) == tx.init(params)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from flax import nnx
 from linked_jax.activations import fourier, lk_leaky_relu, lk_relu, relu
 from linked_jax.layers import LinkedLinear
 from linked_jax.linking import Link
-from linked_jax.revive import link_sequential, link_sequential_opt_state, redo
+from linked_jax.revive import link_sequential, link_sequential_opt_state, redo, warm_up_new
 from tests.cases import first_fast
 
 layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
@@ -73,7 +75,7 @@ X = white(16, 4, 6, 2)
 def test_conv_to_dense_against_a_reference_unit_by_unit(tau):
     model, tx = network(), optax.adam(1e-3)
     opt_state = state_of(model, tx)
-    new, new_state, count = redo(model, opt_state, X, tau=tau, key=jax.random.key(7))
+    new, new_state, count = redo(model, opt_state, X, tau=tau, key=jax.random.key(7), tx=tx)
     conv = np.flatnonzero(scores(model, X, 1, [[c] for c in range(5)]) <= tau)
     dense = np.flatnonzero(scores(model, X, 5, [[c] for c in range(7)]) <= tau)
     assert {1, 3} <= set(conv)
@@ -127,7 +129,7 @@ def test_new_weights_are_lecun_normal():
 def test_at_tau_zero_outputs_stay_and_dead_units_fire_again(norm, flatten_first):
     model, tx = network(norm=norm, flatten_first=flatten_first), optax.adam(1e-3)
     model.eval()
-    new, new_state, count = redo(model, state_of(model, tx), X, tau=0.0, key=jax.random.key(7))
+    new, new_state, count = redo(model, state_of(model, tx), X, tau=0.0, key=jax.random.key(7), tx=tx)
     channels = [[c + 5 * p for p in range(24 if flatten_first else 1)] for c in range(5)]
     layers = list(model.layers)
     index = layers.index(jax.nn.relu)
@@ -148,11 +150,11 @@ def test_a_link_is_scored_as_one_and_all_its_members_reset(layout):
     link, tx = Link(lk_relu.members, layout=layout), optax.adam(1e-3)
     model = network(dead=())
     model.layers[0].bias[...] = jnp.array([0.0, -100.0, 0.0, 100.0, 0.0])  # half of the members of 1 and 3 are silent
-    opt_state = link_sequential_opt_state(state_of(model, tx), model, link)
+    opt_state = link_sequential_opt_state(state_of(model, tx), model, link, tx=tx)
     model = link_sequential(model, link)
-    _, _, count = redo(model, opt_state, X, tau=0.0, key=jax.random.key(7))
+    _, _, count = redo(model, opt_state, X, tau=0.0, key=jax.random.key(7), tx=tx)
     assert int(count) == 0
-    new, _, count = redo(model, opt_state, X, tau=0.3, key=jax.random.key(7))
+    new, _, count = redo(model, opt_state, X, tau=0.3, key=jax.random.key(7), tx=tx)
     quiet, dense = [0, 2, 4], [[c, c + 7] if layout == "blocked" else [2 * c, 2 * c + 1] for c in range(7)]
     assert int(count) == 3 + (scores(model, X, 5, dense) <= 0.3).sum()
     kernel = np.asarray(new.layers[4].kernel[...]).reshape(6, 10, 7)
@@ -193,8 +195,8 @@ def test_nothing_of_the_old_model_changes_and_modes_and_statistics_stay():
 def test_under_jit_it_is_the_same():
     model, tx = network(norm=True), optax.adam(1e-3)
     arguments = (model, state_of(model, tx), X)
-    eager = redo(*arguments, key=jax.random.key(7))
-    compiled = jax.jit(redo)(*arguments, key=jax.random.key(7))
+    eager = redo(*arguments, key=jax.random.key(7), tx=tx)
+    compiled = jax.jit(functools.partial(redo, tx=tx))(*arguments, key=jax.random.key(7))
     for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(compiled), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
@@ -211,7 +213,7 @@ def test_units_that_are_not_finite_are_not_dormant():
 @pytest.mark.slow
 def test_it_trains_on():
     model, tx = network(), optax.adam(1e-2)
-    model, opt_state, _ = redo(model, tx.init(nnx.state(model, nnx.Param)), X, key=jax.random.key(7))
+    model, opt_state, _ = redo(model, tx.init(nnx.state(model, nnx.Param)), X, key=jax.random.key(7), tx=tx)
     graph, params = nnx.split(model)
     grads = jax.grad(lambda p: jnp.square(nnx.merge(graph, p)(X) - 1).mean())(params)
     updates, _ = tx.update(grads, opt_state, params)
@@ -237,16 +239,14 @@ def test_bad_input(unchecked):
     for x in (white(0, 3), white(2, 3).at[1, 0].set(jnp.nan)):
         with pytest.raises(ValueError, match="x is a batch of finite numbers, got shape"):
             redo(nnx.Sequential(first, relu, last), (), x, key=key)
-    with pytest.raises(ValueError, match="no array of the optimiser's state has the name"):
-        redo(nnx.Sequential(first, relu, last), optax.adam(1e-3).init({"a": white(2, 3)}), white(2, 3), key=key)
+    other = optax.adam(1e-3).init({"a": white(2, 3)})
+    for tx, message in ((None, "pass tx="), (optax.adam(1e-3), r"no state of tx.init\(params\)")):
+        with pytest.raises(ValueError, match=message):
+            redo(nnx.Sequential(first, relu, last), other, white(2, 3), key=key, tx=tx)
     with pytest.raises(ValueError, match="no activation between two layers"):
         redo(nnx.Sequential(first, last, jnp.tanh), (), white(2, 3), key=key)
     with pytest.raises(ValueError, match=r"layers\[1\], a LayerNorm before an activation"):
         redo(nnx.Sequential(first, nnx.LayerNorm(4, rngs=rngs), relu, last), (), white(2, 3), key=key)
-    model = nnx.Sequential(nnx.Linear(3, 200, rngs=rngs), relu, nnx.Linear(200, 200, rngs=rngs))
-    factored = optax.adafactor(1e-3).init(nnx.state(model, nnx.Param))
-    with pytest.raises(ValueError, match=r"entry for layers/0/.* and not the weight's"):
-        redo(model, factored, white(2, 3), key=key)
 
 
 @pytest.mark.slow
@@ -274,3 +274,141 @@ def test_a_layer_with_a_link_of_its_own_is_not_left_out():
     layers = [nnx.Linear(3, 4, rngs=nnx.Rngs(0)), LinkedLinear(4, 2, rngs=nnx.Rngs(0))]
     with pytest.raises(ValueError, match=r"layers\[1\], a LinkedLinear, is already linked"):
         redo(nnx.Sequential(*layers), (), white(2, 3), key=jax.random.key(7))
+
+
+# --- layers whose weights are not all in their kernel -----------------------------------------------------------------
+
+
+def linear(a, b, **options):
+    return nnx.Linear(a, b, rngs=nnx.Rngs(0), **options)
+
+
+def lora_linear():
+    layer = nnx.LoRALinear(3, 4, lora_rank=2, rngs=nnx.Rngs(0))
+    layer.lora.lora_b[...] = jnp.full((2, 4), -50.0)
+    return layer
+
+
+NOT_REVIVED = {
+    "LoRALinear before": ([lora_linear(), relu, linear(4, 2)], r"layers\[0\], a LoRALinear, may add to its kernel"),
+    "LoRALinear after": ([linear(3, 3), relu, lora_linear(), relu, linear(4, 2)], r"layers\[2\] is a LoRALinear"),
+    "LoRA": (
+        [nnx.LoRA(3, 2, 4, base_module=linear(3, 4), rngs=nnx.Rngs(0)), relu, linear(4, 2)],
+        r"layers\[0\], a LoRA, has",
+    ),
+    "WeightNorm": (
+        [nnx.WeightNorm(linear(3, 4), rngs=nnx.Rngs(0)), relu, linear(4, 2)], r"layers\[0\], a WeightNorm, has",
+    ),
+    "masked": (
+        [nnx.Conv(3, 4, (1,), mask=jnp.ones((1, 3, 4)), rngs=nnx.Rngs(0)), relu, linear(4, 2)],
+        r"layers\[0\], a masked convolution",
+    ),
+    "several axes": (
+        [
+            nnx.LinearGeneral(3, (4, 5), rngs=nnx.Rngs(0)),
+            relu,
+            nnx.LinearGeneral((4, 5), 2, axis=(-2, -1), rngs=nnx.Rngs(0)),
+        ],
+        r"layers\[0\], an nnx.LinearGeneral with a kernel of shape \(3, 4, 5\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("layers", "message"), first_fast(NOT_REVIVED.values()), ids=NOT_REVIVED)
+def test_units_that_could_stay_dead_are_refused(layers, message):
+    with pytest.raises(ValueError, match=message):
+        redo(nnx.Sequential(*layers), (), white(2, 3), key=jax.random.key(7))
+
+
+def test_shared_weights_are_refused():
+    first, second, last = linear(3, 4), linear(4, 3), linear(4, 2)
+    tied = nnx.Sequential(first, relu, second, relu, linear(3, 4), relu, last)
+    tied.layers[4].kernel = first.kernel
+    attend = nnx.Embed(4, 4, rngs=nnx.Rngs(0)).attend
+    for model, message in (
+        (tied, r"layers\[0\] and layers\[4\] share weights"),
+        (nnx.Sequential(first, relu, last, attend), r"layers\[3\] is a function that holds an Embed"),
+        (
+            nnx.Sequential(first, relu, last, lambda h: h @ first.kernel[:2]),
+            r"layers\[3\] is a function that holds an? L",
+        ),
+        (nnx.Sequential(first, relu, last, functools.partial(jnp.dot, b=last.kernel)), r"holds an? Param"),
+        (
+            nnx.Sequential(first, relu, last, jax.jit(lambda h: h @ first.kernel[:2])),
+            r"layers\[3\] .* holds an? Linear",
+        ),
+    ):
+        for f in (
+            lambda model: redo(model, (), white(2, 3), key=jax.random.key(7)),
+            lambda model: link_sequential(model, lk_relu),
+        ):
+            with pytest.raises(ValueError, match=message):
+                f(model)
+
+
+@pytest.mark.slow
+def test_two_silent_layers_in_a_row_come_back():
+    model = nnx.Sequential(linear(3, 5), relu, nnx.LinearGeneral(5, 6, rngs=nnx.Rngs(0)), relu, linear(6, 2))
+    model.layers[0].bias[...] = jnp.full(5, -100.0)
+    model.layers[2].bias[...] = jnp.full(6, -100.0)
+    x = white(64, 3)
+    new, _, count = redo(model, (), x, tau=0.0, key=jax.random.key(7))
+    assert int(count) == 11
+    np.testing.assert_array_equal(new(x), model(x))
+    assert (jax.nn.relu(new.layers[2](jax.nn.relu(new.layers[0](x)))) > 0).any(0).sum() >= 4
+    grads = nnx.grad(lambda m: jnp.square(m(x) - 1).mean())(new)
+    assert jnp.any(grads["layers"][4]["kernel"][...] != 0)
+
+
+@pytest.mark.slow
+def test_prelus_and_nested_models_are_units_too():
+    inner = nnx.Sequential(linear(3, 4), nnx.PReLU(0.0))
+    model = nnx.Sequential(inner, nnx.Sequential(linear(4, 2)))
+    inner.layers[0].bias[...] = jnp.array([-100.0, 0, 0, 0])
+    new, _, count = redo(model, (), white(64, 3), tau=0.0, key=jax.random.key(7))
+    assert int(count) == 1
+    assert not new.layers[1].layers[0].kernel[0].any()
+    np.testing.assert_array_equal(new.layers[0].layers[0].kernel[:, 1:], inner.layers[0].kernel[:, 1:])
+    assert (new.layers[0].layers[0].kernel[:, 0] != inner.layers[0].kernel[:, 0]).all()
+
+
+# --- states that are no moments ---------------------------------------------------------------------------------------
+
+RULES = {
+    "rprop": optax.rprop(1e-2),
+    "adagrad": optax.adagrad(1e-2, initial_accumulator_value=0.1),
+    "copies": optax.contrib.schedule_free_sgd(1e-2),
+    "adam and a warm-up": optax.chain(optax.adam(1e-2), warm_up_new(9)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RULES)
+def test_new_weights_start_as_in_init_and_others_stay(name):
+    tx, model = RULES[name], nnx.Sequential(linear(3, 4), relu, linear(4, 2))
+    model.layers[0].bias[...] = jnp.array([-100.0, 0, 0, 0])
+    old_state = fill(tx.init(nnx.state(model, nnx.Param)))
+    new, state, count = redo(model, old_state, white(64, 3), tau=0.0, key=jax.random.key(7), tx=tx)
+    assert int(count) == 1
+    for old, now, fresh in zip(
+        *map(jax.tree.leaves, (old_state, state, tx.init(nnx.state(new, nnx.Param)))), strict=True
+    ):
+        where = {(4, 2): np.s_[:1], (3, 4): np.s_[:, :1], (4,): np.s_[:1]}.get(now.shape)
+        expected = np.array(old)
+        if where is not None:
+            expected[where] = fresh[where]
+        np.testing.assert_array_equal(now, expected)
+
+
+@pytest.mark.slow
+def test_what_is_of_many_weights_starts_anew_or_is_refused():
+    model = nnx.Sequential(linear(3, 200), relu, linear(200, 200))
+    tx = optax.adafactor(1e-3)
+    state = state_of(model, tx)
+    _, now, _ = redo(model, state, white(64, 3), key=jax.random.key(7), tx=tx)
+    fresh = tx.init(nnx.state(model, nnx.Param))
+    assert int(now[0].count) == int(fresh[0].count) == 0
+    jax.tree.map(np.testing.assert_array_equal, now[0], fresh[0])
+    tx = optax.contrib.acprop(1e-3)
+    with pytest.raises(ValueError, match=r"would move by .* start the optimiser anew"):
+        redo(model, state_of(model, tx), white(64, 3), key=jax.random.key(7), tx=tx)

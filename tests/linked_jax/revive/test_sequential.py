@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from linked_jax.activations import ACTIVATIONS, lk_relu, lk_swish, relu
-from linked_jax.layers import LinkedLinear
+from linked_jax.layers import ChannelPReLU, LinkedLinear, LinkedPReLU
 from linked_jax.linking import Link
 from linked_jax.remedies import LCWConv, LCWLinear, NormPropConv, VPLinear, WSConv
-from linked_jax.revive import link_sequential, link_sequential_opt_state, redo, unlink
+from linked_jax.revive import link_sequential, link_sequential_opt_state, redo, unlink, warm_up_new
 from tests.cases import first_fast
+from tests.linked_jax.test_switches import SWITCHES
 
 LINKS = {name: a for name, a in ACTIVATIONS.items() if isinstance(a, Link) and a.arity > 1 and name != "crelu"}
 layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
@@ -22,6 +23,10 @@ layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"
 
 def flatten(x):
     return x.reshape(len(x), -1)
+
+
+def linear(a, b):
+    return nnx.Linear(a, b, rngs=nnx.Rngs(0))
 
 
 def white(*shape, seed=0):
@@ -195,6 +200,76 @@ def test_links_of_two_members_stay():
     close(revived(x), model(x))
 
 
+def general(inputs, outputs, **options):
+    return nnx.LinearGeneral(inputs, outputs, rngs=nnx.Rngs(0), **options)
+
+
+GENERAL = {
+    "plain": lambda: [general(5, 7), jax.nn.relu, general(7, (3, 2))],
+    "heads": lambda: [general(5, (3, 4)), jax.nn.relu, general((3, 4), 2, axis=(-2, -1))],
+    "heads the other way": lambda: [general(5, (3, 4)), jax.nn.relu, general((3, 4), 2, axis=(-1, -2))],
+    "channels only": lambda: [general(5, (3, 4)), jax.nn.relu, general(4, (2, 3))],
+    "of each example": lambda: [general(5, (3, 4)), jax.nn.relu, general(4, 2, batch_axis={0: 6})],
+    "flattened": lambda: [general(5, (3, 4)), jax.nn.relu, flatten, general(12, (2, 2))],
+    "flattened first": lambda: [general(5, (3, 4)), flatten, jax.nn.relu, linear(12, 2)],
+}
+
+
+@pytest.mark.slow
+@layouts
+@pytest.mark.parametrize("name", first_fast(GENERAL))
+def test_general_layers(name, layout):
+    model, x = nnx.Sequential(*GENERAL[name]()), white(6, 5)
+    link = Link(lk_relu.members, layout=layout)
+    revived = link_sequential(model, link)
+    close(revived(x), model(x))
+    last = revived.layers[-1]
+    assert last.kernel.size == 2 * model.layers[-1].kernel.size
+    assert np.prod(last.in_features) == 2 * np.prod(model.layers[-1].in_features)
+    close(unlink(revived)(x), model(x))
+
+
+@pytest.mark.slow
+@layouts
+@pytest.mark.parametrize("slopes", first_fast(["layer", "channel", "element"]))
+def test_prelus_become_linked_prelus_with_their_slopes(slopes, layout):
+    features = {"layer": 4, "channel": 4, "element": (5, 6, 4)}[slopes]
+    prelu = nnx.PReLU(0.3) if slopes == "layer" else ChannelPReLU(features, share=slopes)
+    prelu.negative_slope[...] = (0.3 + 0.1 * white(*prelu.negative_slope.shape)).astype(jnp.float32)
+    model = nnx.Sequential(nnx.Conv(2, 4, (3, 3), rngs=nnx.Rngs(0)), prelu, flatten, linear(4 * 30, 3))
+    model, x = nnx.Sequential(model, jax.nn.relu, linear(3, 2)), white(2, 5, 6, 2)
+    revived = link_sequential(model, Link(lk_relu.members, layout=layout))
+    close(revived(x), model(x))
+    linked = revived.layers[0].layers[1]
+    assert type(linked) is LinkedPReLU
+    z, slope = jnp.ones((5, 6, 4)), jnp.broadcast_to(prelu.negative_slope[...], (5, 6, 4))
+    by_unit = linked(-z).reshape((5, 6, 2, 4) if layout == "blocked" else (5, 6, 4, 2))
+    close(by_unit.take(0, 2 if layout == "blocked" else 3), -slope)
+    close(by_unit.take(1, 2 if layout == "blocked" else 3), z)
+    close(unlink(revived)(x), model(x))
+    with pytest.raises(ValueError, match=r"layers\[0\].layers\[1\], a \w*PReLU, is linked and has other parameters"):
+        link_sequential_opt_state((), model, lk_relu)
+    with pytest.raises(ValueError, match="no plain activation"):
+        link_sequential(revived, lk_relu)
+
+
+@pytest.mark.slow
+def test_a_nested_model_stays_nested_and_its_optimiser_follows():
+    inner = nnx.Sequential(linear(4, 6), nnx.Sequential(nnx.BatchNorm(6, rngs=nnx.Rngs(0)), jax.nn.relu))
+    model = nnx.Sequential(nnx.Sequential(linear(3, 4), jax.nn.relu), inner, linear(6, 2))
+    model.eval()
+    revived, x, tx = link_sequential(model, lk_relu), white(5, 3), optax.adam(1e-2)
+    close(revived(x), model(x))
+    assert revived.layers[1].layers[0].kernel.shape == (8, 6)
+    assert [revived.layers[0].layers[1], revived.layers[1].layers[1].layers[1]] == [lk_relu] * 2
+    assert [inner.layers[0].kernel.shape, model.layers[2].kernel.shape] == [(4, 6), (6, 2)]
+    state = link_sequential_opt_state(tx.init(nnx.state(model, nnx.Param)), model, lk_relu, tx=tx)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, tx.init(nnx.state(revived, nnx.Param)))
+    close(unlink(revived)(x), model(x))
+    with pytest.raises(ValueError, match=r"layers\[0\].layers\[1\] is already linked"):
+        link_sequential(revived, lk_relu)
+
+
 # --- the optimiser follows ----------------------------------------------------------------------------------------
 
 OPTIMISERS = {
@@ -235,7 +310,7 @@ def test_moments_of_kept_weights_are_kept_and_new_ones_zero(tx, name):
     model, x = build(layers, jax.nn.relu), white(*shape)
     model, opt_state, _ = train(model, tx, tx.init(nnx.state(model, nnx.Param)), x, 3)
     link = Link(lk_relu.members, layout="interleaved")
-    revived, revived_state = link_sequential(model, link), link_sequential_opt_state(opt_state, model, link)
+    revived, revived_state = link_sequential(model, link), link_sequential_opt_state(opt_state, model, link, tx=tx)
     fresh = tx.init(nnx.state(revived, nnx.Param))
     assert jax.tree.map(jnp.shape, revived_state) == jax.tree.map(jnp.shape, fresh)
 
@@ -250,6 +325,23 @@ def test_moments_of_kept_weights_are_kept_and_new_ones_zero(tx, name):
     jax.tree.map(check, opt_state, revived_state)
     _, after, _ = train(revived, tx, revived_state, x, 2)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SWITCHES)
+def test_under_strict_switches(name):
+    x, tx = np.asarray(white(8, 5), np.float32), optax.sgd(1e-2, momentum=0.9)
+    with SWITCHES[name]():
+        model = nnx.Sequential(linear(5, 7), nnx.Sequential(jax.nn.relu, linear(7, 3)))
+        state = tx.init(nnx.state(model, nnx.Param))
+        revived, warm = link_sequential(model, lk_relu), warm_up_new(3)
+        close(revived(x), model(x))
+        state = link_sequential_opt_state(state, model, lk_relu, tx=tx)
+        revived, state, count = redo(revived, state, jnp.asarray(x), key=jax.random.key(1), tx=tx)
+        state = state, warm.init(nnx.state(revived, nnx.Param))
+        _, state, grads = train(revived, optax.chain(tx, warm), state, jnp.asarray(x), 2)
+    assert int(count) == 0
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((state, grads)))
 
 
 # --- dead units come back -----------------------------------------------------------------------------------------
@@ -282,10 +374,6 @@ def test_added_weights_learn_in_the_first_update_and_dead_units_in_the_second(la
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 
-def linear(a, b):
-    return nnx.Linear(a, b, rngs=nnx.Rngs(0))
-
-
 def after_relu(*layers):
     return [linear(3, 4), jax.nn.relu, *layers]
 
@@ -313,13 +401,17 @@ BAD = {
         [linear(3, 4), LinkedLinear(4, 2, rngs=nnx.Rngs(0))], r"no plain.*layers\[1\] is already linked",
     ),
     "linked layer next": (after_relu(LinkedLinear(4, 2, rngs=nnx.Rngs(0))), r"after it, only layers\[2\], a LinkedL"),
-    "general layer next": (
-        after_relu(nnx.LinearGeneral(4, 2, rngs=nnx.Rngs(0))), r"layers\[2\], a LinearGeneral, has variables",
+    "a layer over another axis next": (
+        after_relu(nnx.LinearGeneral(4, 2, axis=1, rngs=nnx.Rngs(0))),
+        r"layers\[2\], an nnx.LinearGeneral over axes \(1,\), is not over the channels",
     ),
-    "learned activation": ([linear(3, 4), nnx.PReLU(), linear(4, 2)], r"layers\[1\], a PReLU, has variables"),
-    "a net inside": (
-        [nnx.Sequential(linear(3, 4), jax.nn.relu, linear(4, 4)), *after_relu(linear(4, 2))],
-        r"layers\[0\] is an nnx.Sequential in the model.*flatten the Sequential",
+    "an own Sequential inside": (
+        [type("Doubled", (nnx.Sequential,), {})(linear(3, 4), jax.nn.relu, linear(4, 4)), *after_relu(linear(4, 2))],
+        r"layers\[0\], a Doubled, has variables",
+    ),
+    "nested": (
+        [nnx.Sequential(linear(3, 4), nnx.Sequential(jnp.tanh, linear(4, 4))), *after_relu(linear(4, 2))],
+        r"first member.* for layers\[0\].layers\[1\].layers\[0\]",
     ),
     "a module of several layers": (after_relu(linear(4, 4), Residual(), linear(4, 2)), r"layers\[3\], a Residual, has"),
     "relu and dropout": ([linear(3, 4), Dropped(), linear(4, 2)], r"layers\[1\], a Dropped, has variables or modules"),
@@ -377,7 +469,7 @@ def test_what_cannot_be_linked_is_refused_by_name(layers, message):
 
 def test_other_refusals(unchecked):
     shared = linear(4, 4)
-    with pytest.raises(ValueError, match="stands in the model twice"):
+    with pytest.raises(ValueError, match="stands in the model twice, and shared weights are not"):
         link_sequential(nnx.Sequential(shared, jax.nn.relu, shared), lk_relu)
     with pytest.raises(ValueError, match=r"nnx\.Sequential, got a Linear"):
         link_sequential(shared, lk_relu)
@@ -414,8 +506,8 @@ def test_a_layer_before_an_activation_stays_what_it_is():
     revived = link_sequential(model, lk_relu)
     assert type(revived.layers[0]) is LCWLinear
     close(revived(white(5, 3)), model(white(5, 3)))
-    opt_state = optax.adam(1e-3).init(nnx.state(model, nnx.Param))
-    linked_state = link_sequential_opt_state(opt_state, model, lk_relu)
+    tx = optax.adam(1e-3)
+    linked_state = link_sequential_opt_state(tx.init(nnx.state(model, nnx.Param)), model, lk_relu, tx=tx)
     jax.tree.map(lambda a, b: a.shape == b.shape or pytest.fail(f"{a.shape} {b.shape}"), linked_state[0].mu,
                  nnx.state(revived, nnx.Param))  # fmt: skip
 

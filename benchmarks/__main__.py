@@ -1,0 +1,76 @@
+"""All benchmarks that this machine can run, one after the other, each in a process of its own.
+
+    python -m benchmarks
+    python -m benchmarks --rounds 5 --out runs/benchmarks
+
+The second is quicker, and keeps the records.
+"""
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import tyro
+
+from experiments.engine.errors import UsageError, run_command
+
+ALL: tuple[tuple[str, ...], ...] = (
+    ("linked_layer",),
+    ("convolution",),
+    ("monitor",),
+    ("loop",),
+    ("seeds",),
+    ("warm_up",),
+    ("pytorch", "--net", "depth", "--batch-size", "128"),
+    ("pytorch", "--net", "depth", "--batch-size", "32"),
+    ("pytorch", "--net", "allcnn", "--batch-size", "64"),
+    ("pytorch", "--net", "allcnn", "--act", "relu", "--batch-size", "64"),
+    ("pytorch", "--net", "resnet50", "--batch-size", "128"),
+)
+_ON_A_CPU = ("convolution", "pytorch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Run all benchmarks that this machine can."""
+
+    rounds: int | None = None
+    """Timed rounds of each; by default its own number."""
+    out: Path | None = None
+    """A folder for the records."""
+
+
+def why_not(name: str) -> str | None:
+    """What this machine lacks for a benchmark."""
+    if name == "pytorch" and importlib.util.find_spec("torch") is None:
+        return 'PyTorch is not installed: pip install "torch>=2.13"'
+    if name in _ON_A_CPU and jax.default_backend() != "cpu":
+        return "it is about a CPU: JAX_PLATFORMS=cpu"
+    return None
+
+
+def main() -> None:
+    """Run them, and say which were left out or failed."""
+    settings = tyro.cli(Settings, prog="python -m benchmarks")
+    failed = []
+    for name, *options in ALL:
+        if reason := why_not(name):
+            print(f"--- {name}: left out; {reason}", flush=True)
+            continue
+        words = [option for option in options if not option.startswith("--")]
+        if settings.rounds and name != "warm_up":  # whose numbers are losses
+            options += ["--rounds", str(settings.rounds)]
+        if settings.out:
+            options += ["--out", str(settings.out / f"{'_'.join([name, *words])}.json")]
+        print(f"--- python -m benchmarks.{' '.join([name, *options])}", flush=True)
+        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *options], check=False).returncode:
+            failed.append(name)
+    if failed:
+        raise UsageError(f"these benchmarks failed: {', '.join(failed)}; see above")
+
+
+if __name__ == "__main__":
+    run_command(main)

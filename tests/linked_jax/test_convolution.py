@@ -1,0 +1,216 @@
+"""The convolution with a fast derivative is `jax.lax`'s in value and in every derivative."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from jax import lax
+
+from linked_jax import LinkedConv, convolution
+from linked_jax import linen as linked_linen
+from linked_jax.linking import linked
+from linked_jax.probe import probe
+from tests.cases import SWITCHES, first_fast
+
+NUMBERS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Tests have two devices, and where there are several a wide layer is JAX' own."""
+    monkeypatch.setattr(convolution, "_several_devices", lambda: False)
+
+
+def arrays(*shapes):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def close(found, wanted, tolerance=1e-5):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance * max(1, float(jnp.abs(b).max())))
+
+
+def both(channels, image, window, padding, count=6):
+    """Ours and JAX' convolution of one geometry, and their arguments; ours must not be JAX'."""
+    x, kernel = arrays((count, *image, channels[0]), (*window, *channels))
+    strides, options = (1,) * len(window), {"dimension_numbers": NUMBERS[len(window)]}
+    convs = (
+        lambda x, k: convolution.conv_general_dilated(x, k, strides, padding, **options),
+        lambda x, k: lax.conv_general_dilated(x, k, strides, padding, **options),
+    )
+    assert "fast_convolution" in str(jax.make_jaxpr(convs[0])(x, kernel))
+    return convs, x, kernel / 10
+
+
+NARROW, WIDE = (4, 3), (192, 3)
+sizes = pytest.mark.parametrize("channels", [NARROW, WIDE], ids=["narrow", "wide"])
+
+
+GEOMETRIES = [
+    ((7, 6), (3, 3), "SAME"),
+    ((7, 6), (3, 2), "SAME"),
+    ((7, 6), (3, 3), "VALID"),
+    ((5, 6), (2, 3), ((1, 0), (2, 1))),
+    ((9,), (4,), "SAME"),
+    ((9,), (3,), ((2, 0),)),
+    ((3, 4, 5), (2, 3, 3), "SAME"),
+    ((2, 2), (5, 5), "SAME"),
+]
+
+
+@sizes
+@pytest.mark.parametrize(("image", "window", "padding"), first_fast(GEOMETRIES))
+@pytest.mark.parametrize("count", first_fast([6, 1, 8]))
+def test_values_and_gradients_are_those_of_jax(channels, image, window, padding, count):
+    convs, x, kernel = both(channels, image, window, padding, count)
+    ours, theirs = (
+        jax.jit(jax.value_and_grad(lambda x, k, conv=conv: jnp.sin(conv(x, k)).sum(), argnums=(0, 1)))(x, kernel)
+        for conv in convs
+    )
+    close(ours, theirs)
+
+
+TRANSFORMATIONS = {
+    "jvp": lambda conv, x, k: jax.jvp(conv, (x, k), (x, k)),
+    "linearize": lambda conv, x, k: jax.linearize(conv, x, k)[1](x, k),
+    "jacfwd": lambda conv, x, k: jax.jacfwd(lambda k: conv(x, k).sum((0, 1)))(k),
+    "forward over reverse": lambda conv, x, k: jax.jvp(jax.grad(lambda k: jnp.sin(conv(x, k)).sum()), (k,), (k,)),
+    "reverse over reverse": lambda conv, x, k: jax.grad(
+        lambda x: (jax.grad(lambda k: jnp.sin(conv(x, k)).sum())(k) ** 2).sum()
+    )(x),
+    "vmap over kernels": lambda conv, x, k: jax.vmap(jax.grad(lambda k: jnp.sin(conv(x, k)).sum()))(
+        jnp.stack([k, 2 * k])
+    ),
+    "gradient of each example": lambda conv, x, k: jax.vmap(
+        lambda x: jax.grad(lambda k: jnp.sin(conv(x[None], k)).sum())(k)
+    )(x),
+    "checkpoint": lambda conv, x, k: jax.grad(jax.checkpoint(lambda k: jnp.sin(conv(x, k)).sum()))(k),
+    "scan": lambda conv, x, k: jax.grad(
+        lambda ks: lax.scan(lambda z, k: (jnp.tile(conv(z, k), z.shape[-1]), None), x, ks)[0].sum()
+    )(jnp.stack([k[..., :1], -k[..., :1]])),
+}
+
+
+@sizes
+@pytest.mark.parametrize("name", first_fast(TRANSFORMATIONS))
+def test_under_a_transformation_it_is_jaxs(name, channels):
+    (ours, theirs), x, kernel = both(channels, (4, 5), (3, 3), "SAME", count=2)
+    close(TRANSFORMATIONS[name](ours, x, kernel), TRANSFORMATIONS[name](theirs, x, kernel), 1e-4)
+
+
+@pytest.mark.slow
+@sizes
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_under_a_strict_switch_it_is_jaxs(switch, channels):
+    with SWITCHES[switch]():
+        (ours, theirs), x, kernel = both(channels, (4, 4), (3, 3), "SAME", count=2)
+        close(*(jax.grad(lambda k, conv=conv: jnp.sin(conv(x, k)).sum())(kernel) for conv in (ours, theirs)))
+
+
+@pytest.mark.slow
+@sizes
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(dtype, channels):
+    (ours, theirs), x, kernel = both(channels, (4, 4), (3, 3), "SAME", count=2)
+    half = jax.grad(lambda k: ours(x.astype(dtype), k).astype(jnp.float32).sum())(kernel.astype(dtype))
+    assert half.dtype == dtype
+    close(half.astype(jnp.float32), jax.grad(lambda k: theirs(x, k).sum())(kernel), 0.02)
+
+
+@pytest.mark.parametrize("strides", [1, 2, (3, 1)])
+def test_a_window_of_one_pixel_is_a_product(strides):
+    ours = LinkedConv(4, 5, (1, 1), strides=strides, rngs=nnx.Rngs(0))
+    plain = LinkedConv(4, 5, (1, 1), strides=strides, conv_general_dilated=lax.conv_general_dilated, rngs=nnx.Rngs(0))
+    (z,) = arrays((2, 7, 6, 4))
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(ours)(z))
+
+    def gradients(layer):
+        graph, state = nnx.split(layer)
+        return jax.value_and_grad(lambda s, z: jnp.sin(nnx.merge(graph, s)(z)).sum(), argnums=(0, 1))(state, z)
+
+    close(gradients(ours), gradients(plain))
+
+
+OTHERS = {
+    "strides": {"strides": 2},
+    "dilation": {"kernel_dilation": 2},
+    "a dilated input": {"input_dilation": 2, "padding": ((1, 1), (1, 1))},
+    "groups": {"feature_group_count": 2, "link": linked(jax.nn.relu, layout="interleaved")},
+    "a padded window of one pixel": {"kernel_size": (1, 1), "padding": ((1, 1), (1, 1))},
+    "neither few nor many channels": {"in_features": 20},
+    "padding beyond the window": {"padding": ((4, 4), (4, 4))},
+    "negative padding": {"padding": ((-1, 0), (0, 0))},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_convolutions_are_handed_to_jax(name):
+    sizes = {"in_features": 4, "kernel_size": (3, 3), **OTHERS[name]}
+    ours = LinkedConv(out_features=4, rngs=nnx.Rngs(0), **sizes)
+    plain = LinkedConv(out_features=4, rngs=nnx.Rngs(0), conv_general_dilated=lax.conv_general_dilated, **sizes)
+    (z,) = arrays((2, 6, 6, sizes["in_features"]))
+    assert str(jax.make_jaxpr(ours)(z)) == str(jax.make_jaxpr(plain)(z))
+
+
+def test_other_axes_are_handed_to_jax():
+    x, kernel = arrays((2, 4, 5, 5), (4, 4, 3, 3))
+    jaxpr = jax.make_jaxpr(lambda x, k: convolution.conv_general_dilated(x, k, (1, 1), "SAME"))(x, kernel)
+    assert "fast_convolution" not in str(jaxpr)
+
+
+def test_where_images_may_be_split_it_is_jaxs(monkeypatch):
+    monkeypatch.undo()
+    assert jax.device_count() == 2
+    (z,) = arrays((2, 6, 6, 96))
+    layer = LinkedConv(96, 4, (3, 3), rngs=nnx.Rngs(0))
+    assert "fast_convolution" not in str(jax.make_jaxpr(layer)(z))
+
+
+@pytest.mark.parametrize("padding", first_fast(["SAME", "VALID", "CIRCULAR", "REFLECT"]))
+@pytest.mark.parametrize("channels", [4, 96])
+def test_both_kinds_of_layers_have_it(padding, channels):
+    (z,) = arrays((2, 6, 6, channels))
+    layer = LinkedConv(channels, 4, (3, 3), padding=padding, rngs=nnx.Rngs(0))
+    assert "fast_convolution" in str(jax.make_jaxpr(layer)(z))
+    (found,) = probe(layer, [z]).layers
+    assert (found.activation, len(found.dead)) == ("relu(z), relu(-z)", channels)
+    in_linen = linked_linen.LinkedConv(4, (3, 3), padding=padding)
+    variables = {"params": {"kernel": layer.conv.kernel[...], "bias": layer.conv.bias[...]}}
+    assert "fast_convolution" in str(jax.make_jaxpr(lambda z: in_linen.apply(variables, z))(z))
+    plain = linen.Conv(4, (3, 3), padding=padding, use_bias=True)
+
+    def gradients(f):
+        return jax.grad(lambda variables: jnp.sin(f(variables)).sum())(variables)
+
+    close(
+        gradients(lambda v: in_linen.apply(v, z)),
+        gradients(lambda v: plain.apply(v, in_linen.link(z))),
+    )
+
+
+def test_on_other_platforms_it_is_jaxs(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    (z,) = arrays((2, 6, 6, 4))
+    assert "fast_convolution" not in str(jax.make_jaxpr(LinkedConv(4, 4, (3, 3), rngs=nnx.Rngs(0)))(z))
+
+
+@hypothesis.given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4), st.tuples(*[st.integers(0, 3)] * 4),
+    st.integers(1, 8), st.integers(1, 8),
+)  # fmt: skip
+@hypothesis.settings(max_examples=20)
+@pytest.mark.slow
+def test_any_geometry(height, width, rows, columns, pads, c, c_out):
+    pads = ((pads[0] % rows, pads[1] % rows), (pads[2] % columns, pads[3] % columns))
+    hypothesis.assume(height + sum(pads[0]) >= rows and width + sum(pads[1]) >= columns)
+    x, kernel = arrays((2, height, width, c), (rows, columns, c, c_out))
+    wanted = lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=NUMBERS[2])
+    close(convolution.by_blocks(x, kernel, pads), wanted)
+    gradient = jax.linear_transpose(
+        lambda k: lax.conv_general_dilated(x, k, (1, 1), pads, dimension_numbers=NUMBERS[2]), kernel
+    )
+    close(convolution.kernel_gradient(x, wanted, pads), gradient(wanted)[0])
