@@ -13,7 +13,7 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import absl.logging
 import jax
@@ -43,6 +43,7 @@ class Dataset:
       test_labels: (M,) int32.
       fingerprint: SHA-256 over shapes, decoded pixels and labels, 16 hexadecimal digits. Copies of a set that differ
         in one pixel, or in the order of images, have different fingerprints.
+      tested_on: what the test images are.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Dataset:
     test_images: UInt8[Array, "m h w c"]
     test_labels: Int[Array, " m"]
     fingerprint: str
+    tested_on: Literal["test", "held-out"] = "test"
 
     @property
     def identity(self) -> dict[str, str]:
@@ -62,7 +64,7 @@ class Dataset:
         n, height, width, channels = self.train_images.shape
         size = f"{height}x{width}x{channels}"
         pixels = f" ({_PIXELS[self.fingerprint]})" if self.fingerprint in _PIXELS else ""
-        images = f"{n:,} train and {len(self.test_labels):,} test images of {size}"
+        images = f"{n:,} train and {len(self.test_labels):,} {self.tested_on} images of {size}"
         return f"{self.name}{pixels}: {images}, {self.classes} classes"
 
 
@@ -121,6 +123,27 @@ def first(data: Dataset, count: int) -> Dataset:
     if count > size:
         raise UsageError(f"--train-size is at most the {size:,} training images of {data.name}, got {count:,}")
     return dataclasses.replace(data, train_images=data.train_images[:count], train_labels=data.train_labels[:count])
+
+
+def hold_out(data: Dataset, count: int) -> Dataset:
+    """The training set without its last images, which stand in for the test set: for choices that may not see it.
+
+    Raises:
+      UsageError: if none would be left to train on.
+
+    Example:
+      >>> from experiments.engine import data
+      >>> print(data.hold_out(data.load("digits"), 400))
+      digits: 1,037 train and 400 held-out images of 8x8x1, 10 classes
+    """
+    size = len(data.train_labels)
+    if count >= size:
+        raise UsageError(f"--held-out is less than the {size:,} training images of {data.name}, got {count:,}")
+    images, labels = data.train_images, data.train_labels
+    return dataclasses.replace(
+        data, train_images=images[:-count], train_labels=labels[:-count], test_images=images[-count:],
+        test_labels=labels[-count:], tested_on="held-out",
+    )  # fmt: skip
 
 
 Affine = tuple[Float[Array, "..."], Float[Array, "..."]]

@@ -85,19 +85,23 @@ def _recorded_settings(experiment: Experiment, folder: Path, config: Mapping[str
         raise UsageError(f"the settings in {folder}/{records.CONFIG} are damaged ({error}); start anew") from error
 
 
+def _data(settings: Settings) -> data_lib.Dataset:
+    """The set that all processes have, in the parts that the settings ask for."""
+    data = processes.everywhere(lambda: data_lib.load(settings.dataset, settings.data_dir))
+    if len(found := set(processes.texts(data.fingerprint))) > 1:
+        raise UsageError(f"the processes have different data, with fingerprints {', '.join(sorted(found))}; copy one")
+    if settings.held_out:
+        data = data_lib.hold_out(data, settings.held_out)
+    return data_lib.first(data, settings.train_size) if settings.train_size else data
+
+
 class _Run:
     """A grid of nets, each with its seeds; a run is a net with one seed, or with all of them where they are stacked."""
 
     def __init__(self, experiment: Experiment, settings: Any, folder: Path, record: records.Record | None):
         self.experiment, self.folder, self.console = experiment, folder, Console(quiet=not processes.is_first())
         settings = on_devices(settings)
-        self.data = processes.everywhere(lambda: data_lib.load(settings.dataset, settings.data_dir))
-        if len(found := set(processes.texts(self.data.fingerprint))) > 1:
-            raise UsageError(
-                f"the processes have different data, with fingerprints {', '.join(sorted(found))}; copy one"
-            )
-        if settings.train_size:
-            self.data = data_lib.first(self.data, settings.train_size)
+        self.data = _data(settings)
         self.settings = settle(settings, self.data)
         begun_on = record.config["data"] if record else self.data.identity
         if begun_on["fingerprint"] != self.data.fingerprint:

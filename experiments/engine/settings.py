@@ -42,6 +42,8 @@ class Settings:
     """The TFDS folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     train_size: int | None = None
     """Train on the first that many images only; by default on all."""
+    held_out: int | None = None
+    """Hold the last that many training images out, and evaluate on them, not on the test set: to choose rates."""
     epochs: int | None = None
     """Passes over the training set; by default 30 for up to 10,000 images, else 6."""
     batch_size: int | None = None
@@ -158,7 +160,7 @@ def check(
     Raises:
       UsageError: with what is wrong, what was received and what to do.
     """
-    for name in (*axes, *positive, "seeds", "epochs", "batch_size", "devices", "train_size"):
+    for name in (*axes, *positive, "seeds", "epochs", "batch_size", "devices", "train_size", "held_out"):
         value = getattr(settings, name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and number < 1:
@@ -206,8 +208,9 @@ def check_processes(settings: Settings) -> None:
     if given and not settings.distributed:
         raise UsageError(f"--{given[0].replace('_', '-')} goes with --distributed, which is not there; add it")
     for name in ("process_count", "start_timeout"):
-        if (getattr(settings, name) or 1) < 1 or getattr(settings, name) == 0:
-            raise UsageError(f"--{name.replace('_', '-')} is at least 1, got {getattr(settings, name)}")
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is at least 1, got {value}")
     count = settings.process_count or 1
     if settings.distributed and settings.devices > 1 and settings.devices % count:
         raise UsageError(

@@ -351,3 +351,14 @@ def test_the_first_training_images_only():
     assert part.fingerprint == whole.fingerprint
     assert len(data.first(whole, 1437).train_labels) == 1437
     assert "1,437" in usage_error(lambda: data.first(whole, 1438), "--train-size")
+
+
+def test_held_out_images_are_no_training_images():
+    whole = data.load("digits")
+    part = data.hold_out(whole, 437)
+    for name in ("images", "labels"):
+        joined = np.concatenate([getattr(part, f"train_{name}"), getattr(part, f"test_{name}")])
+        np.testing.assert_array_equal(joined, getattr(whole, f"train_{name}"))
+    assert (len(part.test_labels), part.fingerprint) == (437, whole.fingerprint)
+    assert "1,000 train and 437 held-out images" in str(part)
+    assert "1,437" in usage_error(lambda: data.hold_out(whole, 1437), "--held-out")
