@@ -24,6 +24,7 @@ ALL: tuple[tuple[str, ...], ...] = (
     ("loop",),
     ("seeds",),
     ("warm_up",),
+    ("growth",),
     ("pytorch", "--net", "depth", "--batch-size", "128"),
     ("pytorch", "--net", "depth", "--batch-size", "32"),
     ("pytorch", "--net", "allcnn", "--batch-size", "64"),

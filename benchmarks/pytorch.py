@@ -16,16 +16,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from benchmarks import turns
+from benchmarks.steps import Step, noise
 from experiments import allcnn, depth, resnet50
-from experiments.engine import data as data_lib
-from experiments.engine import loop, training
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
-from experiments.engine.optimizers import adam
-from experiments.engine.parallel import Placement
 
 try:
     import torch
@@ -158,21 +154,6 @@ _TABLES = {"depth": (depth, Depth), "allcnn": (allcnn, AllCNN), "resnet50": (res
 # --- a step of each -------------------------------------------------------------------------------------------------
 
 
-class Ours:
-    """The step that the experiments run."""
-
-    def __init__(self, model: nnx.Module, data: data_lib.Dataset, batch_size: int):
-        plan = training.Plan(adam(1e-3), epochs=1, batch_size=batch_size)
-        self.loop, snapshot = training.start([model], plan)
-        self.carry, (self.data, self.lr) = snapshot.arrays, plan.arrays(data)
-        self.batch, self.key = Placement().batch(np.arange(batch_size, dtype=np.int32)), jax.random.key(0)
-
-    def step(self) -> Any:
-        """One step, and its loss."""
-        self.carry, loss = loop.step(self.loop, self.carry, self.data, self.batch, self.key, np.int32(0), self.lr)
-        return loss
-
-
 class Theirs:
     """The same in PyTorch."""
 
@@ -206,16 +187,13 @@ def main() -> None:
     if jax.default_backend() != "cpu":
         raise UsageError("this benchmark compares on a CPU; run it with JAX_PLATFORMS=cpu")
     table, theirs = _TABLES[settings.net]
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (settings.batch_size, 32, 32, 3), np.uint8)
-    labels = rng.integers(0, 10, settings.batch_size).astype(np.int32)
-    x, y = jnp.asarray(images), jnp.asarray(labels)
-    data = data_lib.Dataset("noise", 10, x, y, x[:1], y[:1], "none")
+    data = noise(32, 3, settings.batch_size)
+    images, labels = np.asarray(data.train_images), np.asarray(data.train_labels)
     cell = {"act": settings.act, "init": "auto", "depth": 50, "schedule": "fixed", "link": "inside"}
     model = table.build(table.Settings(), cell, data, 0)
     net = theirs(model, linked_relu if settings.act == "lk_relu" else torch.relu)
     check_same(model, net, images[:4])
-    steps = {"ours": Ours(model, data, settings.batch_size).step, "PyTorch": Theirs(net, images, labels).step}
+    steps = {"ours": Step(model, data, settings.batch_size).take, "PyTorch": Theirs(net, images, labels).step}
     medians = turns.medians(steps, settings.rounds, console, "steps")
     rows = [
         {"net": f"{settings.net}, {settings.act}", "batch": str(settings.batch_size), "by": name,
