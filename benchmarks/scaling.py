@@ -205,7 +205,7 @@ def on_1024_chips(net: str, chip: str, width: int, batch: int) -> dict[str, Any]
     return {
         "net": net, "chip": chip, "width": width, "batch a shard": f"{batch // mesh['data']:,}",
         "bound by": max(("compute", "memory", "data"), key=parts["linked"].__getitem__),
-        **{f"{part} ms": f"{1000 * value:.3g}" for part, value in parts["linked"].items()},
+        **{f"{part} ms": f"{float(f'{1000 * value:.3g}'):,g}" for part, value in parts["linked"].items()},
         "over as wide": f"{times['linked'] / times['as wide']:.2f}",
         "over as large": f"{times['linked'] / times['as large']:.2f}",
     }  # fmt: skip
