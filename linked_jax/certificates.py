@@ -117,15 +117,13 @@ def certify(
     start = time.perf_counter()
     with jax.debug_nans(False), jax.debug_infs(False):
         derivatives = functools.partial(_derivatives(link, dtype), link)
-        survey = jax.jit(functools.partial(_survey, derivatives, dtype))
+        least = jax.jit(functools.partial(_least, derivatives, dtype))
         details = jax.jit(functools.partial(_details, derivatives, dtype))
         found = _Findings()
         num_keys = 2 ** (dtype.itemsize * 8)
         for first_key in range(0, num_keys, _CHUNK):
-            chunk = jax.tree.map(np.asarray, survey(jnp.uint32(first_key)))
-            if found.adds_something(chunk):
-                chunk |= jax.tree.map(np.asarray, details(jnp.uint32(first_key)))
-            found.add(first_key, chunk)
+            if float(least(jnp.uint32(first_key))) < max(found.min_gradient, FLAT):
+                found.add(first_key, jax.tree.map(np.asarray, details(jnp.uint32(first_key))))
             if progress is not None:
                 progress(min(1.0, (first_key + _CHUNK) / num_keys))
     ends = np.asarray(found.dead_keys, dtype=np.uint32).reshape(-1, 2)
@@ -140,7 +138,7 @@ def certify(
         dead_interval_count=found.dead_count,
         nonfinite_count=found.nonfinite,
         first_nonfinite=found.first_nonfinite,
-        num_inputs=found.inputs,
+        num_inputs=2 * int(np.array(np.inf, dtype).view(f"uint{dtype.itemsize * 8}")),  # finite patterns lie below
         seconds=time.perf_counter() - start,
         platform=jax.default_backend(),
         dead_band=float(np.diff(flat).sum()) / (2 * _RANGE),
@@ -196,39 +194,31 @@ def _ordered_values(keys: Array, dtype: np.dtype) -> Array:
     return jax.lax.bitcast_convert_type(patterns.astype(f"uint{bits}"), dtype)
 
 
-def _gradients(derivatives: Callable, dtype: np.dtype, first_key: Array) -> tuple[Array, Array, Array]:
-    """The values z of a chunk, max_i |g_i'(z)| where all are finite (else inf), and where some are not."""
+def _scores(derivatives: Callable, dtype: np.dtype, first_key: Array) -> tuple[Array, Array]:
+    """The values z of a chunk, and max_i |g_i'(z)|: -1 where one is not finite, inf where z is not."""
     size = min(_CHUNK, 2 ** (dtype.itemsize * 8))
     z = _ordered_values(first_key + jnp.arange(size, dtype=jnp.uint32), dtype)[:, None]
     z, gradients = z[:, 0], jnp.abs(derivatives(z)).astype(jnp.float32)
-    all_finite = jnp.isfinite(gradients).all(axis=-1)
-    largest = jnp.where(jnp.isfinite(z) & all_finite, gradients.max(axis=-1), jnp.inf)
-    return z, largest, jnp.isfinite(z) & ~all_finite
+    largest = jnp.where(jnp.isfinite(gradients).all(axis=-1), gradients.max(axis=-1), -1.0)
+    return z, jnp.where(jnp.isfinite(z), largest, jnp.inf)
 
 
-def _survey(derivatives: Callable, dtype: np.dtype, first_key: Array) -> dict[str, Array]:
-    z, largest, bad = _gradients(derivatives, dtype, first_key)
-    return {
-        "inputs": jnp.isfinite(z).sum(),
-        "least": largest.min(),
-        "dead_count": (largest == 0).sum(),
-        "bad_count": bad.sum(),
-        "flat_count": _flat(z, largest).sum(),
-    }
+def _least(derivatives: Callable, dtype: np.dtype, first_key: Array) -> Array:
+    return _scores(derivatives, dtype, first_key)[1].min()
 
 
 def _details(derivatives: Callable, dtype: np.dtype, first_key: Array) -> dict[str, Array]:
-    z, largest, bad = _gradients(derivatives, dtype, first_key)
+    z, scores = _scores(derivatives, dtype, first_key)
+    bad = scores < 0
+    largest = jnp.where(bad, jnp.inf, scores)
     return {
+        "least": largest.min(),
         "argmin": z[largest.argmin()].astype(jnp.float32),
+        "bad_count": bad.sum(),
         "nearest_bad": _nearest_to_zero(z, bad).astype(jnp.float32),
         "dead": largest == 0,
-        "flat": _flat(z, largest),
+        "flat": (largest < FLAT) & (jnp.abs(z) <= _RANGE),
     }
-
-
-def _flat(z: Array, largest: Array) -> Array:
-    return (largest < FLAT) & (jnp.abs(z) <= _RANGE)
 
 
 def _nearest_to_zero(z: Array, mask: Array) -> Array:
@@ -244,19 +234,14 @@ class _Findings:
     """The findings of all chunks so far; runs of dead keys are merged across chunks."""
 
     def __init__(self):
-        self.inputs = self.nonfinite = self.dead_count = 0
+        self.nonfinite = self.dead_count = 0
         self.min_gradient, self.argmin = float("inf"), float("nan")
         self.first_nonfinite: float | None = None
         self.dead_keys: list[list[int]] = []  # [first key, last key] of the kept runs
         self.flat_keys = [np.zeros((0, 2), np.uint32)]  # first and last of the runs of the dead band, chunk by chunk
         self._last_dead = -2
 
-    def adds_something(self, chunk: dict[str, np.ndarray]) -> bool:
-        counts = chunk["dead_count"], chunk["bad_count"], chunk["flat_count"]
-        return bool(chunk["least"] < self.min_gradient or any(counts))
-
     def add(self, first_key: int, chunk: dict[str, np.ndarray]) -> None:
-        self.inputs += int(chunk["inputs"])
         self.nonfinite += int(chunk["bad_count"])
         if chunk["least"] < self.min_gradient:
             self.min_gradient, self.argmin = float(chunk["least"]), float(chunk["argmin"])
@@ -264,11 +249,9 @@ class _Findings:
             nearest = float(chunk["nearest_bad"])
             if self.first_nonfinite is None or abs(nearest) <= abs(self.first_nonfinite):
                 self.first_nonfinite = nearest
-        if chunk["dead_count"]:
-            for low, high in _runs(chunk["dead"]):
-                self._add_dead_run(first_key + int(low), first_key + int(high))
-        if chunk["flat_count"]:
-            self.flat_keys.append((_runs(chunk["flat"]) + first_key).astype(np.uint32))
+        for low, high in _runs(chunk["dead"]):
+            self._add_dead_run(first_key + int(low), first_key + int(high))
+        self.flat_keys.append((_runs(chunk["flat"]) + first_key).astype(np.uint32))
 
     def _add_dead_run(self, low: int, high: int) -> None:
         if low != self._last_dead + 1:
