@@ -2,8 +2,8 @@
 
     y = x * K,    dL/dx = g * flipped(K),    dL/dK = correlation of x and g,    g = dL/dy
 
-Few channels: `banded.py`. Many channels and 3x3 windows: `winograd.py`. A window of one pixel: a matrix product of the
-pixels and K, of every s-th of them at strides s.
+Few channels: `banded.py`. Many: `winograd.py` for windows of 3x3, `patched.py` at strides. A window of one pixel: a
+matrix product of the pixels and K, of every s-th of them at strides s.
 
 The derivative in forward mode is written as the transpose of the gradient, so transposing it gives the gradient back,
 and no rule of JAX is lost: both modes of any order, vmap and checkpoint see plain JAX. (Its `jet` refuses every custom
@@ -20,12 +20,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from linked_jax import banded, winograd
+from linked_jax.convolution import banded, patched, winograd
+from linked_jax.convolution.geometry import Geometry
 
-NARROW, WIDE = 36, 48**2  # channels in times channels out, at most and at least
+NARROW, WIDE = 36, 48 * 48  # channels in times channels out, at most and at least
 """Measured: python -m benchmarks.convolution."""
-
-Pads = tuple[tuple[int, int], ...]
 
 
 def conv_general_dilated(
@@ -45,10 +44,11 @@ def conv_general_dilated(
       **options: all else that `jax.lax.conv_general_dilated` takes.
 
     Returns:
-      What `jax.lax` gives, and on a CPU the same in another order: where dilations are 1, there is one group, axes lie
-      as Flax has them, and the window is one pixel, or strides are 1 and channels are few (in times out at most 36) or
-      many (at least 48 x 48, for windows of 3x3, float32 or wider, and one device). With many, rounding is about twice
-      that of the direct sums. A number that is not finite makes NaN of one or two pixels more around it.
+      What `jax.lax` gives, and on a CPU the same in another order, where axes lie as Flax has them, dilations are 1,
+      there is one group, and there is one of these: a window of one pixel; few channels (in times out at most 36) and
+      strides of 1; many channels (at least 48 x 48), one device, and strides, or a window of 3x3 in float32 or float64,
+      whose rounding is about twice that of the direct sums. A number that is not finite may make NaN of one or two
+      pixels more around it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -62,25 +62,25 @@ def conv_general_dilated(
     def plain(x: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
 
-    pads = _covered(lhs, rhs, window_strides, padding, options) if _on_cpu() else None
-    if pads is not None and math.prod(rhs.shape[:-2]) == 1:
-        return pointwise(lhs, rhs, window_strides, options.get("precision"))
-    form = None if pads is None else _form(lhs, rhs)
+    at = _covered(lhs, rhs, window_strides, padding, options) if _on_cpu() else None
+    if at is not None and math.prod(at.window) == 1:
+        return pointwise(lhs, rhs, at)
+    form = None if at is None else _form(lhs, rhs, at)
     if form is None:
         return plain(lhs, rhs)
-    y, more = jax.eval_shape(plain, lhs, rhs), (pads, options.get("precision"))
+    y = jax.eval_shape(plain, lhs, rhs)
 
     @jax.custom_jvp
     def fast_convolution(x: Array, kernel: Array) -> Array:
-        return form.convolve(x, kernel, *more)
+        return form.convolve(x, kernel, at)
 
     def by_dx(dx: Array, kernel: Array) -> Array:
         """Linear in dx."""
-        return _transpose(lambda g: form.image_gradient(g, kernel, *more), y)(dx)
+        return _transpose(lambda g: form.image_gradient(g, kernel, at), y)(dx)
 
     def by_dkernel(x: Array, dkernel: Array) -> Array:
         """Linear in dkernel."""
-        return _transpose(lambda g: form.kernel_gradient(x, g, *more), y)(dkernel)
+        return _transpose(lambda g: form.kernel_gradient(x, g, at), y)(dkernel)
 
     fast_convolution.defjvps(lambda dx, _, x, kernel: by_dx(dx, kernel), lambda dk, _, x, kernel: by_dkernel(x, dk))
     return fast_convolution(lhs, rhs)
@@ -90,25 +90,26 @@ def _transpose(linear: Callable[[Array], Array], argument: Any) -> Callable[[Arr
     return lambda ct: jax.linear_transpose(linear, jax.ShapeDtypeStruct(argument.shape, argument.dtype))(ct)[0]
 
 
-def pointwise(x: Array, kernel: Array, strides: Sequence[int], precision: Any = None) -> Array:
+def pointwise(x: Array, kernel: Array, at: Geometry) -> Array:
     """x * K for a window of one pixel."""
-    x = x[:, *(slice(None, None, stride) for stride in strides)]
-    return jnp.matmul(x, kernel.reshape(kernel.shape[-2:]), precision=precision)
+    x = x[:, *(slice(None, None, stride) for stride in at.strides)]
+    return jnp.matmul(x, kernel.reshape(kernel.shape[-2:]), precision=at.precision)
 
 
-def _form(x: Any, kernel: Any) -> Any:
-    """The module with the form that is fast for these channels."""
-    channels = math.prod(kernel.shape[-2:])
-    if channels <= NARROW:
+def _form(x: Any, kernel: Any, at: Geometry) -> Any:
+    """The module with the form that is fast for this convolution."""
+    channels, strided = math.prod(kernel.shape[-2:]), max(at.strides) > 1
+    if channels <= NARROW and not strided:
         return banded
-    single = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits >= 32
-    if channels >= WIDE and kernel.shape[:-2] == winograd.WINDOW and single and not _several_devices():
-        return winograd
-    return None
+    if channels < WIDE or _several_devices() or not jnp.issubdtype(x.dtype, jnp.floating):
+        return None
+    if strided:
+        return patched
+    return winograd if at.window == winograd.WINDOW and jnp.finfo(x.dtype).bits >= 32 else None
 
 
-def _covered(x: Any, kernel: Any, strides: Sequence[int], padding: Any, options: dict[str, Any]) -> Pads | None:
-    """The padding of a convolution that has a form here; None of any other."""
+def _covered(x: Any, kernel: Any, strides: Sequence[int], padding: Any, options: dict[str, Any]) -> Geometry | None:
+    """The geometry of a convolution that may have a form here; None of any other."""
     numbers = options.get("dimension_numbers")
     if numbers is None or not 3 <= x.ndim == kernel.ndim or not x.size:
         return None
@@ -118,19 +119,19 @@ def _covered(x: Any, kernel: Any, strides: Sequence[int], padding: Any, options:
     if (
         numbers != lax.conv_dimension_numbers(x.shape, kernel.shape, _as_in_flax(x.ndim))
         or max(*dilations, *groups) > 1
-        or (max(strides) > 1 and math.prod(kernel.shape[:-2]) > 1)
         or x.dtype != kernel.dtype
         or any(jax.typeof(x).sharding.spec)  # split on an Explicit mesh, where a reshape may have no rule
         or options.get("out_sharding") is not None
         or options.get("preferred_element_type") not in (None, x.dtype)
     ):
         return None
+    space, window = x.shape[1:-1], kernel.shape[:-2]
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:-1], kernel.shape[:-2], strides, padding)
+        padding = lax.padtype_to_pads(space, window, strides, padding)
     pads = tuple((int(low), int(high)) for low, high in padding)
-    within = all(0 <= p < k for k, pad in zip(kernel.shape, pads, strict=False) for p in pad)
-    some = all(n + sum(pad) >= k for n, pad, k in zip(x.shape[1:-1], pads, kernel.shape, strict=False))
-    return pads if within and some else None
+    within = all(0 <= p < k for k, pad in zip(window, pads, strict=True) for p in pad)
+    at = Geometry(space, window, tuple(strides), pads, options.get("precision"))
+    return at if within and min(at.outputs) > 0 else None
 
 
 def _as_in_flax(ndim: int) -> tuple[str, str, str]:
