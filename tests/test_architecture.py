@@ -87,7 +87,8 @@ import flax.nnx, jax, jaxtyping, optax
 before = set(sys.modules)
 import linked_jax
 core = "arrays members linking activations moments initializers schedules diagnostics".split()
-core += ["convolution", "learned", "layers"]
+core += "convolution learned layers".split()
+core += [f"convolution.{file}" for file in "geometry banded winograd patched".split()]
 new = {module for module in set(sys.modules) - before if not module.startswith("jax.")}
 assert new == {"linked_jax", *(f"linked_jax.{room}" for room in core)}, new
 assert {*linked_jax.__all__} <= {*dir(linked_jax)}
