@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from experiments.engine.parallel import Placement
 from experiments.plasticity.kumar.methods import Method, seeded
 from experiments.plasticity.kumar.net import Activation, Online, magnitudes
 from experiments.plasticity.kumar.problems import Problem, Task, batches, task
-from linked_jax import embed_plain_kernel
+from linked_jax import embed_plain_kernel, lk_relu
 from linked_jax.diagnostics import relative_sizes
 from linked_jax.revive.names import leaf_names
 from linked_jax.signal_statistics import effective_rank, feature_moments
@@ -92,7 +92,8 @@ def learn(
         done = len(found)
         on_task(done)
     saved = time.monotonic()
-    for number, (carry, measured) in _tasks(work, runs, carry, done):
+    for number in range(done, work.tasks):
+        carry, measured = _after_task(work, runs, carry, number)
         found.append(measured)
         on_task(1)
         if unfinished is not None and time.monotonic() - saved > _SAVE_EVERY and number + 1 < work.tasks:
@@ -103,25 +104,23 @@ def learn(
     return [_line(work, found, place) for place in range(len(runs))]
 
 
-def _tasks(
-    work: Work, runs: Sequence[tuple[int, float]], carry: Carry, done: int
-) -> Iterator[tuple[int, tuple[Carry, dict[str, list[float]]]]]:
-    seeds = [seed for seed, _ in runs]
-    for number in range(done, work.tasks):
-        if work.method.at_end and number == work.tasks // 2:
-            carry = linked(carry)
-        loop = work.loop_at(number)
-        own = jax.tree.map(lambda *parts: jnp.asarray(np.stack(parts)), *(
-            task(work.problem, work.data, seed, number) for seed in seeds
-        ))  # fmt: skip
-        keys = jnp.stack([tasks_lib.task_key(seed, number) for seed in seeds])
-        steps = np.stack([batches(work.problem, key, own.labels.shape[1]) for key in keys])
-        carry, _ = advance(loop, carry, own, steps, keys)
-        right = np.asarray(carry.state["right"].get_value()) / steps.shape[1]
-        carry = carry._replace(state=jax.tree.map(jnp.zeros_like, carry.state))
-        some = Task(own.images[:, :_MEASURED_ON], own.labels[:, :_MEASURED_ON])
-        measured = jax.device_get(_measure(loop.loss, carry, some, keys))
-        yield number, (carry, {"accuracy": right.tolist()} | {name: v.tolist() for name, v in measured.items()})
+def _after_task(
+    work: Work, runs: Sequence[tuple[int, float]], carry: Carry, number: int
+) -> tuple[Carry, dict[str, list[float]]]:
+    """The carry after one more task, and what `learn` says of it: of each run, one number a measure."""
+    if work.method.at_end and number == work.tasks // 2:
+        carry = linked(carry)
+    loop, seeds = work.loop_at(number), [seed for seed, _ in runs]
+    parts = [task(work.problem, work.data, seed, number) for seed in seeds]
+    own = Task(*(jnp.asarray(np.stack(part)) for part in zip(*parts, strict=True)))
+    keys = jnp.stack([tasks_lib.task_key(seed, number) for seed in seeds])
+    steps = np.stack([batches(work.problem, key, own.labels.shape[1]) for key in keys])
+    carry, _ = advance(loop, carry, own, steps, keys)
+    right = np.asarray(carry.state["right"].get_value()) / steps.shape[1]
+    carry = carry._replace(state=jax.tree.map(jnp.zeros_like, carry.state))
+    some = Task(own.images[:, :_MEASURED_ON], own.labels[:, :_MEASURED_ON])
+    measured = jax.device_get(_measure(loop.loss, carry, some, keys))
+    return carry, {"accuracy": right.tolist()} | {name: v.tolist() for name, v in measured.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -146,8 +145,6 @@ def linked(carry: Carry) -> Carry:
     kernels = {name for name in first if name[-1] == "kernel" and name != ("layers", "0", "kernel")}
 
     def grown(path: Any, leaf: Array) -> Array:
-        from linked_jax import lk_relu
-
         return embed_plain_kernel(leaf, lk_relu) if leaf_names(path)[-3:] in kernels else leaf
 
     grow = functools.partial(jax.tree_util.tree_map_with_path, grown)
