@@ -14,6 +14,7 @@ Cheney, Activation function design sustains plasticity in continual learning, 20
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -85,10 +86,9 @@ def main() -> None:
     sets = {name: _load(name, settings) for name in dict.fromkeys(PROBLEMS[p].dataset for p in settings.problems)}
     of_method = len(_tuning(settings)) + settings.seeds
     total = sum(_tasks(settings, PROBLEMS[name]) for name in settings.problems) * of_method * len(settings.methods)
-    protocol = {name: dataclasses.asdict(problem) for name, problem in PROBLEMS.items()}
     same = ("experiment", "protocol")
     with (
-        open_record("plasticity", settings.out, protocol={"kumar": protocol}, data=_Sets(sets), same=same) as record,
+        open_record("plasticity", settings.out, protocol=_protocol(), data=_Sets(sets), same=same) as record,
         console.progress("tasks", total) as advance,
     ):
         for name in settings.problems:
@@ -107,6 +107,12 @@ def main() -> None:
             console.say(f"picture  {drawn}")
         (record.folder / "table.md").write_text(table.markdown(record.config, record.lines), encoding="utf-8")
         console.say(f"record   {record.folder}")
+
+
+def _protocol() -> dict[str, Any]:
+    """What determines the runs, as JSON values; which of them there are, the lines say."""
+    facts = {name: dataclasses.asdict(problem) for name, problem in PROBLEMS.items()}
+    return {"kumar": json.loads(json.dumps(facts))}
 
 
 def _of_row(
