@@ -22,12 +22,11 @@ from linked_jax import lk_relu, lk_swish
 from tests.cases import first_fast
 
 KEY = jax.random.key(0)
-RANDOM = np.random.default_rng(0)
 
 
 def half(name="mnist", size=40, classes=10):
     shape = (28, 28, 1) if name == "mnist" else (32, 32, 3)
-    images = RANDOM.integers(0, 256, (size, *shape), dtype=np.uint8)
+    images = np.random.default_rng(size).integers(0, 256, (size, *shape), dtype=np.uint8)
     return data_lib.Half(name, "test", classes, images, np.arange(size, dtype=np.int32) % classes, "0" * 16)
 
 
@@ -139,7 +138,7 @@ def test_a_product_of_patches_is_the_convolution_and_so_are_its_gradients():
 
 
 def test_pools_and_flattening():
-    x = RANDOM.normal(size=(2, 4, 6, 6)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(2, 4, 6, 6)).astype(np.float32)
     np.testing.assert_array_equal(max_pool(x), x.reshape(2, 2, 2, 3, 2, 6).max(axis=(2, 4)))
     np.testing.assert_array_equal(flat(x, 2), np.concatenate([x[..., :3], x[..., 3:]], axis=1).reshape(2, -1))
 
