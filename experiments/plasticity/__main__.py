@@ -2,7 +2,8 @@
 
     python -m experiments.plasticity
     python -m experiments.plasticity --methods relu lk_relu --streams random_labels --tasks 20 --seeds 1
-    python -m experiments.plasticity --protocol kumar   # the field's own problems: experiments/plasticity/kumar
+    python -m experiments.plasticity --protocol kumar        # the field's own problems: experiments/plasticity/kumar
+    python -m experiments.plasticity --protocol regression   # slowly changing: experiments/plasticity/regression.py
 
 Two streams of tasks (`experiments/engine/tasks.py`): `permuted` permutes the pixels anew for each task, `random_labels`
 draws the labels anew, to be memorised. A net of three hidden layers learns them with Adam at a constant rate; nothing
@@ -28,7 +29,7 @@ from experiments.engine.checks import command_line, in_range, known
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
 from experiments.engine.study import open_record
-from experiments.plasticity import plots
+from experiments.plasticity import plots, regression
 from experiments.plasticity.continual import RATES, Plan, run_net
 from experiments.plasticity.kumar import command as kumar
 from experiments.plasticity.net import HIDDEN_LAYERS, METHODS, TAU, parameters, width_for
@@ -48,7 +49,7 @@ class Settings:
     """Nets that learn one task after the other: do they go on learning."""
 
     protocol: Literal["streams"] = "streams"
-    """streams: what this help is about. kumar: other problems and options, see --protocol kumar --help."""
+    """streams: what this help is about. kumar, regression: other problems and options, see --protocol kumar --help."""
     dataset: str = "digits"
     """digits, which is embedded, or a prepared TensorFlow Datasets name such as cifar10."""
     streams: tuple[str, ...] = tuple(tasks.STREAMS)
@@ -155,7 +156,7 @@ def _protocol(settings: Settings, data: data_lib.Dataset) -> dict[str, Any]:
     }
 
 
-PROTOCOLS = {"streams": streams, "kumar": kumar.main}
+PROTOCOLS = {"streams": streams, "kumar": kumar.main, "regression": regression.main}
 
 
 if __name__ == "__main__":

@@ -405,7 +405,7 @@ def started(monkeypatch, *arguments):
 
 
 def test_an_unknown_protocol_is_refused(monkeypatch):
-    with pytest.raises(UsageError, match="--protocol: there is no 'kumra'; take of streams, kumar"):
+    with pytest.raises(UsageError, match="--protocol: there is no 'kumra'; take of streams, kumar, regression"):
         started(monkeypatch, "--protocol", "kumra")
 
 
