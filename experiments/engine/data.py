@@ -93,9 +93,8 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
             how = _how_to_prepare("cifar10")
             print(f"cifar10 is not in {folder}: taking the embedded digits. To get it, {how} with --data-dir.")
     classes, arrays = _digits() if name == "digits" else _cached_tfds(name, folder)
-    return Dataset(
-        name, classes, **{key: jnp.asarray(value) for key, value in arrays.items()}, fingerprint=_fingerprint(arrays)
-    )
+    on_device: Any = {key: jnp.asarray(value) for key, value in arrays.items()}
+    return Dataset(name, classes, **on_device, fingerprint=_fingerprint(arrays))
 
 
 @dataclasses.dataclass(frozen=True)

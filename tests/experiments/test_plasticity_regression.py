@@ -1,5 +1,6 @@
 """Slowly changing regression: the stream is what it says, the learner is plain SGD, the record resumes."""
 
+import itertools
 import json
 
 import jax
@@ -17,7 +18,7 @@ from experiments.plasticity.regression import BIN, FLIP_AFTER, SLOW, build, exam
 def test_one_slow_bit_flips_from_stretch_to_stretch_and_the_others_are_random():
     stretches = [np.asarray(examples(0, number, 200).inputs) for number in range(12)]
     assert all((x[:, :SLOW] == x[0, :SLOW]).all() for x in stretches)
-    flips = [np.flatnonzero(a[0, :SLOW] != b[0, :SLOW]) for a, b in zip(stretches, stretches[1:], strict=False)]
+    flips = [np.flatnonzero(a[0, :SLOW] != b[0, :SLOW]) for a, b in itertools.pairwise(stretches)]
     assert [flip.size for flip in flips] == [1] * 11
     assert len(set(np.concatenate(flips))) > 3
     noise = np.stack([x[:, SLOW:] for x in stretches])

@@ -107,7 +107,7 @@ def task(problem: Problem, data: Half, seed: int, number: int) -> Task:
     if not problem.is_conv:
         images = images.reshape(size, -1)
     if problem.kind == "pixels":
-        images = images[:, _permutation(jax.random.fold_in(of_task, 1), images.shape[1])]
+        images = np.take(images, _permutation(jax.random.fold_in(of_task, 1), images.shape[1]), axis=1)
     return Task(images, labels)  # pyright: ignore[reportArgumentType]
 
 
