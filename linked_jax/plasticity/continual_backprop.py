@@ -92,7 +92,7 @@ def continual_backprop(
             contribution = size * outgoing_size(leaves[layer.kernels[1]], size.size)
             u = decay * state.utility[i] + (1 - decay) * contribution
             a = state.age[i] + 1
-            least, c = _least(u, a > maturity, state.due[i] + replacement_rate * (a > maturity).sum())
+            least, c = _least(u, a > maturity, state.due[i] + replacement_rate * (a > maturity).sum(dtype=u.dtype))
             utility.append(jnp.where(least, 0, u))
             age.append(jnp.where(least, 0, a))
             due.append(c)
@@ -111,4 +111,4 @@ def _least(
     """The unit to be replaced, if one is due, and what is due afterwards."""
     index = jnp.where(mature, utility, jnp.inf).argmin()
     now = (due >= 1) & mature.any()
-    return now & (jnp.arange(utility.size) == index), due - now
+    return now & (jnp.arange(utility.size) == index), due - now.astype(due.dtype)

@@ -399,6 +399,30 @@ def test_all_problems_and_all_methods():
     assert (settings.problems, settings.methods) == (tuple(PROBLEMS), tuple(METHODS))
 
 
+@pytest.mark.parametrize(
+    ("options", "seeds_that_choose"),
+    [
+        ({}, [0, 1, 2, 0, 1, 2]),
+        ({"tuning_seeds": 1}, [0, 0]),
+        ({"tuning_seeds": 0}, []),
+        ({"rates": (1e-3,)}, []),
+        ({"rates": (1e-3,), "seeds": 0, "tuning_seeds": 1}, [0]),
+    ],
+)
+def test_which_seeds_choose_the_rate(options, seeds_that_choose):
+    assert [seed for seed, _ in command._tuning(command.Settings(**options))] == seeds_that_choose
+
+
+def test_conv_nets_run_one_by_one_on_a_cpu_and_mlps_together(monkeypatch):
+    made = [(seed, 1e-3) for seed in range(3)]
+    groups = {name: command._groups(made, problem) for name, problem in PROBLEMS.items()}
+    assert groups["cifar_5plus1"] == groups["random_label_cifar"] == [[run] for run in made]
+    assert groups["permuted_mnist"] == groups["random_label_mnist"] == [made]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert command._groups(made, PROBLEMS["cifar_5plus1"]) == [made]
+    assert command._groups([], PROBLEMS["cifar_5plus1"]) == []
+
+
 def started(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["plasticity", *map(str, arguments)])
     plasticity.main()
