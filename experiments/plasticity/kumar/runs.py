@@ -83,7 +83,8 @@ def learn(
     Returns:
       Of each run: accuracy, of each task the mean over its steps, before each was learnt; dormant, the share of hidden
       units; rank, the effective rank of the last hidden layer; weights, the root mean square of all weights, all three
-      after each task; finite, whether the last logits are numbers; score, the mean accuracy of the tasks that count.
+      after each task; finite, whether the last logits are numbers; score, the mean accuracy of the tasks that count;
+      training_seconds, its share of the time of all tasks, before it was cut off too.
     """
     found: list[dict[str, list[float]]] = []
     carry, done = work.start(runs), 0
@@ -93,8 +94,10 @@ def learn(
         on_task(done)
     saved = time.monotonic()
     for number in range(done, work.tasks):
+        began = time.perf_counter()
         carry, measured = _after_task(work, runs, carry, number)
-        found.append(measured)
+        share = (time.perf_counter() - began) / len(runs)
+        found.append(measured | {"training_seconds": [share] * len(runs)})
         on_task(1)
         if unfinished is not None and time.monotonic() - saved > _SAVE_EVERY and number + 1 < work.tasks:
             _save(unfinished, carry, found)
@@ -154,8 +157,8 @@ def linked(carry: Carry) -> Carry:
 def _line(work: Work, found: Sequence[dict[str, list[float]]], place: int) -> dict[str, Any]:
     of_run = {name: [round(after[name][place], 5) for after in found] for name in found[0]}
     counted = [a for number, a in enumerate(of_run["accuracy"]) if work.problem.hard(number)]
-    finite = bool(of_run.pop("finite")[-1])
-    return {"score": round(float(np.mean(counted)), 5), **of_run, "finite": finite}
+    finite, seconds = bool(of_run.pop("finite")[-1]), round(sum(of_run.pop("training_seconds")), 1)
+    return {"score": round(float(np.mean(counted)), 5), **of_run, "finite": finite, "training_seconds": seconds}
 
 
 def _save(path: Path, carry: Carry, found: Sequence[dict[str, list[float]]]) -> None:

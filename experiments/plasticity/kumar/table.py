@@ -77,7 +77,7 @@ def table(problem: str, tasks: int, lines: Sequence[Line]) -> list[dict[str, str
             "seeds": f"{len(runs)}{only_tuning}",
             "units": " ".join(map(str, runs[0]["units"])),
             "parameters": f"{runs[0]['parameters']:,}",
-            "seconds a run": f"{statistics.fmean(run['seconds'] for run in runs):.0f}",
+            "seconds a run": f"{statistics.fmean(run['training_seconds'] for run in runs):.0f}",
         }
         rows.append((statistics.fmean(run["score"] for run in runs), texts))
     return [texts for _, texts in sorted(rows, key=lambda pair: -pair[0])]
@@ -133,7 +133,7 @@ def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
     rows = dict.fromkeys(line["row"] for line in lines)
     said = [{"method": row, "is": METHODS[row].says, "start": METHODS[row].start} for row in rows if row in METHODS]
     parts += ["## The rows", markdown_table(said)] if said else []
-    hours = sum(line["seconds"] for line in lines) / 3600
+    hours = sum(line["training_seconds"] for line in lines) / 3600
     parts.append(provenance(config, f"; {hours:.1f} hours of training"))
     return "\n\n".join(parts) + "\n"
 
