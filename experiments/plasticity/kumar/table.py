@@ -167,7 +167,8 @@ def picture(problem: str, tasks: int, lines: Sequence[Line], path: Path) -> Path
         label = f"{row} (rate {runs[0]['rate']:g}): {values.mean():.1f}"
         mean_band(panel, np.arange(wide, wide + means.shape[1]), means, colour, "-" if row in METHODS else "--", label)
     kind = "hard task" if what.kind == "classes" else "task"
-    panel.set(xlabel=kind, ylabel=f"online accuracy in the {kind}, %", ylim=(0, 100))
+    smoothed = f", mean of {_SMOOTHED[problem]} tasks" if problem in _SMOOTHED else ""
+    panel.set(xlabel=f"{kind}{smoothed}", ylabel=f"online accuracy in the {kind}, %", ylim=(0, 100))
     panel.grid(alpha=0.25)
     panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
     sheet.suptitle(f"{what.says}: accuracy before learning, by task, at equal parameters")
