@@ -5,7 +5,8 @@
 `linked(g)` makes one from almost any activation; `certify` proves it for every float; `LinkedConv` and `LinkedLinear`
 are the layers, and start so that signals keep their size at any depth. `linked_jax.linen` has the layers for Flax
 Linen, `linked_jax.probe` looks into a model, `linked_jax.revive` links a trained one, `linked_jax.remedies` holds the
-other methods of the literature; these four are imported when they are first used.
+other methods of the literature, `linked_jax.plasticity` those that keep a net learning; these five are imported when
+they are first used.
 """
 
 import importlib
@@ -56,7 +57,7 @@ from linked_jax.linking import Link, fourier, linked, min_max
 from linked_jax.schedules import inverse_time_decay
 
 if TYPE_CHECKING:
-    from linked_jax import linen, probe, remedies, revive
+    from linked_jax import linen, plasticity, probe, remedies, revive
     from linked_jax.certificates import Certificate, certify
 
 __version__ = "0.2.0"
@@ -96,6 +97,7 @@ __all__ = [
     "lk_tanh",
     "looks_linear",
     "min_max",
+    "plasticity",
     "prelu",
     "probe",
     "read_out",
@@ -112,7 +114,7 @@ __all__ = [
 
 # Imported when first used: the packages are slow to import, and `python -m linked_jax.certificates` would warn that
 # the module it is about to run is there already.
-_LAZY = {name: f"linked_jax.{name}" for name in ("certificates", "linen", "probe", "remedies", "revive")}
+_LAZY = {name: f"linked_jax.{name}" for name in ("certificates", "linen", "plasticity", "probe", "remedies", "revive")}
 _LAZY |= dict.fromkeys(("Certificate", "certify"), "linked_jax.certificates")
 
 

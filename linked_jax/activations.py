@@ -84,6 +84,37 @@ def linked_prelu(
     return join([from_the_right(g)(z) for g in members], -1, layout)
 
 
+def smooth_leaky(
+    z: Float[Array, "..."], negative_slope: Float[ArrayLike, "..."] = 0.7, *, sharpness: float = 5.0
+) -> Float[Array, "..."]:
+    """Leaky ReLU with its kink smoothed out.
+
+        f(z) = a z + (1 - a) z sigmoid(c z),   f(z) - f(-z) = (1 + a) z
+
+    So its mirror link reads z back, and `looks_linear` knows it. a is the slope far below 0, where the literature on
+    plasticity finds 0.6 to 0.9 best; with a = 0 and c = 1 it is swish.
+
+    Args:
+      z: pre-activations, (..., C).
+      negative_slope: a, broadcast against z.
+      sharpness: c, of the original's c / p.
+
+    Returns:
+      An array like z. The derivative at z = 0 is (1 + a) / 2.
+
+    Reference: Lillo and Cheney, Activation function design sustains plasticity in continual learning, 2026.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from linked_jax.activations import smooth_leaky
+      >>> smooth_leaky(jnp.array([-10.0, 0.0, 10.0]), 0.5)
+      Array([-5.,  0., 10.], dtype=float32)
+    """
+    z = floating(z)
+    slope = as_array(negative_slope).astype(z.dtype)
+    return slope * z + (1 - slope) * z * jax.nn.sigmoid(sharpness * z)
+
+
 def _gelu(z: Array) -> Array:
     # Beyond |z| = 10 the tanh is exactly +-1, so gelu is exactly max(z, 0); jax.nn.gelu computes z**3 there and its
     # derivative becomes 0 * inf.

@@ -12,20 +12,22 @@ from pathlib import Path
 import pytest
 
 import linked_jax
-from linked_jax import probe, remedies, revive
+from linked_jax import plasticity, probe, remedies, revive
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
     "arrays", "members", "linking", "activations", "moments", "initializers", "schedules", "diagnostics", "slopes",
     "signal_statistics", "histograms", "updates", "convolution", "learned", "layers", "linen", "certificates",
-    "remedies", "probe", "revive",
+    "remedies", "probe", "revive", "plasticity",
 ]  # fmt: skip
 """From the ground up: a room imports from rooms before it only."""
 ALLOWED = {"jax", "numpy", "flax", "optax", "jaxtyping", "linked_jax"}
 FLAX_ROOMS = {"learned", "layers", "linen", "remedies", "probe", "revive"}
 LAZY = {"probe": {"rich", "matplotlib", "tensorboardX"}}
 """What a room imports when it is asked to show something."""
-PACKAGES = {"linked_jax": linked_jax, "probe": probe, "remedies": remedies, "revive": revive}
+PACKAGES = {
+    "linked_jax": linked_jax, "probe": probe, "remedies": remedies, "revive": revive, "plasticity": plasticity,
+}  # fmt: skip
 SOURCES = sorted(path for root in ("linked_jax", "experiments", "benchmarks") for path in (ROOT / root).rglob("*.py"))
 SHARED = ("engine", "models")
 """The folders of experiments/ that studies share; every other file or folder there is a study."""
@@ -76,7 +78,7 @@ def run_python(code):
 def test_the_core_imports_without_the_extras():
     extras = ["chex", "tensorflow_datasets", "sklearn", "matplotlib", "tyro", "hypothesis", "beartype", "PIL"]
     extras += ["tensorboardX"]
-    rooms = "linked_jax.linen, linked_jax.probe, linked_jax.remedies, linked_jax.revive"
+    rooms = "linked_jax.linen, linked_jax.probe, linked_jax.remedies, linked_jax.revive, linked_jax.plasticity"
     run_python(f"import sys; [sys.modules.__setitem__(m, None) for m in {extras}]; import {rooms}")
 
 
@@ -93,7 +95,7 @@ new = {module for module in set(sys.modules) - before if not module.startswith("
 assert new == {"linked_jax", *(f"linked_jax.{room}" for room in core)}, new
 assert {*linked_jax.__all__} <= {*dir(linked_jax)}
 assert linked_jax.certify is linked_jax.certificates.certify
-assert linked_jax.linen.LinkedDense and linked_jax.remedies and linked_jax.revive
+assert linked_jax.linen.LinkedDense and linked_jax.remedies and linked_jax.revive and linked_jax.plasticity
 assert linked_jax.probe.probe
 from linked_jax import *
 try:

@@ -93,9 +93,46 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
             how = _how_to_prepare("cifar10")
             print(f"cifar10 is not in {folder}: taking the embedded digits. To get it, {how} with --data-dir.")
     classes, arrays = _digits() if name == "digits" else _cached_tfds(name, folder)
-    return Dataset(
-        name, classes, **{key: jnp.asarray(value) for key, value in arrays.items()}, fingerprint=_fingerprint(arrays)
-    )
+    on_device: Any = {key: jnp.asarray(value) for key, value in arrays.items()}
+    return Dataset(name, classes, **on_device, fingerprint=_fingerprint(arrays))
+
+
+@dataclasses.dataclass(frozen=True)
+class Half:
+    """One split of a set, for those that learn it online and have no use for a test set; in host memory.
+
+    Attributes:
+      name: the TFDS name.
+      split: train or test.
+      classes: the number of classes.
+      images: (N, H, W, C) uint8.
+      labels: (N,) int32.
+      fingerprint: as a `Dataset`'s.
+    """
+
+    name: str
+    split: str
+    classes: int
+    images: UInt8[np.ndarray, "n h w c"]
+    labels: Int[np.ndarray, " n"]
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.name}'s {self.split} half, {len(self.labels):,} images"
+
+
+def load_half(name: str, data_dir: str | None = None) -> Half:
+    """The training split of a set, or the test split where a folder has that one alone.
+
+    Raises:
+      UsageError: as `load`.
+    """
+    folder = tfds_folder(data_dir)
+    there = set(_tfds_builder(name, folder, ()).info.splits)
+    split = "train" if "train" in there else "test"
+    classes, arrays = _cached_tfds(name, folder, (split,))
+    images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+    return Half(name, split, classes, images, labels, _fingerprint(arrays))
 
 
 def tfds_folder(data_dir: str | None) -> Path:
@@ -170,13 +207,17 @@ def _digits() -> tuple[int, dict[str, np.ndarray]]:
     return 10, {name: np.asarray(part) for name, part in zip(names, parts, strict=True)}
 
 
-def _cached_tfds(name: str, folder: Path) -> tuple[int, dict[str, np.ndarray]]:
-    builder = _tfds_builder(name, folder)
+_SPLITS = ("train", "test")
+
+
+def _cached_tfds(name: str, folder: Path, splits: tuple[str, ...] = _SPLITS) -> tuple[int, dict[str, np.ndarray]]:
+    builder = _tfds_builder(name, folder, splits)
     files = sorted(path for path in Path(builder.data_path).iterdir() if path.is_file())
     state = repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
     key = hashlib.sha256(f"{builder.data_path}{state}".encode()).hexdigest()[:16]
     cache_root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "linked_jax"
-    cache = cache_root / f"{name.replace('/', '-')}-{key}.npz"
+    only = "" if splits == _SPLITS else "-" + "-".join(splits)
+    cache = cache_root / f"{name.replace('/', '-')}{only}-{key}.npz"
     classes = builder.info.features["label"].num_classes
     if cache.is_file():
         try:
@@ -184,7 +225,7 @@ def _cached_tfds(name: str, folder: Path) -> tuple[int, dict[str, np.ndarray]]:
                 return classes, dict(stored)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             print(f"the cache {cache} is damaged ({error}): reading {name} again", file=sys.stderr)
-    arrays = _read_tfds(builder, name)
+    arrays = _read_tfds(builder, name, splits)
     try:
         cache_root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_root) as scratch:
@@ -201,7 +242,7 @@ def _how_to_prepare(name: str) -> str:
     return f"prepare it with `{command}`, or name its folder"
 
 
-def _tfds_builder(name: str, folder: Path) -> Any:
+def _tfds_builder(name: str, folder: Path, splits: tuple[str, ...] = _SPLITS) -> Any:
     if not folder.is_dir():
         raise UsageError(f"the data folder {folder} does not exist; pass --data-dir, or use --dataset digits")
     try:
@@ -214,17 +255,18 @@ def _tfds_builder(name: str, folder: Path) -> Any:
     if not (Path(builder.data_path) / "dataset_info.json").is_file():
         raise UsageError(f"{name} is not prepared in {folder}; {_how_to_prepare(name)} with --data-dir")
     features: Any = builder.info.features
-    if features is None or not {"image", "label"} <= set(features) or not {"train", "test"} <= set(builder.info.splits):
-        raise UsageError(f"{name} is no image-classification set with train and test splits; use e.g. cifar10 or mnist")
+    if features is None or not {"image", "label"} <= set(features) or not set(splits) <= set(builder.info.splits):
+        with_splits = f" with {' and '.join(splits)} splits" if splits else ""
+        raise UsageError(f"{name} is no image-classification set{with_splits}; use e.g. cifar10 or mnist")
     if not hasattr(features["label"], "num_classes"):
         raise UsageError(f"the labels of {name} are no classes; use an image-classification set, e.g. cifar10 or mnist")
     return builder
 
 
-def _read_tfds(builder: Any, name: str) -> dict[str, np.ndarray]:
+def _read_tfds(builder: Any, name: str, splits: tuple[str, ...] = _SPLITS) -> dict[str, np.ndarray]:
     arrays, console = {}, Console()
     try:
-        for split in ("train", "test"):
+        for split in splits:
             source, images, labels = builder.as_data_source(split=split), [], []
             size = builder.info.splits[split].num_examples
             if len(source) != size:

@@ -82,7 +82,8 @@ class Loop:
             return self.loss(parameters, carry.state, data, batch, jax.random.fold_in(key, number))
 
         (loss, state), gradients = jax.value_and_grad(of, has_aux=True)(carry.parameters)
-        updates, opt_state = self.optimizer.update(gradients, carry.opt_state, carry.parameters)
+        optimizer = optax.with_extra_args_support(self.optimizer)  # one that asks for the state is given it
+        updates, opt_state = optimizer.update(gradients, carry.opt_state, carry.parameters, seen=state)
         updates = jax.tree.map(lambda update: lr * update, updates)
         return Carry(optax.apply_updates(carry.parameters, updates), state, opt_state), loss
 

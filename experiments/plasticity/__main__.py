@@ -2,6 +2,8 @@
 
     python -m experiments.plasticity
     python -m experiments.plasticity --methods relu lk_relu --streams random_labels --tasks 20 --seeds 1
+    python -m experiments.plasticity --protocol kumar        # the field's own problems: experiments/plasticity/kumar
+    python -m experiments.plasticity --protocol regression   # slowly changing: experiments/plasticity/regression.py
 
 Two streams of tasks (`experiments/engine/tasks.py`): `permuted` permutes the pixels anew for each task, `random_labels`
 draws the labels anew, to be memorised. A net of three hidden layers learns them with Adam at a constant rate; nothing
@@ -17,8 +19,9 @@ phenomenon in deep reinforcement learning, 2023; Abbas et al., Loss of plasticit
 learning, 2023.
 """
 
+import argparse
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from experiments.engine import data as data_lib
 from experiments.engine import tasks
@@ -26,8 +29,9 @@ from experiments.engine.checks import command_line, in_range, known
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
 from experiments.engine.study import open_record
-from experiments.plasticity import plots
+from experiments.plasticity import plots, regression
 from experiments.plasticity.continual import RATES, Plan, run_net
+from experiments.plasticity.kumar import command as kumar
 from experiments.plasticity.net import HIDDEN_LAYERS, METHODS, TAU, parameters, width_for
 
 UNITS = 64
@@ -44,6 +48,8 @@ _ROUNDS, _BATCH_SIZE = 2, 16
 class Settings:
     """Nets that learn one task after the other: do they go on learning."""
 
+    protocol: Literal["streams"] = "streams"
+    """streams: what this help is about. kumar, regression: other problems and options, see --protocol kumar --help."""
     dataset: str = "digits"
     """digits, which is embedded, or a prepared TensorFlow Datasets name such as cifar10."""
     streams: tuple[str, ...] = tuple(tasks.STREAMS)
@@ -78,6 +84,15 @@ def check(settings: Settings) -> Settings:
 
 
 def main() -> None:
+    """Run the protocol that --protocol names."""
+    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    asked.add_argument("--protocol", default="streams")
+    name = asked.parse_known_args()[0].protocol
+    (protocol,) = known("protocol", [name], PROTOCOLS)
+    PROTOCOLS[protocol]()
+
+
+def streams() -> None:
     """Run what is missing, then print the tables and draw the pictures."""
     settings = check(command_line(Settings, "python -m experiments.plasticity"))
     data, console = data_lib.load(settings.dataset, settings.data_dir), Console()
@@ -139,6 +154,9 @@ def _protocol(settings: Settings, data: data_lib.Dataset) -> dict[str, Any]:
         "rates": list(RATES),
         "tau": TAU,
     }
+
+
+PROTOCOLS = {"streams": streams, "kumar": kumar.main, "regression": regression.main}
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import functools
 import unittest
 
 import chex
@@ -10,8 +11,8 @@ import pytest
 from absl import flags
 from absl.testing import parameterized
 
-from linked_jax import ACTIVATION_NAMES, activation_arity, get_activation
-from linked_jax.activations import ACTIVATIONS, crelu, lk_relu, prelu
+from linked_jax import ACTIVATION_NAMES, activation_arity, get_activation, read_out
+from linked_jax.activations import ACTIVATIONS, crelu, lk_relu, prelu, smooth_leaky
 from linked_jax.linking import Link, linked
 from tests.cases import first_fast
 
@@ -236,3 +237,13 @@ def test_prelu_gradient_of_the_slopes():
     z = jnp.array([[-2.0, -0.5, 3.0], [1.0, -4.0, -1.0]])
     gradient = jax.grad(lambda slopes: prelu(z, slopes).sum())(jnp.full(3, 0.25))
     np.testing.assert_array_equal(gradient, np.minimum(z, 0).sum(0))
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.3, 0.7])
+def test_smooth_leaky_is_its_formula_and_its_mirror_reads_z_back(slope):
+    z = np.linspace(-30, 30, 61)
+    wanted = slope * z + (1 - slope) * z / (1 + np.exp(-5 * z))
+    np.testing.assert_allclose(smooth_leaky(jnp.float32(z), slope), wanted, atol=1e-5)
+    assert float(jax.grad(smooth_leaky)(0.0, slope)) == pytest.approx((1 + slope) / 2)
+    mirror = linked(functools.partial(smooth_leaky, negative_slope=slope))
+    np.testing.assert_allclose(read_out(mirror), [1 / (1 + slope), -1 / (1 + slope)], atol=1e-6)

@@ -362,3 +362,29 @@ def test_held_out_images_are_no_training_images():
     assert (len(part.test_labels), part.fingerprint) == (437, whole.fingerprint)
     assert "1,000 train and 437 held-out images" in str(part)
     assert "1,437" in usage_error(lambda: data.hold_out(whole, 1437), "--held-out")
+
+
+@pytest.mark.parametrize(
+    ("splits", "taken"), [({"train": 7, "test": 5}, "train"), ({"train": 7}, "train"), ({"test": 5}, "test")]
+)
+def test_a_half_is_the_training_split_or_the_one_that_is_there(splits, taken, tmp_path, own_cache, monkeypatch):
+    _, truth = prepare(tmp_path / "tfds", splits=splits)
+    half = data.load_half("tiny", str(tmp_path / "tfds"))
+    np.testing.assert_array_equal(half.images, truth[taken][0])
+    np.testing.assert_array_equal(half.labels, truth[taken][1])
+    assert (half.split, half.classes, str(half)) == (taken, 3, f"tiny's {taken} half, {splits[taken]} images")
+    monkeypatch.setattr(data, "_read_tfds", lambda *_: pytest.fail("read again"))
+    assert data.load_half("tiny", str(tmp_path / "tfds")).fingerprint == half.fingerprint
+    assert [path.suffix for path in own_cache.iterdir()] == [".npz"]
+
+
+def test_a_half_and_the_whole_set_have_caches_of_their_own(tmp_path, own_cache):
+    _, truth = prepare(tmp_path / "tfds")
+    data.load_half("tiny", str(tmp_path / "tfds"))
+    assert_equals(data.load("tiny", str(tmp_path / "tfds")), truth)
+    assert len(list(own_cache.iterdir())) == 2
+
+
+def test_a_set_with_neither_half_is_refused(tmp_path):
+    prepare(tmp_path / "tfds", splits={"validation": 4})
+    usage_error(lambda: data.load_half("tiny", str(tmp_path / "tfds")), "tiny", "with test splits")

@@ -1,0 +1,114 @@
+"""Continual backprop: at a low, steady rate the least useful units start anew."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from linked_jax.plasticity.l2_init import needs_params
+from linked_jax.plasticity.units import Draw, Units, check_paths, listed, outgoing_size, renew_if
+from linked_jax.revive.names import leaves_by_name
+
+
+class ContinualBackpropState(NamedTuple):
+    """Of each layer: utilities and ages of its units, and how much of a unit is due; the key; the optimiser's state."""
+
+    utility: tuple[Float[Array, "_"], ...]
+    age: tuple[Float[Array, "_"], ...]
+    due: tuple[Float[Array, ""], ...]
+    key: PRNGKeyArray
+    inner: Any
+
+
+def continual_backprop(
+    tx: optax.GradientTransformation, units: Sequence[Units], draw: Draw, *, key: PRNGKeyArray,
+    replacement_rate: float = 1e-4, maturity: int = 100, decay: float = 0.99,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
+    """An optimiser that also gives units of little use new weights.
+
+        u <- decay u + (1 - decay) |h| sum |outgoing weights|,      a <- a + 1
+        c <- c + replacement_rate * (number of units with a > maturity)
+        c >= 1:  the mature unit with the least u starts anew,      c <- c - 1
+
+    Of a unit that starts anew, incoming weights and bias are drawn, outgoing weights, u, a and all that the optimiser
+    holds of these weights become 0. So outputs change by what the unit gave. At most one unit of a layer a step.
+    A linked unit has one utility, over all its members.
+
+    Args:
+      tx: the optimiser, rate included.
+      units: the hidden layers.
+      draw: key -> parameters at a fresh start, of which the incoming weights are taken.
+      key: of the new weights; it is part of the state, see `shrink_and_perturb`.
+      replacement_rate: the share of the mature units that is replaced in a step.
+      maturity: steps before a unit may be replaced.
+      decay: of the running utility.
+
+    Returns:
+      An Optax transformation. Its update takes params, and magnitudes: mean |h| over the batch, positions and members,
+      (C,) for each layer of `units`.
+
+    Raises:
+      ValueError: if a number is out of its range; by init, if a path is not there; by update, if params or magnitudes
+        are missing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from linked_jax.plasticity import Units, continual_backprop
+      >>> draw = lambda key: {"a": {"kernel": jnp.ones((2, 3))}, "b": {"kernel": jnp.ones((3, 1))}}
+      >>> params = draw(None)
+      >>> options = {"replacement_rate": 0.5, "maturity": 0, "key": jax.random.key(0)}
+      >>> tx = continual_backprop(optax.sgd(0.1), [Units("a", "b")], draw, **options)
+      >>> zeros = jax.tree.map(jnp.zeros_like, params)
+      >>> updates, _ = tx.update(zeros, tx.init(params), params, magnitudes=[jnp.array([1.0, 0.1, 1.0])])
+      >>> optax.apply_updates(params, updates)["b"]["kernel"][:, 0].tolist()
+      [1.0, 0.0, 1.0]
+
+    Reference: Dohare et al., Loss of plasticity in deep continual learning, 2024, algorithm 1.
+    """
+    if not 0 <= replacement_rate <= 1:
+        raise ValueError(f"replacement_rate is from 0 to 1, got {replacement_rate}; the paper's is 1e-4")
+    if not maturity >= 0:
+        raise ValueError(f"maturity is at least 0 steps, got {maturity}; the paper's is 100 to 10,000")
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay is at least 0 and below 1, got {decay}; the paper's is 0.99")
+    inner_tx = optax.with_extra_args_support(tx)
+
+    def init(params: Any) -> ContinualBackpropState:
+        check_paths(params, units)
+        leaves = leaves_by_name(params)
+        zeros = tuple(jnp.zeros(leaves[layer.kernels[0]].shape[-1]) for layer in units)
+        return ContinualBackpropState(zeros, zeros, (jnp.zeros(()),) * len(units), key, tx.init(params))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, magnitudes: Any = None, **extra: Any
+    ) -> tuple[Any, ContinualBackpropState]:
+        needs_params(params, "continual_backprop")
+        leaves, (utility, age, due, chosen) = leaves_by_name(params), ([], [], [], [])
+        sizes = listed(magnitudes, units, "continual_backprop")
+        for i, (layer, size) in enumerate(zip(units, sizes, strict=True)):
+            contribution = size * outgoing_size(leaves[layer.kernels[1]], size.size)
+            u = decay * state.utility[i] + (1 - decay) * contribution
+            a = state.age[i] + 1
+            least, c = _least(u, a > maturity, state.due[i] + replacement_rate * (a > maturity).sum(dtype=u.dtype))
+            utility.append(jnp.where(least, 0, u))
+            age.append(jnp.where(least, 0, a))
+            due.append(c)
+            chosen.append(least)
+        step = inner_tx.update(updates, state.inner, params, **extra)
+        rest, now = jax.random.split(state.key)
+        steps, inner = renew_if(jnp.concatenate(chosen).any(), tx, step, params, lambda: draw(now), units, chosen)
+        return steps, ContinualBackpropState(tuple(utility), tuple(age), tuple(due), rest, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _least(
+    utility: Float[Array, " c"], mature: Bool[Array, " c"], due: Float[Array, ""]
+) -> tuple[Bool[Array, " c"], Float[Array, ""]]:
+    """The unit to be replaced, if one is due, and what is due afterwards."""
+    index = jnp.where(mature, utility, jnp.inf).argmin()
+    now = (due >= 1) & mature.any()
+    return now & (jnp.arange(utility.size) == index), due - now.astype(due.dtype)

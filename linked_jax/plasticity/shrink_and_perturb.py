@@ -1,0 +1,65 @@
+"""Shrink and perturb: after each step the parameters shrink, and get a little of a fresh start."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jaxtyping import PRNGKeyArray
+
+from linked_jax.plasticity.l2_init import needs_params
+
+
+class ShrinkAndPerturbState(NamedTuple):
+    """The key of the next perturbation."""
+
+    key: PRNGKeyArray
+
+
+def shrink_and_perturb(
+    shrink: float, perturb: float, draw: Callable[[PRNGKeyArray], Any], *, key: PRNGKeyArray
+) -> optax.GradientTransformation:
+    """Shrink the parameters after a step and add a perturbation; it stands last in a chain, after the rate.
+
+        theta' = (1 - shrink) (theta + u) + perturb * epsilon,   epsilon drawn as the parameters' start is
+
+    Args:
+      shrink: from 0 to 1. The original is once a task, with 0.5 to 0.9 kept; a step's is small, 1e-5 to 1e-2.
+      perturb: the scale of the perturbation, at least 0.
+      draw: key -> parameters at a fresh start, of the same structure.
+      key: of the perturbations. It is part of the state: `optax.tree_utils.tree_set(state, key=...)` gives a seed its
+        own.
+
+    Returns:
+      An Optax transformation; it needs params.
+
+    Raises:
+      ValueError: if a number is out of its range; by update, if params are missing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from linked_jax.plasticity import shrink_and_perturb
+      >>> draw = lambda key: {"w": jax.random.normal(key, (2,))}
+      >>> tx = optax.chain(optax.sgd(0.1), shrink_and_perturb(0.5, 0.0, draw, key=jax.random.key(0)))
+      >>> params = {"w": jnp.array([1.0, 2.0])}
+      >>> updates, _ = tx.update({"w": jnp.zeros(2)}, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["w"].tolist()
+      [0.5, 1.0]
+
+    Reference: Ash and Adams, On warm-starting neural network training, 2020; at each step and with the start's own
+    distribution as Kumar et al. 2023 have it.
+    """
+    if not 0 <= shrink <= 1:
+        raise ValueError(f"shrink is from 0 to 1, got {shrink}; 1e-4 is what Kumar et al. chose for random labels")
+    if not perturb >= 0:
+        raise ValueError(f"perturb is at least 0, got {perturb}; 1e-2 is what Kumar et al. chose for random labels")
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ShrinkAndPerturbState]:
+        needs_params(params, "shrink_and_perturb")
+        key, now = jax.random.split(state.key)
+        moved = jax.tree.map(
+            lambda u, p, fresh: (1 - shrink) * u - shrink * p + perturb * fresh, updates, params, draw(now)
+        )
+        return moved, ShrinkAndPerturbState(key)
+
+    return optax.GradientTransformation(lambda params: ShrinkAndPerturbState(key), update)

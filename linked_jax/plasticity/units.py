@@ -1,0 +1,140 @@
+"""Hidden units, where their weights are in a tree of parameters, and how they start anew."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+from linked_jax.revive.names import Names, leaf_names, leaves_by_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """A hidden layer of C units of d members, by the paths of the layers on both sides.
+
+    Outgoing kernels have their rows in the order (d, positions, C), as a blocked link followed by a flatten with
+    members outermost gives them; positions are those of a flatten, else 1. A window of a convolution is in front.
+
+    Args:
+      incoming: the path of the layer whose outputs are the pre-activations, such as "layers/0"; its kernel has C
+        columns, its bias C entries.
+      outgoing: the path of the next layer.
+
+    Example:
+      >>> from linked_jax.plasticity import Units
+      >>> Units("layers/0", "layers/1").kernels
+      (('layers', '0', 'kernel'), ('layers', '1', 'kernel'))
+    """
+
+    incoming: str
+    outgoing: str
+
+    @property
+    def kernels(self) -> tuple[Names, Names]:
+        """The names of both kernels."""
+        return (*self.incoming.split("/"), "kernel"), (*self.outgoing.split("/"), "kernel")
+
+    @property
+    def bias(self) -> Names:
+        """The name of the incoming bias."""
+        return (*self.incoming.split("/"), "bias")
+
+
+def outgoing_size(kernel: Float[Array, "*window rows c_out"], units: int) -> Float[Array, " c"]:
+    """The sum of |outgoing weights| of each unit, over members, positions and the window."""
+    return jnp.abs(kernel).sum(axis=-1).reshape(-1, units).sum(axis=0)
+
+
+def check_paths(params: Any, units: Sequence[Units]) -> None:
+    """Refuse paths that are not there.
+
+    Raises:
+      ValueError: with the kernels that there are.
+    """
+    leaves = leaves_by_name(params)
+    for layer in units:
+        for name in layer.kernels:
+            if name not in leaves:
+                there = ", ".join("/".join(n[:-1]) for n in leaves if n[-1] == "kernel")
+                raise ValueError(f"there is no kernel at {'/'.join(name[:-1])!r}; there are: {there or 'none'}")
+        columns, rows = (leaves[name].shape[axis] for name, axis in zip(layer.kernels, (-1, -2), strict=True))
+        if rows % columns:
+            raise ValueError(
+                f"{layer.outgoing!r} has {rows} rows, no multiple of the {columns} units of the layer before"
+            )
+
+
+def renewed(params: Any, fresh: Any, units: Sequence[Units], chosen: Sequence[Bool[Array, "_"]]) -> tuple[Any, Any]:
+    """The parameters with new weights for the chosen units, and where they changed.
+
+        incoming weights and bias as drawn anew, outgoing weights 0
+
+    Returns:
+      The parameters, and a tree like them of booleans.
+    """
+    places: dict[Names, Array] = {}
+    leaves = leaves_by_name(params)
+    drawn: dict[Names, Array] = {}
+    for layer, mask in zip(units, chosen, strict=True):
+        before, after = layer.kernels
+        for name in (before, layer.bias):
+            if name in leaves:
+                drawn[name] = jnp.broadcast_to(mask, leaves[name].shape)
+        rows = jnp.tile(mask, leaves[after].shape[-2] // mask.size)[:, None]
+        places[after] = jnp.broadcast_to(rows, leaves[after].shape)
+    no = jnp.zeros((), bool)
+
+    def new(path: Any, p: Array, start: Array) -> Array:
+        name = leaf_names(path)
+        p = jnp.where(drawn.get(name, no), start, p)  # a layer's own weights first, then what its inputs have there
+        return jnp.where(places.get(name, no), 0, p).astype(p.dtype)
+
+    def changed(path: Any, p: Array) -> Array:
+        name = leaf_names(path)
+        return jnp.broadcast_to(drawn.get(name, no) | places.get(name, no), p.shape)
+
+    at = jax.tree_util.tree_map_with_path
+    return at(new, params, fresh), at(changed, params)
+
+
+def without_past(tx: optax.GradientTransformation, state: Any, where: Any) -> Any:
+    """The optimiser's state with 0 at these places of all that it holds of each parameter, such as Adam's moments."""
+    return optax.tree_utils.tree_map_params(tx, lambda s, here: jnp.where(here, 0, s).astype(s.dtype), state, where)
+
+
+def renew_if(
+    due: Bool[Array, ""], tx: optax.GradientTransformation, step: tuple[Any, Any], params: Any,
+    fresh: Callable[[], Any], units: Sequence[Units], chosen: Sequence[Bool[Array, "_"]],
+) -> tuple[Any, Any]:  # fmt: skip
+    """An optimiser's updates and its state, such that after them the chosen units have started anew, if it is due."""
+    updates, state = step
+
+    def replaced() -> tuple[Any, Any]:
+        new, where = renewed(optax.apply_updates(params, updates), fresh(), units, chosen)
+        return jax.tree.map(jnp.subtract, new, params), without_past(tx, state, where)
+
+    return jax.lax.cond(due, replaced, lambda: (updates, state))
+
+
+Draw = Callable[[Array], Any]
+"""key -> parameters at a fresh start."""
+Magnitudes = Sequence[Float[ArrayLike, "_"]] | Mapping[Any, Float[ArrayLike, "_"]]
+
+
+def listed(magnitudes: Magnitudes | None, units: Sequence[Units], name: str) -> list[Float[Array, "_"]]:
+    """The magnitudes of each layer, in order.
+
+    Raises:
+      ValueError: if there are not as many as layers of units.
+    """
+    found = [jnp.asarray(leaf) for leaf in jax.tree.leaves(magnitudes)]
+    if len(found) != len(units):
+        raise ValueError(
+            f"{name} needs mean |h| of the units of {len(units)} layers, got {len(found)}; call update(grads, state, "
+            "params, magnitudes=[...])"
+        )
+    return found

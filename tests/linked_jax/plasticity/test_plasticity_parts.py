@@ -1,0 +1,266 @@
+"""Parts that keep nets learning, against NumPy: what they add, whom they replace, what they forget."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from linked_jax import lk_relu
+from linked_jax.plasticity import Units, continual_backprop, l2_init, recycle_dormant, shrink_and_perturb
+
+KEY = jax.random.key(0)
+UNITS = [Units("a", "b"), Units("b", "c")]
+SHAPES = {"a": (3, 4), "b": (2 * 4, 5), "c": (2 * 3 * 5, 2)}
+"""Links of two members; 3 positions are flattened before the last layer."""
+
+
+def draw(key):
+    keys = jax.random.split(key, len(SHAPES))
+    return {
+        name: {"kernel": jax.random.normal(k, shape), "bias": jax.random.normal(jax.random.fold_in(k, 1), shape[-1:])}
+        for k, (name, shape) in zip(keys, SHAPES.items(), strict=True)
+    }
+
+
+def gradients(number):
+    return draw(jax.random.key(100 + number))
+
+
+def magnitudes(number):
+    rng = np.random.default_rng(number)
+    return [rng.uniform(size=4).astype(np.float32), rng.uniform(size=5).astype(np.float32)]
+
+
+def run(tx, steps, **more):
+    params = draw(KEY)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(g, state, params, extra):
+        updates, state = tx.update(g, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    for number in range(steps):
+        params, state = step(gradients(number), state, params, {name: value(number) for name, value in more.items()})
+    return params, state
+
+
+def numpy(tree):
+    return jax.tree.map(lambda leaf: np.array(leaf, np.float64), tree)
+
+
+def close(found, wanted):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, wanted)
+
+
+# --- L2 Init --------------------------------------------------------------------------------------------------------
+
+
+def test_l2_init_is_the_gradient_of_its_penalty():
+    start, params = draw(KEY), draw(jax.random.key(1))
+    tx = l2_init(0.3)
+    added, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(start), params)
+
+    def penalty(params):
+        return 0.3 * sum(jnp.sum((p - s) ** 2) for p, s in zip(*map(jax.tree.leaves, (params, start)), strict=True))
+
+    close(added, jax.grad(penalty)(params))
+
+
+def test_l2_init_with_descent_is_what_numpy_computes():
+    params, _ = run(optax.chain(l2_init(0.3), optax.sgd(0.1)), 4)
+    start = wanted = numpy(draw(KEY))
+    for number in range(4):
+        wanted = jax.tree.map(
+            lambda p, g, s: p - 0.1 * (g + 2 * 0.3 * (p - s)), wanted, numpy(gradients(number)), start
+        )
+    close(params, wanted)
+
+
+# --- shrink and perturb ---------------------------------------------------------------------------------------------
+
+
+def test_shrink_and_perturb_is_what_numpy_computes():
+    tx = optax.chain(optax.sgd(0.1), shrink_and_perturb(0.2, 0.5, draw, key=KEY))
+    params, _ = run(tx, 3)
+    wanted, key = numpy(draw(KEY)), KEY
+    for number in range(3):
+        key, now = jax.random.split(key)
+        step = lambda p, g, e: 0.8 * (p - 0.1 * g) + 0.5 * e  # noqa: E731
+        wanted = jax.tree.map(step, wanted, numpy(gradients(number)), numpy(draw(now)))
+    close(params, wanted)
+
+
+def test_a_seed_has_its_own_perturbations_by_the_key_in_the_state():
+    tx = shrink_and_perturb(0.0, 1.0, draw, key=KEY)
+    params, zeros = draw(KEY), jax.tree.map(jnp.zeros_like, draw(KEY))
+    states = [optax.tree_utils.tree_set(tx.init(params), key=jax.random.key(seed)) for seed in (1, 2)]
+    first, second = (tx.update(zeros, state, params)[0]["a"]["kernel"] for state in states)
+    assert (first != second).all()
+
+
+# --- units that start anew --------------------------------------------------------------------------------------------
+
+
+def rows_of(kernel, unit, units):
+    """The rows of a unit's outgoing weights, in NumPy's own words: (members * positions, units) flattened."""
+    return [row for row in range(kernel.shape[0]) if row % units == unit]
+
+
+def renew(params, moments, fresh, chosen):
+    """Layers in order: incoming weights of all first, then outgoing ones; a weight's moments go wherever it changes."""
+    for name, unit in chosen:
+        for leaf in ("kernel", "bias"):
+            params[name][leaf][..., unit] = fresh[name][leaf][..., unit]
+            for moment in moments:
+                moment[name][leaf][..., unit] = 0
+    for name, unit in chosen:
+        after = {"a": "b", "b": "c"}[name]
+        rows = rows_of(params[after]["kernel"], unit, params[name]["bias"].size)
+        for tree in (params, *moments):
+            tree[after]["kernel"][rows] = 0
+
+
+def adam(params, moments, g, count, rate=0.01):
+    m, v = moments
+    for name, leaves in params.items():
+        for leaf in leaves:
+            m[name][leaf] = 0.9 * m[name][leaf] + 0.1 * g[name][leaf]
+            v[name][leaf] = 0.999 * v[name][leaf] + 0.001 * g[name][leaf] ** 2
+            m_hat, v_hat = m[name][leaf] / (1 - 0.9**count), v[name][leaf] / (1 - 0.999**count)
+            params[name][leaf] = leaves[leaf] - rate * m_hat / (np.sqrt(v_hat) + 1e-8)
+
+
+def zeros_like(params):
+    return jax.tree.map(np.zeros_like, params)
+
+
+def test_continual_backprop_is_what_numpy_computes():
+    rate, maturity, decay, steps = 0.06, 5, 0.9, 40
+    tx = continual_backprop(
+        optax.adam(0.01), UNITS, draw, key=KEY, replacement_rate=rate, maturity=maturity, decay=decay
+    )
+    params, state = run(tx, steps, magnitudes=magnitudes)
+
+    wanted, key, replaced = numpy(draw(KEY)), KEY, 0
+    moments = zeros_like(wanted), zeros_like(wanted)
+    utility, age, due = [np.zeros(4), np.zeros(5)], [np.zeros(4), np.zeros(5)], [0.0, 0.0]
+    for number in range(steps):
+        chosen = []
+        for i, (name, after) in enumerate((("a", "b"), ("b", "c"))):
+            kernel = wanted[after]["kernel"]
+            for unit in range(age[i].size):
+                size = np.abs(kernel[rows_of(kernel, unit, age[i].size)]).sum()
+                utility[i][unit] = decay * utility[i][unit] + (1 - decay) * magnitudes(number)[i][unit] * size
+            age[i] += 1
+            mature = np.flatnonzero(age[i] > maturity)
+            due[i] += rate * len(mature)
+            if due[i] >= 1 and len(mature):
+                unit = mature[utility[i][mature].argmin()]
+                chosen.append((name, unit))
+                utility[i][unit] = age[i][unit] = 0
+                due[i] -= 1
+        key, now = jax.random.split(key)
+        adam(wanted, moments, numpy(gradients(number)), number + 1)
+        renew(wanted, moments, numpy(draw(now)), chosen)
+        replaced += len(chosen)
+    assert replaced > 8
+    close(params, wanted)
+    close(list(state.utility), utility)
+    close(list(state.age), age)
+
+
+def test_recycling_is_what_numpy_computes():
+    few = [np.array([0.001, 1, 1, 2], np.float32), np.array([1, 1, 0, 0.05, 1], np.float32)]
+    tx = recycle_dormant(optax.adam(0.01), UNITS, draw, key=KEY, period=3, tau=0.1)
+    params, _ = run(tx, 7, magnitudes=lambda _: few)
+    wanted, key = numpy(draw(KEY)), KEY
+    moments = zeros_like(wanted), zeros_like(wanted)
+    for number in range(7):
+        key, now = jax.random.split(key)
+        adam(wanted, moments, numpy(gradients(number)), number + 1)
+        if number in (2, 5):
+            renew(wanted, moments, numpy(draw(now)), [("a", 0), ("b", 2), ("b", 3)])
+    close(params, wanted)
+
+
+def test_outputs_change_by_what_the_unit_gave_and_a_new_unit_learns():
+    rngs = nnx.Rngs(0)
+    net = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), lk_relu, nnx.Linear(8, 2, rngs=rngs))
+    graph, params = nnx.split(net, nnx.Param)
+    fresh = nnx.state(nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), lk_relu, nnx.Linear(8, 2, rngs=rngs)), nnx.Param)
+    tx = continual_backprop(
+        optax.adam(0.1), [Units("layers/0", "layers/2")], lambda _: fresh, key=KEY, replacement_rate=1.0, maturity=0
+    )
+    x, state = jax.random.normal(KEY, (6, 3)), tx.init(params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, state = tx.update(zeros, state, params, magnitudes=[jnp.array([1.0, 1.0, 0.0, 1.0])])
+    new = optax.apply_updates(params, updates)
+    h = np.array(lk_relu(net.layers[0](x)))
+    h[:, [2, 6]] = 0
+    np.testing.assert_allclose(nnx.merge(graph, new)(x), net.layers[2](jnp.asarray(h)), atol=1e-6)
+    gradient = jax.grad(lambda p: (nnx.merge(graph, p)(x) ** 2).sum())(new)
+    moved, _ = optax.adam(0.1).update(gradient, optax.adam(0.1).init(new))
+    assert (jnp.abs(moved["layers"][2]["kernel"][...][jnp.array([2, 6])]) > 0.01).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [continual_backprop, recycle_dormant])
+def test_seeds_at_once_are_what_each_is_alone(make):
+    options = {"period": 2, "tau": 0.5} if make is recycle_dormant else {"replacement_rate": 0.3, "maturity": 1}
+    tx = make(optax.adam(0.01), UNITS, draw, key=KEY, **options)
+
+    def learn(key):
+        def step(carry, number):
+            params, state = carry
+            sizes = [jax.random.uniform(jax.random.fold_in(key, number), (n,)) for n in (4, 5)]
+            updates, state = tx.update(draw(jax.random.fold_in(key, number)), state, params, magnitudes=sizes)
+            return (optax.apply_updates(params, updates), state), None
+
+        start = draw(KEY), optax.tree_utils.tree_set(tx.init(draw(KEY)), key=key)
+        return jax.lax.scan(step, start, jnp.arange(12))[0][0]
+
+    keys = jax.random.split(KEY, 3)
+    together = jax.jit(jax.vmap(learn))(keys)
+    for place, key in enumerate(keys):
+        close(jax.tree.map(lambda leaf, place=place: leaf[place], together), jax.jit(learn)(key))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: l2_init(-1.0), "at least 0, got -1"),
+        (lambda: l2_init(float("nan")), "at least 0, got nan"),
+        (lambda: shrink_and_perturb(1.5, 0.0, draw, key=KEY), "shrink is from 0 to 1, got 1.5"),
+        (lambda: shrink_and_perturb(0.5, -1.0, draw, key=KEY), "perturb is at least 0"),
+        (lambda: continual_backprop(optax.sgd(1.0), UNITS, draw, key=KEY, replacement_rate=2.0), "from 0 to 1, got 2"),
+        (lambda: continual_backprop(optax.sgd(1.0), UNITS, draw, key=KEY, maturity=-1), "at least 0 steps"),
+        (lambda: continual_backprop(optax.sgd(1.0), UNITS, draw, key=KEY, decay=1.0), "below 1, got 1.0"),
+        (lambda: recycle_dormant(optax.sgd(1.0), UNITS, draw, key=KEY, period=0), "at least 1 step, got 0"),
+        (lambda: recycle_dormant(optax.sgd(1.0), UNITS, draw, key=KEY, period=1, tau=-1.0), "tau is at least 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_what_is_missing_is_named():
+    params = draw(KEY)
+    for tx in (l2_init(0.1), shrink_and_perturb(0.1, 0.1, draw, key=KEY)):
+        with pytest.raises(ValueError, match="got params=None"):
+            tx.update(params, tx.init(params))
+    wrong = continual_backprop(optax.sgd(1.0), [Units("a", "z")], draw, key=KEY)
+    with pytest.raises(ValueError, match="no kernel at 'z'; there are: a, b, c"):
+        wrong.init(params)
+    uneven = continual_backprop(optax.sgd(1.0), [Units("b", "a")], draw, key=KEY)
+    with pytest.raises(ValueError, match="'a' has 3 rows, no multiple of the 5 units"):
+        uneven.init(params)
+    tx = recycle_dormant(optax.sgd(1.0), UNITS, draw, key=KEY, period=1)
+    with pytest.raises(ValueError, match="units of 2 layers, got 0"):
+        tx.update(params, tx.init(params), params)
