@@ -15,8 +15,9 @@ data are prepared once, or pass --text.
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
+
+import jax
 
 from experiments.charlm import data as text_data
 from experiments.charlm.net import BLOCK, HEADS, ROWS, WIDTH
@@ -84,11 +85,15 @@ class Study:
         keys = [{"kind": "net", "row": row, "depth": depth} for row in self.settings.rows]
         steps = self.settings.time_steps
         with self.console.progress(f"timing depth {depth}", steps) as advance:
-            make = lambda missing: self.work.costs([(keys[i]["row"], depth) for i in missing], steps, advance)
+
+            def make(missing: list[int]) -> list[dict[str, Any]]:
+                return self.work.costs([(self.settings.rows[i], depth) for i in missing], steps, advance)
+
             self.record.once_each(keys, make)
+        jax.clear_caches()
 
     def runs(self, depth: int) -> None:
-        """All rates of all rows with seed 0, then seed after seed, then at ten times the rate: a cut leaves all rows."""
+        """All rates of all rows with seed 0, then seed after seed, then ten times the rate: a cut leaves all rows."""
         rows, seeds, tenfold = self.settings.rows, self.settings.seeds, self.settings.tenfold_seeds
         for row in rows:
             for rate in self.settings.rates:
@@ -125,7 +130,9 @@ def main() -> None:
             study.costs(depth)
             study.runs(depth)
     for depth in settings.depths:
-        console.table(f"depth {depth}: validation loss, mean ± standard deviation over seeds", table(depth, record.lines))
+        console.table(
+            f"depth {depth}: validation loss, mean ± standard deviation over seeds", table(depth, record.lines)
+        )
     (record.folder / "table.md").write_text(markdown(record.config, record.lines), encoding="utf-8")
     console.say(f"record   {record.folder}\npicture  {picture(record.lines, record.folder / 'charlm.png')}")
 

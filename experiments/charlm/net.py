@@ -1,151 +1,220 @@
-"""nanoGPT's transformer without biases, with any norm or none, and its MLP behind any link."""
+"""nanoGPT's transformer without biases, with any norm or none, and its MLP behind any link.
+
+    x <- s (E[character] + P[place])
+    x <- x + attention(norm(x)),   x <- x + K' f(K norm(x))      a block
+    logits = norm(x) E^T
+
+Kernels and embeddings start as nanoGPT's: N(0, 0.02^2), the last kernel of a branch N(0, 0.02^2 / (2 depth)). What
+takes the place of normalisation is two things, no more. The embeddings are multiplied by one learned scalar s that
+starts where a norm would put them, at a mean square of 1, s = 1 / (0.02 sqrt(2)); DyT's authors do the same, with
+s = sqrt(width). And the last kernel of a linked MLP starts as `looks_linear`, so that the MLP is linear at the start.
+Attention is as it was.
+"""
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from linked_jax import LinkedLinear, Link, gelu, lk_gelu, lk_relu, looks_linear
+from linked_jax import Link, LinkedLinear, default_kernel_init, gelu, lk_gelu, lk_relu
+from linked_jax.initializers import Initializer
 
 WIDTH, HEADS, BLOCK = 128, 4, 64
-STD = 0.02
+STD = 0.02  # of kernels and embeddings at the start: GPT-2's
+_EPSILON = 1e-5  # of the norms: PyTorch's
+_UNIT = 1 / (STD * math.sqrt(2))  # times the sum of two embeddings: a mean square of 1
+Norm = Callable[[nnx.Rngs], Callable[[Array], Array]]
+
+
+class Scale(nnx.Module):
+    """x -> s x, s one learned scalar."""
+
+    def __init__(self, value: float):
+        self.s = nnx.Param(jnp.asarray(value, jnp.float32))
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """An array like x."""
+        return self.s[...] * x
+
+
+class DynamicTanh(nnx.Module):
+    """gamma tanh(alpha x) + beta, alpha one learned scalar (DyT).
+
+    Reference: Zhu et al., Transformers without normalization, 2025.
+    """
+
+    def __init__(self):
+        self.alpha = nnx.Param(jnp.float32(0.5))
+        self.gamma, self.beta = nnx.Param(jnp.ones(WIDTH)), nnx.Param(jnp.zeros(WIDTH))
+
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+        """An array like x."""
+        return self.gamma[...] * jnp.tanh(self.alpha[...] * x) + self.beta[...]
+
+
+class DynamicErf(DynamicTanh):
+    """gamma erf(alpha x + s) + beta, alpha and s learned scalars (Derf).
+
+    Reference: Chen et al., Stronger normalization-free transformers, 2025.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.s = nnx.Param(jnp.float32(0.0))
+
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+        """An array like x."""
+        return self.gamma[...] * jax.scipy.special.erf(self.alpha[...] * x + self.s[...]) + self.beta[...]
+
+
+def no_norm(_rngs: nnx.Rngs) -> Callable[[Array], Array]:
+    """Nothing in the place of a norm."""
+    return _same
+
+
+def _same(x: Array) -> Array:
+    return x
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
+    """A row of the table.
+
+    Attributes:
+      says: what it is, for the table.
+      link: of the MLPs. A link of two members has narrower MLPs, so that all rows have as many parameters.
+      norm: rngs -> what stands in the place of a norm.
+      scale: multiplies the embeddings at the start, and is learned; None for no such scalar.
+      out_init: link, deviation -> how the last kernel of an MLP starts.
+    """
+
     says: str
     link: Link = gelu
-    norm: Any = None
-    emb_std: float = STD
-    emb_scale: float = 1.0
-    emb_learned: bool = False
-    branch: float = 1.0  # x 1/sqrt(2L)^power
-    branch_power: float = 0.0
-    branch_learned: str = ""  # "", "scalar", "vector"
-    out_init: str = "gpt"  # gpt, zero, lecun, full
-    mlp_out: str = "gpt"  # gpt, zero, ll
-    mlp_scale: float = 1.0
-    in_std: float = STD
-    gain: str = ""  # "", "vector", "scalar"
-    head_scale: float = 1.0
-    qk: str = ""
+    norm: Norm = no_norm
+    scale: float | None = None
+    out_init: Callable[[Link, float], Initializer] = lambda _link, deviation: nnx.initializers.normal(deviation)
+
+    @property
+    def hidden(self) -> int:
+        """Pre-activations of an MLP: 4 WIDTH, as GPT-2, for a link of one member."""
+        return round(8 * WIDTH / (1 + self.link.arity))
 
 
-def make_norm(row, rngs):
-    if row.norm == "layer":
-        return nnx.LayerNorm(WIDTH, use_bias=False, epsilon=1e-5, rngs=rngs)
-    if row.norm == "rms":
-        return nnx.RMSNorm(WIDTH, epsilon=1e-5, rngs=rngs)
-    if row.norm == "dyt":
-        return Dynamic(jnp.tanh, row)
-    if row.norm == "derf":
-        return Dynamic(jax.scipy.special.erf, row)
-    if row.gain:
-        return Gain(row.gain)
-    return lambda x: x
+def _linear(link: Link, _deviation: float) -> Initializer:
+    return default_kernel_init(link)
 
 
 ROWS = {
-    "layer_norm": Row("layer normalisation", norm="layer"),
-    "rms_norm": Row("RMS normalisation", norm="rms"),
-    "dyt": Row("DyT", norm="dyt", emb_scale=128**0.5, emb_learned=True),
-    "derf": Row("Derf", norm="derf", emb_scale=128**0.5, emb_learned=True),
-    "gelu": Row("no norm, nanoGPT's start", emb_scale=128**0.5, emb_learned=True),
-    "lk_gelu": Row("no norm", link=lk_gelu, emb_scale=128**0.5, emb_learned=True, mlp_out="ll", branch_power=0.5),
-    "lk_relu": Row("no norm", link=lk_relu, emb_scale=128**0.5, emb_learned=True, mlp_out="ll", branch_power=0.5),
+    "layer_norm": Row(
+        "layer normalisation, gelu: nanoGPT",
+        norm=lambda rngs: nnx.LayerNorm(WIDTH, use_bias=False, epsilon=_EPSILON, rngs=rngs),
+    ),
+    "rms_norm": Row("RMS normalisation, gelu", norm=lambda rngs: nnx.RMSNorm(WIDTH, epsilon=_EPSILON, rngs=rngs)),
+    "dyt": Row(
+        "DyT, gelu; embeddings times a learned scalar, sqrt(width) at the start",
+        norm=lambda _rngs: DynamicTanh(),
+        scale=math.sqrt(WIDTH),
+    ),
+    "derf": Row("Derf, gelu; else as dyt", norm=lambda _rngs: DynamicErf(), scale=math.sqrt(WIDTH)),
+    "gelu": Row("no norm, gelu, nothing else changed"),
+    "gelu_scaled": Row("no norm, gelu; embeddings times a learned scalar, to a mean square of 1", scale=_UNIT),
+    "lk_gelu": Row(
+        "no norm, linked gelu; the scalar, and MLPs that start linear", lk_gelu, scale=_UNIT, out_init=_linear
+    ),
+    "lk_relu": Row(
+        "no norm, linked relu; the scalar, and MLPs that start linear", lk_relu, scale=_UNIT, out_init=_linear
+    ),
 }
 
 
-class Gain(nnx.Module):
-    def __init__(self, kind, value=1.0):
-        self.g = nnx.Param(jnp.full((WIDTH,) if kind == "vector" else (), value))
-
-    def __call__(self, x):
-        return x * self.g[...]
-
-
-class Dynamic(nnx.Module):
-    def __init__(self, f, row):
-        self.f = f
-        self.alpha = nnx.Param(jnp.array(getattr(row, "alpha", 0.5)))
-        self.shift = nnx.Param(jnp.array(0.0)) if f is not jnp.tanh else None
-        self.gamma = nnx.Param(jnp.ones(WIDTH))
-        self.beta = nnx.Param(jnp.zeros(WIDTH))
-
-    def __call__(self, x):
-        z = self.alpha[...] * x
-        if self.shift is not None:
-            z = z + self.shift[...]
-        return self.gamma[...] * self.f(z) + self.beta[...]
-
-
-def normal(std):
-    return nnx.initializers.normal(std)
-
-
 class Attention(nnx.Module):
-    def __init__(self, row, out_std, rngs):
-        self.qkv = nnx.Linear(WIDTH, 3 * WIDTH, use_bias=False, kernel_init=normal(row.in_std), rngs=rngs)
-        out = nnx.initializers.zeros if row.out_init == "zero" else normal(out_std)
-        self.out = nnx.Linear(WIDTH, WIDTH, use_bias=False, kernel_init=out, rngs=rngs)
+    """Causal self-attention of `HEADS` heads.
 
-    def __call__(self, x):
-        n, t, _ = x.shape
-        q, k, v = jnp.split(self.qkv(x).reshape(n, t, 3 * HEADS, -1), 3, axis=2)
-        return self.out(jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(n, t, WIDTH))
+    Args:
+      deviation: of the last kernel at the start.
+      rngs: Flax random streams.
+    """
+
+    def __init__(self, deviation: float, *, rngs: nnx.Rngs):
+        self.qkv = _kernel(WIDTH, 3 * WIDTH, STD, rngs)
+        self.out = _kernel(WIDTH, WIDTH, deviation, rngs)
+
+    def __call__(self, x: Float[Array, "n t c"]) -> Float[Array, "n t c"]:
+        """softmax(Q K^T / sqrt(C / HEADS)) V, of the places up to each."""
+        heads = self.qkv(x).reshape(*x.shape[:2], 3 * HEADS, -1)
+        q, k, v = jnp.split(heads, 3, axis=2)
+        return self.out(jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape))
 
 
 class MLP(nnx.Module):
-    def __init__(self, row, out_std, rngs):
-        hidden = round(8 * WIDTH / (1 + row.link.arity))
-        self.wide = nnx.Linear(WIDTH, hidden, use_bias=False, kernel_init=normal(row.in_std), rngs=rngs)
-        if row.mlp_out == "gpt":
-            init = normal(out_std)
-        elif row.mlp_out == "zero":
-            init = nnx.initializers.zeros
-        else:
-            ll = looks_linear(row.link)
-            init = lambda *a: row.mlp_scale * ll(*a)
-        self.out = LinkedLinear(hidden, WIDTH, link=row.link, use_bias=False, kernel_init=init, rngs=rngs)
+    """x -> K' f(K x), of a row's link f.
 
-    def __call__(self, x):
+    Args:
+      row: with the link, and how K' starts.
+      deviation: of K', where it starts as GPT-2's.
+      rngs: Flax random streams.
+    """
+
+    def __init__(self, row: Row, deviation: float, *, rngs: nnx.Rngs):
+        init = row.out_init(row.link, deviation)
+        self.wide = _kernel(WIDTH, row.hidden, STD, rngs)
+        self.out = LinkedLinear(row.hidden, WIDTH, link=row.link, use_bias=False, kernel_init=init, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "n t c"]) -> Float[Array, "n t c"]:
+        """An array like x."""
         return self.out(self.wide(x))
 
 
 class Block(nnx.Module):
-    def __init__(self, row, depth, rngs):
-        s = (2 * depth) ** -0.5
-        out_std = s * STD if row.out_init == "gpt" else row.in_std
-        self.norm_a, self.norm_m = make_norm(row, rngs), make_norm(row, rngs)
-        self.attention, self.mlp = Attention(row, out_std, rngs), MLP(row, out_std, rngs)
-        self.scale = row.branch * (2 * depth) ** -row.branch_power
-        if row.branch_learned:
-            self.sa, self.sm = Gain(row.branch_learned, self.scale), Gain(row.branch_learned, self.scale)
-            self.scale = 1.0
-        else:
-            self.sa = self.sm = lambda x: x
+    """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    def __call__(self, x):
-        x = x + self.scale * self.sa(self.attention(self.norm_a(x)))
-        return x + self.scale * self.sm(self.mlp(self.norm_m(x)))
+    Args:
+      row: of `ROWS`.
+      depth: of the whole net, in blocks.
+      rngs: Flax random streams.
+    """
+
+    def __init__(self, row: Row, depth: int, *, rngs: nnx.Rngs):
+        deviation = STD / math.sqrt(2 * depth)
+        self.norms = nnx.List([row.norm(rngs), row.norm(rngs)])
+        self.attention, self.mlp = Attention(deviation, rngs=rngs), MLP(row, deviation, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "n t c"]) -> Float[Array, "n t c"]:
+        """An array like x."""
+        x = x + self.attention(self.norms[0](x))
+        return x + self.mlp(self.norms[1](x))
 
 
 class CharTransformer(nnx.Module):
-    def __init__(self, row, depth, vocabulary, *, rngs):
-        init = normal(row.emb_std)
+    """Codes of characters -> logits of the next one, at each place.
+
+    Args:
+      row: of `ROWS`.
+      depth: in blocks.
+      vocabulary: how many characters there are.
+      rngs: Flax random streams.
+    """
+
+    def __init__(self, row: Row, depth: int, vocabulary: int, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(STD)
         self.tokens = nnx.Embed(vocabulary, WIDTH, embedding_init=init, rngs=rngs)
         self.places = nnx.Embed(BLOCK, WIDTH, embedding_init=init, rngs=rngs)
-        self.emb = Gain("scalar", row.emb_scale) if row.emb_learned else (lambda x, s=row.emb_scale: s * x)
-        self.blocks = nnx.List([Block(row, depth, rngs) for _ in range(depth)])
-        self.norm = make_norm(row, rngs)
-        self.head_scale = row.head_scale
+        self.scale = _same if row.scale is None else Scale(row.scale)
+        self.blocks = nnx.List([Block(row, depth, rngs=rngs) for _ in range(depth)])
+        self.norm = row.norm(rngs)
 
     def __call__(self, codes: Int[Array, "n t"]) -> Float[Array, "n t v"]:
-        x = self.emb(self.tokens(codes) + self.places(jnp.arange(codes.shape[1])))
+        """The logits; those of a place are made from the characters up to it."""
+        x = self.scale(self.tokens(codes) + self.places(jnp.arange(codes.shape[1])))
         for block in self.blocks:
             x = block(x)
-        return self.head_scale * self.tokens.attend(self.norm(x))
+        return self.tokens.attend(self.norm(x))
+
+
+def _kernel(in_features: int, out_features: int, deviation: float, rngs: nnx.Rngs) -> nnx.Linear:
+    init = nnx.initializers.normal(deviation)
+    return nnx.Linear(in_features, out_features, use_bias=False, kernel_init=init, rngs=rngs)

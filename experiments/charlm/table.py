@@ -16,7 +16,7 @@ STYLES = {
     "dyt": ("#D55E00", "-"),
     "derf": ("#E69F00", "--"),
     "gelu": ("#CC79A7", "-"),
-    "gelu_start": ("#CC79A7", "--"),
+    "gelu_scaled": ("#CC79A7", "--"),
     "lk_gelu": ("#0072B2", "-"),
     "lk_relu": ("#56B4E9", "--"),
 }
@@ -145,7 +145,9 @@ def picture(lines: Sequence[Line], path: Path) -> Path:
     for depth, panel in zip(found, sheet.subplots(1, len(found), squeeze=False)[0], strict=True):
         for row in rows_at(depth, lines):
             runs = of_row(depth, row, lines) + of_row(depth, row, lines, tenfold=True)
-            points = sorted({x["rate"]: x["validation_loss"] for x in runs if x["seed"] == 0 and "diverged" not in x}.items())
+            points = sorted(
+                {x["rate"]: x["validation_loss"] for x in runs if x["seed"] == 0 and "diverged" not in x}.items()
+            )
             colour, dash = STYLES[row]
             panel.plot(*zip(*points, strict=True) if points else ((), ()), dash, color=colour, marker=".", label=row)
         panel.set(xscale="log", xlabel="rate", ylabel="validation loss, nats a character", title=f"depth {depth}")

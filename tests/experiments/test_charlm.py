@@ -22,7 +22,7 @@ from experiments.engine.errors import UsageError
 from tests.cases import first_fast
 
 ROOT = Path(__file__).parents[2]
-WORDS = "to be or not that is the question whether tis nobler in the mind to suffer the slings and arrows ".split()
+WORDS = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "tis", "nobler", "slings", "arrows"]
 
 
 def a_text(words=300):
