@@ -81,8 +81,8 @@ def split(name: str, train: str, validation: str) -> Text:
     """
     vocabulary = "".join(sorted({*train, *validation}))
     code = {character: number for number, character in enumerate(vocabulary)}
-    codes = (np.array([code[character] for character in part], np.int32) for part in (train, validation))
-    return Text(name, *codes, vocabulary)
+    first, last = (np.array([code[character] for character in part], np.int32) for part in (train, validation))
+    return Text(name, first, last, vocabulary)
 
 
 def _file(path: Path) -> Text:
