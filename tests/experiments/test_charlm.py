@@ -59,7 +59,8 @@ def test_a_linked_net_starts_with_linear_mlps_and_embeddings_of_mean_square_one(
     assert float(jnp.abs(mlp(x)).mean()) > 0.05
     np.testing.assert_allclose(mlp(2 * x[:1] - x[1:]), 2 * mlp(x[:1]) - mlp(x[1:]), atol=1e-5)
     embedded = model.scale(model.tokens(jnp.arange(BLOCK)) + model.places(jnp.arange(BLOCK)))
-    np.testing.assert_allclose((embedded**2).mean(), 1, atol=0.1)
+    for signal in (embedded, mlp.wide(embedded), model.blocks[0].attention.qkv(embedded)):
+        np.testing.assert_allclose((signal**2).mean(), 1, atol=0.1)
 
 
 def parameters(row, depth):
