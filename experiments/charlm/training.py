@@ -76,7 +76,7 @@ class Work:
     def start(self, row: str, depth: int, seed: int) -> tuple[Loop, Carry]:
         """The loop of a run, and its carry before the first update."""
         model = self.build(row, depth, seed)
-        loop = Loop(NextCharacter(nnx.graphdef(model)), rule(self.iterations))
+        loop = Loop(NextCharacter(nnx.graphdef(model)), rule(self.iterations), scanned=True)  # no convs: a fifth faster
         return loop, loop.start([model])
 
     def run(
