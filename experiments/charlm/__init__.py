@@ -1,0 +1,1 @@
+"""Does a transformer need normalisation? Characters of Shakespeare, linked MLPs."""

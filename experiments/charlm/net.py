@@ -1,0 +1,227 @@
+"""nanoGPT's transformer without biases, with any norm or none, and its MLP behind any link.
+
+    x <- s (E[character] + P[place])
+    x <- x + attention(norm(x)),   x <- x + K' f(K norm(x))      a block
+    logits = norm(x) E^T
+
+Kernels and embeddings start as nanoGPT's: N(0, 0.02^2), the last kernel of a branch N(0, 0.02^2 / (2 depth)). What
+takes the place of normalisation is the start, and one scalar:
+
+- the embeddings are multiplied by a learned scalar s that starts where a norm would put them, at a mean square of 1,
+  s = 1 / (0.02 sqrt(2)); DyT's authors do the same, with s = sqrt(width);
+- the first kernels of a branch keep that mean square: N(0, 1 / width);
+- the last kernel of a linked MLP starts as `looks_linear`, so that the MLP is linear at the start.
+
+Attention is as it was, and no branch is scaled. Short trials with one seed (64 wide) chose this; they are too few to
+decide. With s = 35 and first kernels of 0.02, linked gelu was no better than plain gelu; with 0.1 it was. Branches times
+1 / sqrt(2 depth), last kernels of zero and a smaller linear start gave no gain where they were tried.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from linked_jax import Link, LinkedLinear, default_kernel_init, gelu, lk_gelu, lk_relu
+from linked_jax.initializers import Initializer
+
+WIDTH, HEADS, BLOCK = 128, 4, 64
+STD = 0.02  # of kernels and embeddings at the start: GPT-2's
+_EPSILON = 1e-5  # of the norms: PyTorch's
+Norm = Callable[[nnx.Rngs], Callable[[Array], Array]]
+
+
+class Scale(nnx.Module):
+    """x -> s x, s one learned scalar."""
+
+    def __init__(self, value: float):
+        self.s = nnx.Param(jnp.asarray(value, jnp.float32))
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """An array like x."""
+        return self.s[...] * x
+
+
+class DynamicTanh(nnx.Module):
+    """gamma tanh(alpha x) + beta, alpha one learned scalar (DyT).
+
+    Reference: Zhu et al., Transformers without normalization, 2025.
+    """
+
+    def __init__(self):
+        self.alpha = nnx.Param(jnp.float32(0.5))
+        self.gamma, self.beta = nnx.Param(jnp.ones(WIDTH)), nnx.Param(jnp.zeros(WIDTH))
+
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+        """An array like x."""
+        return self.gamma[...] * jnp.tanh(self.alpha[...] * x) + self.beta[...]
+
+
+class DynamicErf(DynamicTanh):
+    """gamma erf(alpha x + s) + beta, alpha and s learned scalars (Derf).
+
+    Reference: Chen et al., Stronger normalization-free transformers, 2025.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.s = nnx.Param(jnp.float32(0.0))
+
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+        """An array like x."""
+        return self.gamma[...] * jax.scipy.special.erf(self.alpha[...] * x + self.s[...]) + self.beta[...]
+
+
+def no_norm(_rngs: nnx.Rngs) -> Callable[[Array], Array]:
+    """Nothing in the place of a norm."""
+    return _same
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+      says: what it is, for the table.
+      link: of the MLPs. A link of two members has narrower MLPs, so that all rows have as many parameters.
+      norm: rngs -> what stands in the place of a norm.
+      scale: multiplies the embeddings at the start, and is learned; None for no such scalar.
+      deviation: of the first kernels of a branch at the start.
+      out_init: link, deviation -> how the last kernel of an MLP starts.
+    """
+
+    says: str
+    link: Link = gelu
+    norm: Norm = no_norm
+    scale: float | None = None
+    deviation: float = STD
+    out_init: Callable[[Link, float], Initializer] = lambda _link, deviation: nnx.initializers.normal(deviation)
+
+    @property
+    def hidden(self) -> int:
+        """Pre-activations of an MLP: 4 WIDTH, as GPT-2, for a link of one member."""
+        return round(8 * WIDTH / (1 + self.link.arity))
+
+
+def _linear(link: Link, _deviation: float) -> Initializer:
+    return default_kernel_init(link)
+
+
+_ONES: Any = {"scale": 1 / (STD * math.sqrt(2)), "deviation": 1 / math.sqrt(WIDTH)}
+_LINEAR: Any = {"out_init": _linear}
+ROWS = {
+    "layer_norm": Row(
+        "layer normalisation, gelu: nanoGPT",
+        norm=lambda rngs: nnx.LayerNorm(WIDTH, use_bias=False, epsilon=_EPSILON, rngs=rngs),
+    ),
+    "rms_norm": Row("RMS normalisation, gelu", norm=lambda rngs: nnx.RMSNorm(WIDTH, epsilon=_EPSILON, rngs=rngs)),
+    "dyt": Row(
+        "DyT, gelu; embeddings times a learned scalar, sqrt(width) at the start",
+        norm=lambda _rngs: DynamicTanh(),
+        scale=math.sqrt(WIDTH),
+    ),
+    "derf": Row("Derf, gelu; else as dyt", norm=lambda _rngs: DynamicErf(), scale=math.sqrt(WIDTH)),
+    "gelu": Row("no norm, gelu, nothing else changed"),
+    "gelu_scaled": Row("no norm, gelu; the scalar and the first kernels of the linked rows", **_ONES),
+    "lk_gelu": Row("no norm, linked gelu; the scalar, the first kernels, linear MLPs", lk_gelu, **_ONES, **_LINEAR),
+    "lk_relu": Row("no norm, linked relu; else as lk_gelu", lk_relu, **_ONES, **_LINEAR),
+}
+
+
+class Attention(nnx.Module):
+    """Causal self-attention of `HEADS` heads.
+
+    Args:
+      row: with the deviation of the first kernel at the start.
+      deviation: of the last one.
+      rngs: Flax random streams.
+    """
+
+    def __init__(self, row: Row, deviation: float, *, rngs: nnx.Rngs):
+        self.qkv = _kernel(WIDTH, 3 * WIDTH, row.deviation, rngs)
+        self.out = _kernel(WIDTH, WIDTH, deviation, rngs)
+
+    def __call__(self, x: Float[Array, "n t c"]) -> Float[Array, "n t c"]:
+        """softmax(Q K^T / sqrt(C / HEADS)) V, of the places up to each."""
+        heads = self.qkv(x).reshape(*x.shape[:2], 3 * HEADS, -1)
+        q, k, v = jnp.split(heads, 3, axis=2)
+        return self.out(jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape))
+
+
+class MLP(nnx.Module):
+    """x -> K' f(K x), of a row's link f.
+
+    Args:
+      row: with the link, and how K' starts.
+      deviation: of K', where it starts as GPT-2's.
+      rngs: Flax random streams.
+    """
+
+    def __init__(self, row: Row, deviation: float, *, rngs: nnx.Rngs):
+        init = row.out_init(row.link, deviation)
+        self.wide = _kernel(WIDTH, row.hidden, row.deviation, rngs)
+        self.out = LinkedLinear(row.hidden, WIDTH, link=row.link, use_bias=False, kernel_init=init, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "n t c"]) -> Float[Array, "n t c"]:
+        """An array like x."""
+        return self.out(self.wide(x))
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+      row: of `ROWS`.
+      depth: of the whole net, in blocks.
+      rngs: Flax random streams.
+    """
+
+    def __init__(self, row: Row, depth: int, *, rngs: nnx.Rngs):
+        deviation = STD / math.sqrt(2 * depth)
+        self.norms = nnx.List([row.norm(rngs), row.norm(rngs)])
+        self.attention, self.mlp = Attention(row, deviation, rngs=rngs), MLP(row, deviation, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "n t c"]) -> Float[Array, "n t c"]:
+        """An array like x."""
+        x = x + self.attention(self.norms[0](x))
+        return x + self.mlp(self.norms[1](x))
+
+
+class CharTransformer(nnx.Module):
+    """Codes of characters -> logits of the next one, at each place.
+
+    Args:
+      row: of `ROWS`.
+      depth: in blocks.
+      vocabulary: how many characters there are.
+      rngs: Flax random streams.
+    """
+
+    def __init__(self, row: Row, depth: int, vocabulary: int, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(STD)
+        self.tokens = nnx.Embed(vocabulary, WIDTH, embedding_init=init, rngs=rngs)
+        self.places = nnx.Embed(BLOCK, WIDTH, embedding_init=init, rngs=rngs)
+        self.scale = _same if row.scale is None else Scale(row.scale)
+        self.blocks = nnx.List([Block(row, depth, rngs=rngs) for _ in range(depth)])
+        self.norm = row.norm(rngs)
+
+    def __call__(self, codes: Int[Array, "n t"]) -> Float[Array, "n t v"]:
+        """The logits; those of a place are made from the characters up to it."""
+        x = self.scale(self.tokens(codes) + self.places(jnp.arange(codes.shape[1])))
+        for block in self.blocks:
+            x = block(x)
+        return self.tokens.attend(self.norm(x))
+
+
+def _kernel(in_features: int, out_features: int, deviation: float, rngs: nnx.Rngs) -> nnx.Linear:
+    init = nnx.initializers.normal(deviation)
+    return nnx.Linear(in_features, out_features, use_bias=False, kernel_init=init, rngs=rngs)

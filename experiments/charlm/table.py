@@ -1,0 +1,157 @@
+"""What `experiments.charlm` found, as tables and as a picture, made from a record's lines alone."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.engine.plots import figure, png
+from experiments.engine.study import Line, at_best_rate
+from experiments.engine.tables import markdown as markdown_table
+from experiments.engine.tables import provenance, spread
+
+STYLES = {
+    "layer_norm": ("black", "-"),
+    "rms_norm": ("#777777", "--"),
+    "dyt": ("#D55E00", "-"),
+    "derf": ("#E69F00", "--"),
+    "gelu": ("#CC79A7", "-"),
+    "gelu_scaled": ("#CC79A7", "--"),
+    "lk_gelu": ("#0072B2", "-"),
+    "lk_relu": ("#56B4E9", "--"),
+}
+
+
+def of_row(depth: int, row: str, lines: Sequence[Line], *, tenfold: bool = False) -> list[Line]:
+    """The runs of a row at a depth, of the rates that are tried or of ten times the chosen one."""
+    key = {"kind": "run", "row": row, "depth": depth, "tenfold": tenfold}
+    return [line for line in lines if key.items() <= line.items()]
+
+
+def chosen(depth: int, row: str, lines: Sequence[Line]) -> list[Line]:
+    """The runs of a row at the rate that it chose: the least training loss of seed 0. Validation has no say."""
+    return at_best_rate(of_row(depth, row, lines), lambda line: line.get("train_loss", float("inf")))
+
+
+def depths(lines: Sequence[Line]) -> list[int]:
+    """Those that have runs, the least first."""
+    return sorted({line["depth"] for line in lines if line["kind"] == "run"})
+
+
+def rows_at(depth: int, lines: Sequence[Line]) -> list[str]:
+    """The rows that have runs at a depth, the least validation loss first."""
+    found = dict.fromkeys(line["row"] for line in lines if (line["kind"], line["depth"]) == ("run", depth))
+    found = {row: chosen(depth, row, lines) for row in found}
+    return sorted((row for row, runs in found.items() if runs), key=lambda row: _mean_loss(found[row]))
+
+
+def _mean_loss(runs: Sequence[Line]) -> float:
+    return statistics.fmean(run.get("validation_loss", float("inf")) for run in runs)
+
+
+def table(depth: int, lines: Sequence[Line]) -> list[dict[str, str]]:
+    """A row for each net of a depth, the least validation loss first."""
+    rows = []
+    for row in rows_at(depth, lines):
+        runs = chosen(depth, row, lines)
+        rate = runs[0]["rate"]
+        cost = next((x for x in lines if (x["kind"], x["row"], x["depth"]) == ("net", row, depth)), None)
+        tenfold = [run for run in of_row(depth, row, lines, tenfold=True) if run["rate"] == 10 * rate]
+        rows.append(
+            {
+                "row": row,
+                "validation loss": losses(runs),
+                "seeds": str(len(runs)),
+                "rate": f"{rate:g}",
+                "rate x10": losses(tenfold),
+                "train loss": _mean(runs, "train_loss", ".4f"),
+                "ms a step": _cost(cost, "step_seconds", 1e3, ".3g"),
+                "MB a step": _cost(cost, "temporary_bytes", 1e-6, ".3g"),
+                "dead": _mean(runs, "dead", ".1f"),
+                "linear": _mean(runs, "linear", ".1f"),
+                "units": _mean(runs, "units", ",.0f"),
+                "parameters": _cost(cost, "parameters", 1, ",.0f"),
+            }
+        )
+    return rows
+
+
+def losses(runs: Sequence[Line]) -> str:
+    """Mean ± deviation of the validation losses, and how many runs diverged.
+
+    >>> from experiments.charlm.table import losses
+    >>> losses([{"validation_loss": 1.5}, {"diverged": 7}]), losses([])
+    ('1.5000 (1 of 2 diverged)', '-')
+    """
+    whole = [run["validation_loss"] for run in runs if "diverged" not in run]
+    if not runs:
+        return "-"
+    gone = len(runs) - len(whole)
+    said = [spread(whole)] if whole else []
+    return " ".join(said + ([f"({gone} of {len(runs)} diverged)"] if gone else []))
+
+
+def _mean(runs: Sequence[Line], key: str, digits: str) -> str:
+    values = [run[key] for run in runs if key in run]
+    return f"{statistics.fmean(values):{digits}}" if values else "-"
+
+
+def _cost(line: Line | None, key: str, factor: float, digits: str) -> str:
+    return "-" if line is None or line[key] is None else f"{factor * line[key]:{digits}}"
+
+
+def rates_table(depth: int, lines: Sequence[Line]) -> list[dict[str, str]]:
+    """Validation loss with seed 0 at each rate that was tried."""
+    tried = sorted({run["rate"] for row in rows_at(depth, lines) for run in of_row(depth, row, lines)})
+    return [
+        {"row": row}
+        | {
+            f"rate {rate:g}": losses([x for x in of_row(depth, row, lines) if (x["rate"], x["seed"]) == (rate, 0)])
+            for rate in tried
+        }
+        for row in rows_at(depth, lines)
+    ]
+
+
+def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
+    """The page of a record: what was done, the tables, what the rows are."""
+    protocol, data = config["protocol"], config["data"]
+    parts = [
+        "# A transformer without normalisation?",
+        f"{data['description']}, fingerprint {data['fingerprint']}. nanoGPT's setting for a CPU: width "
+        f"{protocol['width']}, {protocol['heads']} heads, windows of {protocol['block']}, {protocol['batch']} a batch, "
+        f"{protocol['iterations']:,} iterations, no dropout, no biases; AdamW as there. Validation loss after the last "
+        "iteration, in nats a character, on the whole validation text in windows that do not overlap (nanoGPT "
+        "estimates the same mean from random windows); mean ± sample standard deviation over seeds. Each row tried "
+        "its rates with seed 0 and kept the one with the least training loss of the last tenth of the iterations. rate "
+        "x10: the loss at ten times that rate. ms, MB a step: the median time of a training step, in turns with the "
+        "other rows, and the temporary memory of its compiled program. dead: units of the MLPs that are 0 on "
+        f"{protocol['measured']} validation windows; linear: units whose pre-activation never changes sign there.",
+    ]
+    for depth in depths(lines):
+        parts += [f"## Depth {depth}", markdown_table(table(depth, lines))]
+        parts += ["Validation loss with seed 0 at each rate:", markdown_table(rates_table(depth, lines))]
+    used = {line["row"] for line in lines}
+    says = [{"row": row, "is": text} for row, text in config["rows"].items() if row in used]
+    hours = sum(line["seconds"] for line in lines) / 3600
+    parts += ["## The rows", markdown_table(says), provenance(config, f"; {hours:.1f} hours")]
+    return "\n\n".join(parts) + "\n"
+
+
+def picture(lines: Sequence[Line], path: Path) -> Path:
+    """Validation loss against the rate, that of ten times the chosen one too, a panel a depth; seed 0."""
+    found = depths(lines)
+    sheet = figure(6.5 * len(found) + 1.5, 4.8)
+    for depth, panel in zip(found, sheet.subplots(1, len(found), squeeze=False)[0], strict=True):
+        for row in rows_at(depth, lines):
+            runs = of_row(depth, row, lines) + of_row(depth, row, lines, tenfold=True)
+            points = sorted(
+                {x["rate"]: x["validation_loss"] for x in runs if x["seed"] == 0 and "diverged" not in x}.items()
+            )
+            colour, dash = STYLES[row]
+            panel.plot(*zip(*points, strict=True) if points else ((), ()), dash, color=colour, marker=".", label=row)
+        panel.set(xscale="log", xlabel="rate", ylabel="validation loss, nats a character", title=f"depth {depth}")
+        panel.grid(alpha=0.25)
+        panel.legend(frameon=False, fontsize=9)
+    path.write_bytes(png(sheet))
+    return path
