@@ -13,8 +13,8 @@ takes the place of normalisation is the start, and one scalar:
 - the last kernel of a linked MLP starts as `looks_linear`, so that the MLP is linear at the start.
 
 Attention is as it was, and no branch is scaled. Short trials with one seed (64 wide) chose this; they are too few to
-decide. With s = 35 and first kernels of 0.02, linked gelu was no better than plain gelu; with 0.1 it was. Branches times
-1 / sqrt(2 depth), last kernels of zero and a smaller linear start gave no gain where they were tried.
+decide. With s = 35 and first kernels of 0.02, linked gelu was no better than plain gelu; with 0.1 it was. Branches
+times 1 / sqrt(2 depth), last kernels of zero and a smaller linear start gave no gain where they were tried.
 """
 
 import dataclasses
