@@ -7,12 +7,14 @@ matrix product of the pixels and K, of every s-th of them at strides s.
 
 The derivative in forward mode is written as the transpose of the gradient, so transposing it gives the gradient back,
 and no rule of JAX is lost: both modes of any order, vmap and checkpoint see plain JAX. (Its `jet` refuses every custom
-derivative, that of `jax.nn.relu` too. For it, and to export from a CPU to another platform, pass
-conv_general_dilated=jax.lax.conv_general_dilated to a layer.)
+derivative, that of `jax.nn.relu` too. For it, to export from a CPU to another platform and to count FLOPs, trace within
+`plain_convolutions`.)
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +27,7 @@ from linked_jax.convolution.geometry import Geometry
 
 NARROW, WIDE = 36, 48 * 48  # channels in times channels out, at most and at least
 """Measured: python -m benchmarks.convolution."""
+_plain = contextvars.ContextVar("plain", default=False)
 
 
 def conv_general_dilated(
@@ -86,6 +89,28 @@ def conv_general_dilated(
     return fast_convolution(lhs, rhs)
 
 
+@contextlib.contextmanager
+def plain_convolutions() -> Iterator[None]:
+    """What is traced within it has `jax.lax`'s convolutions, on a CPU too.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from linked_jax import LinkedConv
+      >>> from linked_jax.convolution import plain_convolutions
+      >>> layer, z = LinkedConv(4, 4, (3, 3), rngs=nnx.Rngs(0)), jnp.ones((2, 8, 8, 4))
+      >>> with plain_convolutions():
+      ...     jaxpr = jax.make_jaxpr(layer)(z)
+      >>> "conv_general_dilated" in str(jaxpr)
+      True
+    """
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
 def _transpose(linear: Callable[[Array], Array], argument: Any) -> Callable[[Array], Array]:
     return lambda ct: jax.linear_transpose(linear, jax.ShapeDtypeStruct(argument.shape, argument.dtype))(ct)[0]
 
@@ -140,7 +165,7 @@ def _as_in_flax(ndim: int) -> tuple[str, str, str]:
 
 
 def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+    return jax.default_backend() == "cpu" and not _plain.get()
 
 
 def _several_devices() -> bool:
