@@ -68,7 +68,7 @@ def overview(history: Iterable[Mapping[str, Any]]) -> str:
       >>> from linked_jax.probe import Monitor, overview
       >>> monitor = Monitor([jnp.array([[1.0], [-1.0]])], every=1)
       >>> for step, bias in enumerate([0.0, -2.0, 0.0]):
-      ...     _ = monitor(step, functools.partial(lambda b, x: jax.nn.relu(x + b), jnp.array([bias])))
+      ...     _ = monitor(step, functools.partial(lambda b, x: jax.nn.relu(x + b), jnp.array([[bias]])))
       >>> print(*overview(monitor.history).splitlines()[:4], sep=chr(10))
       layer                diagnostic               first     worst  at step      last
       relu                 dead                         0         1        1         0

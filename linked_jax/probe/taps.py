@@ -47,7 +47,7 @@ class Tap:
       >>> import jax.numpy as jnp
       >>> from linked_jax import lk_relu
       >>> from linked_jax.probe import observe
-      >>> _, (tap,) = observe(lambda w, x: lk_relu(w * x), jnp.array([1.0, 0.0]), jnp.ones((5, 2)))
+      >>> _, (tap,) = observe(lambda w, x: lk_relu(w * x), jnp.array([[1.0, 0.0]]), jnp.ones((5, 2)))
       >>> tap.activation, tap.stats.live.tolist(), tap.features.scatter.shape
       ('relu(z), relu(-z)', [True, False], (4, 4))
     """
