@@ -232,7 +232,7 @@ def command(capsys):
 
 
 def signalled_at(monkeypatch, number, signum):
-    """From now on, so many checkpoints after this a signal arrives."""
+    """From now on, so many checkpoints after this a signal arrives; the run ends with the next one."""
     saves, save = [], Checkpoints.save
 
     def signalling(*arguments):
@@ -272,7 +272,7 @@ def test_an_interrupted_run_goes_on_is_interrupted_again_and_ends_as_if_nothing_
     folder, command, monkeypatch, whole_here
 ):
     with monkeypatch.context() as signalling:
-        signalled_at(signalling, 11, signal.SIGINT)
+        signalled_at(signalling, 9, signal.SIGINT)
         code, _, error = command("--resume", folder, *EVERY_STEP)
     assert code == 130
     again = shlex.join(["python", "-m", "experiments.depth", "--resume", str(folder)])
