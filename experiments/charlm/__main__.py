@@ -9,8 +9,7 @@ dropout; its README reports a validation loss of 1.88. Each row tries three rate
 least training loss; the other seeds then run at that rate, and some at ten times the rate. All rows have as many
 parameters: linked MLPs are narrower inside. What the rows are: `experiments/charlm/net.py`.
 
-Seen so far, with one seed at a rate of 1e-3 and depth 4: LayerNorm 1.90, no norm with linked gelu 1.83 (its first
-kernels still N(0, 0.02^2)). A run takes some minutes on two cores, about eight times as long at depth 24.
+Expected: a run takes some minutes on two cores, several times as long at depth 24. There is no record yet.
 
 The same command resumes; another one with more rows, depths, rates or seeds and the same --out adds to the record. The
 data are prepared once, or pass --text.

@@ -12,9 +12,7 @@ takes the place of normalisation is the start, and one scalar:
 - the first kernels of a branch keep that mean square: N(0, 1 / width);
 - the last kernel of a linked MLP starts as `looks_linear`, so that the MLP is linear at the start.
 
-Attention is as it was, and no branch is scaled. Short trials with one seed (64 wide) chose this; they are too few to
-decide. With s = 35 and first kernels of 0.02, linked gelu was no better than plain gelu; with 0.1 it was. Branches
-times 1 / sqrt(2 depth), last kernels of zero and a smaller linear start gave no gain where they were tried.
+Attention is as it was, and no branch is scaled. Short trials with one seed chose this; they are no evidence.
 """
 
 import dataclasses

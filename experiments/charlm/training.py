@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +16,7 @@ from experiments.charlm.data import Text
 from experiments.charlm.net import BLOCK, ROWS, CharTransformer
 from experiments.engine import loop as loop_lib
 from experiments.engine.loop import Carry, Loop
+from experiments.engine.timing import in_turns
 from linked_jax.probe import probe
 
 BATCH = 12
@@ -27,7 +26,6 @@ OPTIMIZER = {
 }  # fmt: skip
 """nanoGPT's for characters: 100 of 2,000 iterations warm up; the rate falls as a cosine to a tenth."""
 _AT_ONCE = 50  # iterations between two steps of the progress bar
-_WARM_UP = 3  # steps that are not timed
 MEASURED = 64  # windows that show the units, and that are validated at once
 
 
@@ -142,17 +140,16 @@ class Work:
             }
             for program, carry in zip(programs, carries, strict=True)
         ]
-        seconds: list[list[float]] = [[] for _ in nets]
-        for number in range(steps and steps + _WARM_UP):
-            for net, program in enumerate(programs):
-                began = time.perf_counter()
-                carries[net], loss = program(carries[net], *arguments)
-                jax.block_until_ready(loss)
-                if number >= _WARM_UP:
-                    seconds[net].append(time.perf_counter() - began)
-            advance(int(number >= _WARM_UP))
-        for line, times in zip(found, seconds, strict=True):
-            line["step_seconds"] = statistics.median(times) if times else None
+
+        def take(net: int) -> Array:
+            carries[net], loss = programs[net](carries[net], *arguments)
+            return loss
+
+        seconds = (
+            in_turns([functools.partial(take, net) for net in range(len(nets))], steps, advance) if steps else None
+        )
+        for net, line in enumerate(found):
+            line["step_seconds"] = seconds and seconds[net]
         return found
 
 

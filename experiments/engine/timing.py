@@ -1,8 +1,10 @@
 """The time of a training step, of several nets in one run: in turns, after warm-up, synchronised, medians."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,18 +42,28 @@ def step_times(
         index = plan.place.batch(np.arange(plan.batch_size, dtype=np.int32))
         arguments.append((arrays, index, plan.place.of_seeds(jax.random.key(0)), np.int32(0), lr))
 
-    def timed(net: int) -> float:
-        begin = time.perf_counter()
+    def take(net: int) -> jax.Array:
         carries[net], loss = step(nets[net][0], carries[net], *arguments[net])
-        jax.block_until_ready(loss)
+        return loss
+
+    return in_turns([functools.partial(take, net) for net in range(len(nets))], steps, on_step)
+
+
+def in_turns(
+    actions: Sequence[Callable[[], Any]], rounds: int, on_round: Callable[[int], None] = lambda _: None
+) -> list[float]:
+    """Median seconds of each action until its arrays are there, after warm-up; each round times one of every action."""
+
+    def timed(action: Callable[[], Any]) -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(action())
         return time.perf_counter() - begin
 
-    for net in range(len(nets)):
+    for action in actions:
         for _ in range(_WARM_UP):
-            timed(net)
-    seconds: list[list[float]] = [[] for _ in nets]
-    for _ in range(steps):
-        for net, times in enumerate(seconds):
-            times.append(timed(net))
-        on_step(1)
-    return [statistics.median(times) for times in seconds]
+            timed(action)
+    seconds = []
+    for _ in range(rounds):
+        seconds.append([timed(action) for action in actions])
+        on_round(1)
+    return [statistics.median(times) for times in zip(*seconds, strict=True)]

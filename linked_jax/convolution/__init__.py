@@ -49,9 +49,8 @@ def conv_general_dilated(
     Returns:
       What `jax.lax` gives, and on a CPU the same in another order, where axes lie as Flax has them, dilations are 1,
       there is one group, and there is one of these: a window of one pixel; few channels (in times out at most 36) and
-      strides of 1; many channels (at least 48 x 48), one device, and strides, or a window of 3x3 in float32 or float64,
-      whose rounding is about twice that of the direct sums. A number that is not finite may make NaN of one or two
-      pixels more around it.
+      strides of 1; many channels (at least 48 x 48), one device, and strides, or a window of 3x3 in float32 or float64.
+      A number that is not finite may make NaN of one or two pixels more around it.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -6,7 +6,7 @@ around them, are one patch, and the kernel is a band of copies of K:
     Y = patches(x) band(K),    dL/dX = patches(g) band(flipped(K)),    dL/dband(flipped(K)) = patches(g)' X
 
 with g = dL/dY. Products are as fast within a loop, where XLA's convolutions on a CPU are many times slower. Outside of
-one they are faster too, unless the patches are many megabytes (results/benchmarks/convolution.json).
+one the two are closer, and XLA's are faster for the largest patches (results/benchmarks/convolution.json).
 """
 
 import itertools

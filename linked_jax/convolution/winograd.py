@@ -5,7 +5,7 @@ Winograd's F(2x2, 3x3). A tile X of 4x4 pixels, which overlaps the next one by t
     Y = A' [(G K G') . (B' X B)] A,    dL/dK = G' [sum over tiles of (B' X B) . (A dL/dY A')] G
 
 where . is a product over channels: a matrix product for each of the 16 places in a tile. B' X B, A' M A and A g A' are
-sums and differences of pixels. Rounding is about twice that of the direct sums.
+sums and differences of pixels. Rounding is of the size of the direct sums' own.
 
 Reference: Lavin and Gray, Fast algorithms for convolutional neural networks, CVPR 2016.
 """

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from linked_jax.plasticity.l2_init import needs_params
-from linked_jax.plasticity.units import Draw, Units, check_paths, listed, outgoing_size, renew_if
+from linked_jax.plasticity.units import Draw, Units, check_paths, listed, needs_params, outgoing_size, renew_if
 from linked_jax.revive.names import leaves_by_name
 
 

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from linked_jax.plasticity.units import needs_params
+
 
 class L2InitState(NamedTuple):
     """Where the parameters started."""
@@ -50,15 +52,3 @@ def l2_init(strength: float) -> optax.GradientTransformation:
         return pulled, state
 
     return optax.GradientTransformation(lambda params: L2InitState(params), update)
-
-
-def needs_params(params: Any, name: str) -> None:
-    """Refuse an update without parameters.
-
-    Raises:
-      ValueError: if there are none.
-    """
-    if params is None:
-        raise ValueError(
-            f"{name} changes parameters by their values, got params=None; call update(grads, state, params)"
-        )

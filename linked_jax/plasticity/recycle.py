@@ -9,8 +9,7 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from linked_jax.diagnostics import relative_sizes
-from linked_jax.plasticity.l2_init import needs_params
-from linked_jax.plasticity.units import Draw, Units, check_paths, listed, renew_if
+from linked_jax.plasticity.units import Draw, Units, check_paths, listed, needs_params, renew_if
 
 
 class RecycleState(NamedTuple):

@@ -7,7 +7,7 @@ import jax
 import optax
 from jaxtyping import PRNGKeyArray
 
-from linked_jax.plasticity.l2_init import needs_params
+from linked_jax.plasticity.units import needs_params
 
 
 class ShrinkAndPerturbState(NamedTuple):

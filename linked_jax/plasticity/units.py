@@ -138,3 +138,15 @@ def listed(magnitudes: Magnitudes | None, units: Sequence[Units], name: str) -> 
             "params, magnitudes=[...])"
         )
     return found
+
+
+def needs_params(params: Any, name: str) -> None:
+    """Refuse an update without parameters.
+
+    Raises:
+      ValueError: if there are none.
+    """
+    if params is None:
+        raise ValueError(
+            f"{name} changes parameters by their values, got params=None; call update(grads, state, params)"
+        )

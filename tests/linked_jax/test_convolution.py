@@ -1,5 +1,7 @@
 """The convolution with a fast derivative is `jax.lax`'s in value and in every derivative."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -226,6 +228,29 @@ def test_on_other_platforms_it_is_jaxs(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     (z,) = arrays((2, 6, 6, 4))
     assert "fast_convolution" not in str(jax.make_jaxpr(LinkedConv(4, 4, (3, 3), rngs=nnx.Rngs(0)))(z))
+
+
+def test_rounding_is_of_the_size_of_the_direct_sums_own():
+    at = Geometry((16, 16), winograd.WINDOW, (1, 1), ((1, 1), (1, 1)))
+    rng = np.random.default_rng(0)
+    x, kernel, g = (rng.normal(size=shape) for shape in ((4, 16, 16, 64), (3, 3, 64, 64), (4, 16, 16, 64)))
+
+    def direct(x, kernel):
+        return lax.conv_general_dilated(x, kernel, at.strides, at.pads, dimension_numbers=NUMBERS[2])
+
+    def direct_gradient(x, g):
+        return jax.linear_transpose(lambda kernel: direct(x, kernel), jax.ShapeDtypeStruct(kernel.shape, x.dtype))(g)[0]
+
+    pairs = (
+        (direct, functools.partial(winograd.convolve, at=at), (x, kernel)),
+        (direct_gradient, functools.partial(winograd.kernel_gradient, at=at), (x, g)),
+    )
+    for plain, ours, arguments in pairs:
+        with jax.enable_x64(True):
+            exact = np.asarray(plain(*map(jnp.asarray, arguments)))
+        single = [jnp.asarray(a, jnp.float32) for a in arguments]
+        errors = [np.square(np.asarray(f(*single), np.float64) - exact).mean() ** 0.5 for f in (plain, ours)]
+        assert 0 < errors[1] < 2 * errors[0]
 
 
 @hypothesis.given(
