@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 import tyro
 
 from experiments.engine import records
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError
+from experiments.engine.timing import in_turns
 
-_WARM_UP = 2  # rounds; the first one compiles
 S = TypeVar("S", bound="Settings")
 
 
@@ -50,13 +49,9 @@ def seconds(action: Callable[[], Any]) -> float:
 
 
 def medians(actions: Mapping[str, Callable[[], Any]], rounds: int, console: Console, title: str) -> dict[str, float]:
-    """Median seconds of each action; they take turns, after rounds of warm-up."""
-    times = []
-    with console.progress(title, rounds + _WARM_UP) as advance:
-        for _ in range(rounds + _WARM_UP):
-            times.append([seconds(action) for action in actions.values()])
-            advance(1)
-    return dict(zip(actions, np.median(times[_WARM_UP:], axis=0).tolist(), strict=True))
+    """Median seconds of each action; they take turns, after warm-up."""
+    with console.progress(title, rounds) as advance:
+        return dict(zip(actions, in_turns(list(actions.values()), rounds, advance), strict=True))
 
 
 def save(settings: Settings, name: str, results: Any) -> None:

@@ -145,11 +145,10 @@ class Work:
             carries[net], loss = programs[net](carries[net], *arguments)
             return loss
 
-        seconds = (
-            in_turns([functools.partial(take, net) for net in range(len(nets))], steps, advance) if steps else None
-        )
-        for net, line in enumerate(found):
-            line["step_seconds"] = seconds and seconds[net]
+        actions = [functools.partial(take, net) for net in range(len(nets))]
+        medians = in_turns(actions, steps, advance) if steps else [None] * len(nets)
+        for line, median in zip(found, medians, strict=True):
+            line["step_seconds"] = median
         return found
 
 
