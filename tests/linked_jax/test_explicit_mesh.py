@@ -34,15 +34,15 @@ def every_link(z):
 
 
 FUNCTIONS = {
-    "links": every_link,
-    "link along axis 0": linked(jax.nn.relu, axis=0),
-    "LinkedLinear": layers.LinkedLinear(4, 6, rngs=nnx.Rngs(0)),
-    "LinkedLinear, interleaved": layers.LinkedLinear(4, 6, link=INTERLEAVED, rngs=nnx.Rngs(0)),
-    "LinkedLinear, slopes": layers.LinkedLinear(4, 6, link=LinkedPReLU(4), rngs=nnx.Rngs(0)),
-    "LinkedDense": linen_layer(linen.LinkedDense(3)),
-    **{make.__name__: make(4) for make in (ChannelPReLU, LinkedPReLU)},
-    "ChannelPReLU of Linen": linen_layer(linen.ChannelPReLU()),
-    "LinkedPReLU of Linen": linen_layer(linen.LinkedPReLU()),
+    "links": lambda: every_link,
+    "link along axis 0": lambda: linked(jax.nn.relu, axis=0),
+    "LinkedLinear": lambda: layers.LinkedLinear(4, 6, rngs=nnx.Rngs(0)),
+    "LinkedLinear, interleaved": lambda: layers.LinkedLinear(4, 6, link=INTERLEAVED, rngs=nnx.Rngs(0)),
+    "LinkedLinear, slopes": lambda: layers.LinkedLinear(4, 6, link=LinkedPReLU(4), rngs=nnx.Rngs(0)),
+    "LinkedDense": lambda: linen_layer(linen.LinkedDense(3)),
+    **{make.__name__: functools.partial(make, 4) for make in (ChannelPReLU, LinkedPReLU)},
+    "ChannelPReLU of Linen": lambda: linen_layer(linen.ChannelPReLU()),
+    "LinkedPReLU of Linen": lambda: linen_layer(linen.LinkedPReLU()),
 }
 CASES = [(name, split) for name in FUNCTIONS for split in (BATCH, CHANNELS)]
 
@@ -65,7 +65,7 @@ def check_on_mesh(f, x, split):
 
 @pytest.mark.parametrize(("name", "split"), first_fast(CASES), ids=[f"{name}, {split}" for name, split in CASES])
 def test_functions_of_rows(name, split):
-    check_on_mesh(FUNCTIONS[name], rows(4, 4), split)
+    check_on_mesh(FUNCTIONS[name](), rows(4, 4), split)
 
 
 @pytest.mark.slow
@@ -73,14 +73,15 @@ def test_functions_of_rows(name, split):
 @pytest.mark.parametrize(
     "conv",
     [
-        layers.LinkedConv(4, 6, (3, 3), strides=2, rngs=nnx.Rngs(0)),
-        layers.LinkedConv(4, 6, (3, 3), padding="CIRCULAR", rngs=nnx.Rngs(0)),
-        layers.LinkedConv(4, 4, (3, 3), link=INTERLEAVED, feature_group_count=4, rngs=nnx.Rngs(0)),
+        lambda: layers.LinkedConv(4, 6, (3, 3), strides=2, rngs=nnx.Rngs(0)),
+        lambda: layers.LinkedConv(4, 6, (3, 3), padding="CIRCULAR", rngs=nnx.Rngs(0)),
+        lambda: layers.LinkedConv(4, 4, (3, 3), link=INTERLEAVED, feature_group_count=4, rngs=nnx.Rngs(0)),
     ],
     ids=["strided", "circular", "depthwise"],
 )
 def test_convolutions(conv, split):
     """Split channels are summed over: as Flax' own layer, it is told where the outputs go."""
+    conv = conv()
 
     def f(x):
         on_mesh = split != BATCH and not jax.sharding.get_abstract_mesh().empty

@@ -53,8 +53,8 @@ CALLS = {
     "LinkedConvTranspose": (with_z(linked_jax.LinkedConvTranspose, jnp.ones((2, 4, 3))), {
         "in_features": 3, "out_features": 2, "kernel_size": (3,), "link": lk_relu, "strides": 1,
         "rngs": RNGS, "padding": "SAME"}),
-    "a layer": (linked_jax.LinkedLinear(3, 2, rngs=RNGS), {"z": Z}),
-    "a convolution": (linked_jax.LinkedConv(3, 2, (3,), rngs=RNGS), {"z": jnp.ones((2, 4, 3))}),
+    "a layer": (lambda z: linked_jax.LinkedLinear(3, 2, rngs=RNGS)(z), {"z": Z}),
+    "a convolution": (lambda z: linked_jax.LinkedConv(3, 2, (3,), rngs=RNGS)(z), {"z": jnp.ones((2, 4, 3))}),
     "activation_arity": (linked_jax.activation_arity, {"name": "relu"}),
     "get_activation": (lambda **options: linked_jax.get_activation(**options)(Z), {"name": "prelu", "features": 3}),
     "certify": (linked_jax.certify, {"link": lk_relu, "dtype": jnp.bfloat16}),

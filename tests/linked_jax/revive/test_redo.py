@@ -290,20 +290,20 @@ def lora_linear():
 
 
 NOT_REVIVED = {
-    "LoRALinear before": ([lora_linear(), relu, linear(4, 2)], r"layers\[0\], a LoRALinear, may add to its kernel"),
-    "LoRALinear after": ([linear(3, 3), relu, lora_linear(), relu, linear(4, 2)], r"layers\[2\] is a LoRALinear"),
-    "LoRA": (
+    "LoRALinear before": lambda: ([lora_linear(), relu, linear(4, 2)], r"layers\[0\], a LoRALinear, may add to its kernel"),
+    "LoRALinear after": lambda: ([linear(3, 3), relu, lora_linear(), relu, linear(4, 2)], r"layers\[2\] is a LoRALinear"),
+    "LoRA": lambda: (
         [nnx.LoRA(3, 2, 4, base_module=linear(3, 4), rngs=nnx.Rngs(0)), relu, linear(4, 2)],
         r"layers\[0\], a LoRA, has",
     ),
-    "WeightNorm": (
+    "WeightNorm": lambda: (
         [nnx.WeightNorm(linear(3, 4), rngs=nnx.Rngs(0)), relu, linear(4, 2)], r"layers\[0\], a WeightNorm, has",
     ),
-    "masked": (
+    "masked": lambda: (
         [nnx.Conv(3, 4, (1,), mask=jnp.ones((1, 3, 4)), rngs=nnx.Rngs(0)), relu, linear(4, 2)],
         r"layers\[0\], a masked convolution",
     ),
-    "several axes": (
+    "several axes": lambda: (
         [
             nnx.LinearGeneral(3, (4, 5), rngs=nnx.Rngs(0)),
             relu,
@@ -314,8 +314,9 @@ NOT_REVIVED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("layers", "message"), first_fast(NOT_REVIVED.values()), ids=NOT_REVIVED)
-def test_units_that_could_stay_dead_are_refused(layers, message):
+@pytest.mark.parametrize("case", first_fast(NOT_REVIVED.values()), ids=NOT_REVIVED)
+def test_units_that_could_stay_dead_are_refused(case):
+    layers, message = case()
     with pytest.raises(ValueError, match=message):
         redo(nnx.Sequential(*layers), (), white(2, 3), key=jax.random.key(7))
 
