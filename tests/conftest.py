@@ -16,7 +16,7 @@ jaxtyping.install_import_hook("linked_jax", "beartype.beartype")  # before anyth
 def pytest_configure(config):
     """The fast suite tries 10 examples of hypothesis and compiles quickly; the slow one tries 25 and optimises."""
     fast = config.option.markexpr == "not slow"
-    jax.config.update("jax_disable_most_optimizations", fast)
+    jax.config.update("jax_disable_most_optimizations", fast or bool(os.environ.get("O0")))
     examples = 10 if fast else 25
     hypothesis.settings.register_profile(
         "linked_jax", deadline=None, max_examples=examples, derandomize=True, database=None

@@ -28,6 +28,7 @@ from experiments.charlm.training import BATCH, MEASURED, OPTIMIZER, Work
 from experiments.engine.checks import command_line, in_range, known
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
+from experiments.engine.files import write_whole
 from experiments.engine.records import Record
 from experiments.engine.study import open_record
 
@@ -115,8 +116,12 @@ class Study:
         if self.record.find(key) is not None:
             return
         says = f"{row} depth {depth}, rate {rate:g}, seed {seed}"
+        unfinished = self.record.checkpoints(says.replace(",", "").replace(" ", "-"))
         with self.console.progress(says, self.work.iterations) as advance:
-            line = self.record.once(key, lambda: self.work.run(row, depth, rate, seed, advance))
+            line = self.record.once(
+                key, lambda: self.work.run(row, depth, rate, seed, unfinished=unfinished, advance=advance)
+            )
+        unfinished.clear()
         self.console.say(f"{says}: {losses([line])}, {line['seconds']:.0f} s")
 
 
@@ -135,7 +140,7 @@ def main() -> None:
         console.table(
             f"depth {depth}: validation loss, mean ± standard deviation over seeds", table(depth, record.lines)
         )
-    (record.folder / "table.md").write_text(markdown(record.config, record.lines), encoding="utf-8")
+    write_whole(record.folder / "table.md", markdown(record.config, record.lines))
     console.say(f"record   {record.folder}\npicture  {picture(record.lines, record.folder / 'charlm.png')}")
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from experiments.charlm.data import Text
 from experiments.charlm.net import BLOCK, ROWS, CharTransformer
 from experiments.engine import loop as loop_lib
+from experiments.engine.checkpoints import Checkpoints, like
 from experiments.engine.loop import Carry, Loop
 from experiments.engine.timing import in_turns
 from linked_jax.probe import probe
@@ -78,8 +79,9 @@ class Work:
         return loop, loop.start([model])
 
     def run(
-        self, row: str, depth: int, rate: float, seed: int, advance: Callable[[int], None] = lambda _: None
-    ) -> dict[str, Any]:
+        self, row: str, depth: int, rate: float, seed: int, *, unfinished: Checkpoints | None = None,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> dict[str, Any]:  # fmt: skip
         """Train; the measures after the last iteration, or how the run diverged.
 
         Args:
@@ -87,17 +89,24 @@ class Work:
           depth: in blocks.
           rate: the greatest.
           seed: of the start and of the windows.
+          unfinished: keeps where it is, so that the same call goes on after it was cut off.
           advance: called with the number of iterations just done.
         """
         loop, carry = self.start(row, depth, seed)
         last_start, codes = len(self.text.train) - BLOCK - 1, jnp.asarray(self.text.train)
         starts = np.random.default_rng(seed).integers(0, last_start, (self.iterations, BATCH), endpoint=True)
         losses, key = np.empty(0), jax.random.key(seed)
-        for first in range(0, self.iterations, _AT_ONCE):
+        if unfinished is not None and (saved := unfinished.load()) is not None:
+            losses, arrays = like(saved, (np.empty(saved.facts["done"]), carry))
+            carry = jax.tree.map(jnp.asarray, arrays)
+            advance(len(losses))
+        for first in range(len(losses), self.iterations, _AT_ONCE):
             batches = starts[first : first + _AT_ONCE].astype(np.int32)
             carry, found = loop_lib.advance(loop, carry, codes, batches, key, first=first, lr=rate)
             losses = np.append(losses, np.asarray(found))
             advance(len(batches))
+            if unfinished is not None and unfinished.due():
+                unfinished.save((losses, carry), {"done": len(losses)})
             if not np.isfinite(losses[-1]):
                 advance(self.iterations - first - len(batches))
                 return {"diverged": int(np.isfinite(losses).argmin()) + 1}

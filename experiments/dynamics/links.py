@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.engine.plots import COLOURS, figure
+from experiments.engine.plots import COLOURS, figure, save
 from linked_jax import ACTIVATION_NAMES, Certificate, Link, activation_arity, certify, get_activation
 
 _DASHES = ("-", "--")
@@ -60,8 +60,7 @@ def picture(path: Path, on_link: Callable[[int], None] = lambda _: None) -> Path
     ]
     handles.append(Patch(color="0.85", label="dead: every derivative is 0"))
     sheet.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=11)
-    sheet.savefig(path, dpi=110)
-    return path
+    return save(sheet, path, 110)
 
 
 def verdict(certificate: Certificate) -> str:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.dynamics.toy import Moons, Toy
-from experiments.engine.plots import COLOURS, figure
+from experiments.engine.plots import COLOURS, figure, save
 from experiments.engine.tables import spread
 
 Line = Mapping[str, Any]
@@ -77,8 +77,7 @@ def picture(
     panels[0, -1].set_title("gradient norm of each unit, by step", fontsize=12)
     handles, names = panels[0, 0].get_legend_handles_labels()
     sheet.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=11)
-    sheet.savefig(path, dpi=110)
-    return path
+    return save(sheet, path, 110)
 
 
 def _surface(axes: Any, net: Any, data: Moons, reach: float) -> None:

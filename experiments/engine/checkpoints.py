@@ -1,91 +1,147 @@
-"""What lets a run resume after it was killed: its last snapshot, saved atomically with Orbax."""
+"""What lets a run resume after it was killed: its arrays, in files that are whole or not there, and checked when read.
 
+A file is NumPy's npz, of the leaves of a tree and of JSON facts, followed by the SHA-256 of all that. Nothing in it is
+code. A file whose SHA-256 is another one is never trained on: the one before it is taken.
+"""
+
+import hashlib
+import io
+import json
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import absl.logging
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-from experiments.engine.errors import UsageError, first_line
-from experiments.engine.training import Snapshot
+from experiments.engine import processes
+from experiments.engine.errors import UsageError
+from experiments.engine.files import write_whole, writing
+
+_KEPT = 2
+_DIGEST = hashlib.sha256().digest_size
+_FACTS = "facts"
+
+
+class Saved(NamedTuple):
+    """The content of a file: the leaves of the tree, and what was said of them."""
+
+    path: Path
+    leaves: list[np.ndarray]
+    facts: dict[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints of a run in its folder; only the last one is kept.
+    """The last two checkpoints of a run, in a folder of their own.
 
     Args:
-      folder: of the run.
+      folder: made with the first one.
       every: seconds between two that `due` asks for.
     """
 
     def __init__(self, folder: Path, every: float):
-        absl.logging.set_verbosity(
-            absl.logging.ERROR
-        )  # Orbax tells of what a killed run left half-written, and mends it
+        self.folder = folder
         self._every = every
         self._last = time.monotonic()
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager((folder / "checkpoint").absolute(), options=options)
 
     def due(self) -> bool:
         """Whether that many seconds have passed since the last one, or since the start."""
         return time.monotonic() - self._last >= self._every
 
-    def save(self, snapshot: Snapshot, position: dict[str, Any]) -> None:
-        """Save a snapshot and where in the run it is (JSON values). It is complete on disk, or not there."""
-        where = {name: getattr(snapshot, name) for name in ("epoch", "step", "diverged")}
-        where["losses"] = snapshot.losses.shape
-        arrays = {"arrays": _numbered(snapshot.arrays), "losses": snapshot.losses}
-        save = ocp.args.Composite(
-            arrays=ocp.args.StandardSave(arrays), position=ocp.args.JsonSave({**position, **where})
-        )
-        self._manager.save((self._manager.latest_step() or 0) + 1, args=save)
-        self._last = time.monotonic()
-
-    def position(self) -> dict[str, Any] | None:
-        """Where the last one is in the run; None if there is none."""
-        if self._manager.latest_step() is None:
-            return None
-        return self._restore(position=ocp.args.JsonRestore())["position"]
-
-    def snapshot(self, like: Snapshot) -> Snapshot:
-        """The last one's snapshot, on the devices of `like`.
+    def save(self, tree: Any, facts: Mapping[str, Any]) -> None:
+        """Save a tree of arrays and JSON values; in a program of several processes, the first one writes.
 
         Raises:
-          UsageError: if it does not have the arrays of `like`.
+          UsageError: if it cannot be written; the ones before it stay.
         """
-        position = self.position()
-        assert position is not None
-        abstract = {
-            "arrays": jax.tree.map(ocp.utils.to_shape_dtype_struct, _numbered(like.arrays)),
-            "losses": jax.ShapeDtypeStruct(tuple(position["losses"]), np.float32),
-        }
-        found = self._restore(arrays=ocp.args.StandardRestore(abstract))["arrays"]
-        treedef = jax.tree.structure(like.arrays)
-        return Snapshot(
-            jax.tree.unflatten(treedef, [found["arrays"][str(i)] for i in range(treedef.num_leaves)]),
-            np.asarray(found["losses"]),
-            position["epoch"],
-            position["step"],
-            tuple(position["diverged"]),
-        )
+        leaves = [np.asarray(leaf) for leaf in processes.fetch([_plain(leaf) for leaf in jax.tree.leaves(tree)])]
+        if processes.is_first():
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            before = self._files()
+            number = int(before[-1].stem) + 1 if before else 1
+            write_whole(self.folder / f"{number:06}.ckpt", _packed(leaves, facts))
+            for path in [*before[: 1 - _KEPT], *self.folder.glob("*.tmp")]:
+                path.unlink(missing_ok=True)
+        self._last = time.monotonic()
 
-    def close(self) -> None:
-        """Release the folder."""
-        self._manager.close()
+    def load(self) -> Saved | None:
+        """The newest one that is whole; None if there never was one.
 
-    def _restore(self, **items: Any) -> Any:
-        try:
-            return self._manager.restore(self._manager.latest_step(), args=ocp.args.Composite(**items))
-        except Exception as error:  # Orbax raises whatever its storage does
-            raise UsageError(
-                f"the checkpoint in {self._manager.directory} cannot be read ({first_line(error)}); delete that "
-                "folder, and --resume starts from the beginning"
-            ) from error
+        Raises:
+          UsageError: if none of those that are there is whole.
+        """
+        damaged: list[str] = []
+        for path in reversed(self._files()):
+            try:
+                found = Saved(path, *_unpacked(path.read_bytes()))
+            except (OSError, ValueError) as error:
+                damaged.append(f"the checkpoint {path} is damaged ({error})")
+                continue
+            if damaged and processes.is_first():
+                print(f"{damaged[0]}; going on from the one before it", file=sys.stderr)
+            return found
+        if damaged:
+            raise UsageError(f"{damaged[0]}, and none before it is whole; delete {self.folder}, and begin again")
+        return None
+
+    def clear(self) -> None:
+        """Remove all of them, and the folder."""
+        for path in self._files():
+            path.unlink(missing_ok=True)
+        if self.folder.exists():
+            self.folder.rmdir()
+
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("*.ckpt") if path.stem.isdigit())
 
 
-def _numbered(tree: Any) -> dict[str, Any]:
-    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+def like(saved: Saved, tree: Any) -> Any:
+    """The saved tree, as host arrays and PRNG keys.
+
+    Args:
+      saved: from `Checkpoints.load`.
+      tree: one with the structure, shapes and dtypes of the one that was saved.
+
+    Raises:
+      UsageError: if it has others.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    shapes = [(leaf.shape, leaf.dtype.itemsize) for leaf in map(_plain, leaves)]
+    if shapes != [(leaf.shape, leaf.dtype.itemsize) for leaf in saved.leaves]:
+        raise UsageError(f"the checkpoint {saved.path} is of another net; delete it, and begin again")
+    return jax.tree.unflatten(structure, map(_as, saved.leaves, leaves))
+
+
+def _packed(leaves: list[np.ndarray], facts: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    stored = {str(number): leaf for number, leaf in enumerate(leaves)}
+    told = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    np.savez(buffer, allow_pickle=False, **stored, **{_FACTS: told})
+    content = buffer.getvalue()
+    return content + hashlib.sha256(content).digest()
+
+
+def _unpacked(content: bytes) -> tuple[list[np.ndarray], dict[str, Any]]:
+    content, digest = content[:-_DIGEST], content[-_DIGEST:]
+    if hashlib.sha256(content).digest() != digest:
+        raise ValueError("its SHA-256 is another one")
+    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+        leaves = [stored[str(number)] for number in range(len(stored.files) - 1)]
+        return leaves, json.loads(stored[_FACTS].tobytes())
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _plain(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _as(stored: np.ndarray, leaf: Any) -> Any:
+    if _is_key(leaf):
+        return jax.random.wrap_key_data(jax.numpy.asarray(stored), impl=jax.random.key_impl(leaf))
+    return stored.view(leaf.dtype)  # NumPy stores bfloat16 as bytes

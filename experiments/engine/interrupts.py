@@ -1,8 +1,10 @@
-"""SIGTERM and Ctrl-C, noted and left to the loop, which finishes its step and saves."""
+"""SIGTERM and Ctrl-C: noted, for a loop that finishes its step and saves; or the end there and then."""
 
 import signal
 from types import FrameType
 from typing import Any
+
+from experiments.engine.errors import InterruptedRunError
 
 
 class Interrupts:
@@ -23,3 +25,19 @@ class Interrupts:
     def _note(self, signum: int, _frame: FrameType | None) -> None:
         self.signum = signum
         self.__exit__()
+
+
+class Ended(Interrupts):
+    """Within it, the first SIGINT or SIGTERM raises InterruptedRunError: for work whose parts are saved as they end.
+
+    Args:
+      remedy: what the line says of how to go on.
+    """
+
+    def __init__(self, remedy: str):
+        super().__init__()
+        self._remedy = remedy
+
+    def _note(self, signum: int, _frame: FrameType | None) -> None:
+        super()._note(signum, _frame)
+        raise InterruptedRunError(signum, self._remedy)

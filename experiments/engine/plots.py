@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.engine.files import write_whole
 from experiments.engine.tables import HEADINGS, Run, by_net, numbers, text, varying
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
@@ -67,11 +68,21 @@ def figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def png(figure: Any) -> bytes:
+def png(figure: Any, dpi: int = _DPI) -> bytes:
     """The picture's file; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def save(figure: Any, path: Path, dpi: int = _DPI) -> Path:
+    """Write the picture; gives its path.
+
+    Raises:
+      UsageError: if it cannot be written.
+    """
+    write_whole(path, png(figure, dpi))
+    return path
 
 
 def accuracy_picture(lines: Sequence[Mapping[str, Any]], axes: Sequence[str], path: Path, *, title: str) -> Path:
@@ -95,8 +106,7 @@ def accuracy_picture(lines: Sequence[Mapping[str, Any]], axes: Sequence[str], pa
             _draw(panel, curves, what, ": ".join(filter(None, (name, named))))
     _legend(whole, grid[:, 0], "outside right center", columns=1)
     whole.suptitle("; ".join(filter(None, (title, caption(lines, axes)))), fontsize=11)
-    path.write_bytes(png(whole))
-    return path
+    return save(whole, path)
 
 
 def panel_pictures(lines: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> dict[str, bytes]:

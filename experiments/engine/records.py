@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 import jax
 from filelock import FileLock, Timeout
 
+from experiments.engine.checkpoints import Checkpoints
 from experiments.engine.errors import UsageError
+from experiments.engine.files import write_whole, writing
 
 CONFIG, METRICS, TIMES = "config.json", "metrics.jsonl", "times.json"
 _LOCK, _HOLDER = ".lock", ".holder"
@@ -55,7 +57,7 @@ class Record:
             raise _cannot_write(folder, error) from error
         lock = _lock(folder)
         try:
-            _write_whole(folder / CONFIG, text + "\n")
+            write_whole(folder / CONFIG, text + "\n")
             return cls(folder, complete, [], lock)
         except BaseException:
             _unlock(folder, lock)
@@ -105,9 +107,10 @@ class Record:
         if len(lines) != 1:
             self._rewrite([*self.lines, *map(dict, lines)])
             return
-        self._metrics.write(_json(lines[0]))
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        with writing(self.folder / METRICS):
+            self._metrics.write(_json(lines[0]))
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
         self.lines.append(dict(lines[0]))
 
     def find(self, key: Mapping[str, Any]) -> Line | None:
@@ -146,19 +149,23 @@ class Record:
             self.add(*({**key, **line} for line in make()))
         return [line for line in self.lines if key.items() <= line.items()]
 
+    def checkpoints(self, name: str, every: float = 30.0) -> Checkpoints:
+        """Those of a run that has no line yet, in a folder of the record; clear them when it has."""
+        return Checkpoints(self.folder / "unfinished" / name, every)
+
     def keep(self, count: int) -> None:
         """Drop all lines but the first `count`."""
         self._rewrite(self.lines[:count])
 
     def _rewrite(self, lines: list[Line]) -> None:
-        _write_whole(self.folder / METRICS, "".join(map(_json, lines)))
+        write_whole(self.folder / METRICS, "".join(map(_json, lines)))
         self._metrics.close()
         self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
         self.lines = lines
 
     def write_times(self, times: Mapping[str, Any]) -> None:
         """Leave step times beside the metrics."""
-        _write_whole(self.folder / TIMES, json.dumps(times, indent=2) + "\n")
+        write_whole(self.folder / TIMES, json.dumps(times, indent=2) + "\n")
 
     def close(self) -> None:
         """Close metrics.jsonl and let others have the folder; nothing if it is closed."""
@@ -282,7 +289,7 @@ def _damaged(path: Path, line: int, error: object) -> NoReturn:
 def _lock(folder: Path) -> FileLock:
     lock = _acquire(folder)
     now = datetime.datetime.now().isoformat(" ", "seconds")
-    _write_whole(folder / _HOLDER, f"process {os.getpid()} on {platform.node()} since {now}")
+    write_whole(folder / _HOLDER, f"process {os.getpid()} on {platform.node()} since {now}")
     return lock
 
 
@@ -307,16 +314,6 @@ def _acquire(folder: Path) -> FileLock:
 
 def _json(line: Mapping[str, Any]) -> str:
     return json.dumps(line, allow_nan=False) + "\n"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Leave the old file or the new one, on disk."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def new_folder(out: str | None, name: str) -> Path:

@@ -14,7 +14,7 @@ import optax
 
 from experiments.engine import data as data_lib
 from experiments.engine import plots, processes, records, tables, training
-from experiments.engine.checkpoints import Checkpoints
+from experiments.engine.checkpoints import Checkpoints, Saved, like
 from experiments.engine.console import Console
 from experiments.engine.costs import count
 from experiments.engine.errors import InterruptedRunError, NonFiniteLossError, UsageError
@@ -36,6 +36,7 @@ from experiments.engine.study import command
 from experiments.engine.timing import step_times
 
 _EACH_EPOCH_UP_TO = 12  # runs in a command; with more, one line a run
+_WHERE = ("epoch", "step", "diverged")  # of a snapshot
 _AGREE_EVERY = 4  # updates between questions to all processes: has a signal come, is a checkpoint due?
 
 
@@ -136,15 +137,12 @@ class _Run:
 
     def go(self) -> None:
         """Train what is not trained, time the nets if that was asked for, and show the tables."""
-        checkpoints = Checkpoints(self.folder, self.settings.checkpoint_every)
+        checkpoints = Checkpoints(self.folder / "checkpoint", self.settings.checkpoint_every)
         with self.record:
-            try:
-                with Interrupts() as interrupts:
-                    self._train_all(checkpoints, interrupts)
-                if self.settings.time_steps and not (self.folder / records.TIMES).exists():
-                    self._time()
-            finally:
-                checkpoints.close()
+            with Interrupts() as interrupts:
+                self._train_all(checkpoints, interrupts)
+            if self.settings.time_steps and not (self.folder / records.TIMES).exists():
+                self._time()
         if processes.is_first():
             self._show()
         diverged = [line["diverged"] for line in self.record.lines if "diverged" in line]
@@ -153,9 +151,9 @@ class _Run:
             raise NonFiniteLossError(f"{runs}{diverged[0]}; try a smaller --lr or another --init")
 
     def _train_all(self, checkpoints: Checkpoints, interrupts: Interrupts) -> None:
-        saved = checkpoints.position()
-        first = saved["run"] if saved else 0
-        self.record.keep(saved["lines"] if saved else 0)
+        saved = processes.everywhere(checkpoints.load)
+        first = saved.facts["run"] if saved else 0
+        self.record.keep(saved.facts["lines"] if saved else 0)
         if first == len(self.runs):
             self.console.say(f"the run {self.folder} is complete")
             return
@@ -166,10 +164,22 @@ class _Run:
                 self.console.say(f"network  {self.experiment.describe(self.settings, cell, counted)}")
             loop, snapshot = training.start([self._build(cell, seed) for seed in seeds], self.plans[id(cell)])
             if saved:
-                snapshot, saved = checkpoints.snapshot(snapshot), None
+                snapshot, saved = self._restored(saved, snapshot), None
             latest = self._train(number, loop, snapshot, checkpoints, interrupts)
         assert latest is not None
-        checkpoints.save(latest(), {"run": len(self.runs), "lines": len(self.record.lines)})
+        self._save(checkpoints, latest(), len(self.runs))
+
+    def _save(self, checkpoints: Checkpoints, snapshot: training.Snapshot, run: int) -> None:
+        where = {name: getattr(snapshot, name) for name in _WHERE}
+        facts = {"run": run, "lines": len(self.record.lines), **where}
+        checkpoints.save([snapshot.losses, snapshot.arrays], facts)
+
+    def _restored(self, saved: Saved, start: training.Snapshot) -> training.Snapshot:
+        """The snapshot that was saved, on the devices; one before the first update has its shapes."""
+        losses, *leaves = saved.leaves
+        arrays = self.place.of_seeds(like(saved._replace(leaves=leaves), start.arrays))
+        where = {name: saved.facts[name] for name in _WHERE}
+        return training.Snapshot(arrays, losses, **{**where, "diverged": tuple(where["diverged"])})
 
     def _train(
         self, number: int, loop: Any, snapshot: training.Snapshot, checkpoints: Checkpoints, interrupts: Interrupts
@@ -192,7 +202,7 @@ class _Run:
                     return
                 signum, due = processes.greatest([interrupts.signum or 0, checkpoints.due()])
                 if signum or due:
-                    checkpoints.save(now(), {"run": number, "lines": len(self.record.lines)})
+                    self._save(checkpoints, now(), number)
                 if signum:
                     raise InterruptedRunError(signum, f"The run is saved; resume it with: {self._again()}")
 

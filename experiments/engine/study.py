@@ -1,11 +1,13 @@
 """What studies share beside the tables' engine: their record, and the choice of a rate."""
 
+import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.engine.interrupts import Ended
 from experiments.engine.records import Record
 
 Line = Mapping[str, Any]
@@ -31,6 +33,7 @@ def command(experiment: str, arguments: Sequence[str] | None = None) -> str:
     return shlex.join(["python", "-m", f"experiments.{experiment}", *kept])
 
 
+@contextlib.contextmanager
 def open_record(
     experiment: str,
     folder: str | Path,
@@ -40,8 +43,10 @@ def open_record(
     same: Sequence[str] = ("experiment", "protocol", "data"),
     arguments: Sequence[str] | None = None,
     **more: Any,
-) -> Record:
+) -> Iterator[Record]:
     """The record of a study: a new one, or the one that is there and was made alike. `Record.once` resumes its runs.
+
+    Within it SIGTERM and Ctrl-C end the process with the line that says how to go on.
 
     Args:
       experiment: the study's name.
@@ -56,7 +61,13 @@ def open_record(
       UsageError: as `Record.open`.
     """
     made_by = {"experiment": experiment, "command": command(experiment, arguments)}
-    return Record.open(Path(folder), {**made_by, **more, "protocol": protocol, "data": data.identity}, same=same)
+    config = {**made_by, **more, "protocol": protocol, "data": data.identity}
+    again = shlex.join(["python", "-m", f"experiments.{experiment}", *sys.argv[1:]])
+    with (
+        Record.open(Path(folder), config, same=same) as record,
+        Ended(f"What was done is saved in {record.folder}; go on with the same command: {again}"),
+    ):
+        yield record
 
 
 def at_best_rate(runs: Sequence[Line], loss: Callable[[Line], float]) -> list[Line]:

@@ -20,6 +20,7 @@ from experiments.engine import study
 from experiments.engine.checks import in_range
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
+from experiments.engine.files import write_whole
 from experiments.engine.records import Record
 from experiments.headlines.claim import Claim
 from experiments.headlines.claims import CLAIMS
@@ -81,7 +82,7 @@ def _test(claim: Claim, settings: Settings, data: data_lib.Dataset) -> None:
     console.table(
         f"{claim.title}. digits, {epochs} epochs, mean ± sample standard deviation.", table(claim, record.lines)
     )
-    (folder / "table.md").write_text(page(claim, record.config, record.lines), encoding="utf-8")
+    write_whole(folder / "table.md", page(claim, record.config, record.lines))
     console.say(f"record   {folder}\n")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.engine import tables
+from experiments.engine.plots import save
 from experiments.load_forecast.forecast import BASELINES
 from experiments.load_forecast.series import HORIZON
 
@@ -42,8 +43,7 @@ def picture(lines: Sequence[Line], path: Path, *, title: str) -> Path:
     axes.set_xticks([1, *range(3, HORIZON + 1, 3)])
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
-    return path
+    return save(figure, path, 110)
 
 
 def _by_cell(lines: Sequence[Line]) -> dict[str, np.ndarray]:

@@ -28,6 +28,7 @@ from experiments.engine import tasks
 from experiments.engine.checks import command_line, in_range, known
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
+from experiments.engine.files import write_whole
 from experiments.engine.study import open_record
 from experiments.plasticity import plots, regression
 from experiments.plasticity.continual import RATES, Plan, run_net
@@ -118,7 +119,7 @@ def streams() -> None:
                 f"{stream}, {column.replace('_', ' ')}: mean ± standard deviation over seeds of the mean over tasks",
                 plots.table(stream, column, config, lines),
             )
-    (record.folder / "table.md").write_text(plots.markdown(config, lines), encoding="utf-8")
+    write_whole(record.folder / "table.md", plots.markdown(config, lines))
     for column in settings.widths:
         drawn = plots.picture(column, config, lines, record.folder / f"plasticity_{column}.png")
         console.say(f"picture  {drawn}")

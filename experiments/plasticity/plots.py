@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.engine.plots import figure, mean_band
+from experiments.engine.plots import figure, mean_band, save
 from experiments.engine.study import at_best_rate
 from experiments.engine.tables import markdown as markdown_table
 from experiments.engine.tables import provenance, spread
@@ -157,5 +157,4 @@ def picture(column: str, config: Mapping[str, Any], lines: Sequence[Line], path:
             panel.grid(alpha=0.25)
         row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
     sheet.suptitle(f"{config['data']['name']}, {column.replace('_', ' ')}: mean over seeds and one standard deviation")
-    sheet.savefig(path, dpi=100, metadata={"Software": None})
-    return path
+    return save(sheet, path, 100)

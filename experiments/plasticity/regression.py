@@ -30,9 +30,10 @@ from jaxtyping import Array, Float
 
 from experiments.engine.checks import command_line, in_range, known
 from experiments.engine.console import Console
+from experiments.engine.files import write_whole
 from experiments.engine.loop import Loop, advance
 from experiments.engine.parallel import Placement
-from experiments.engine.plots import COLOURS, figure, mean_band
+from experiments.engine.plots import COLOURS, figure, mean_band, save
 from experiments.engine.study import open_record
 from experiments.engine.tables import markdown, provenance, spread
 from experiments.plasticity.kumar.methods import METHODS
@@ -177,7 +178,7 @@ def main() -> None:
             first, last = (statistics.fmean(error[place] for error in errors) for place in (0, -1))
             console.say(f"{row}: error of the first bin {first:.3f}, of the last {last:.3f}, mean over rates")
         console.table("Slowly changing regression: squared error, last tenth of the bins", table(record.lines))
-        (record.folder / "table.md").write_text(page(record.config, record.lines), encoding="utf-8")
+        write_whole(record.folder / "table.md", page(record.config, record.lines))
         console.say(f"picture  {picture(record.lines, record.folder / 'regression.png')}\nrecord   {record.folder}")
 
 
@@ -228,8 +229,7 @@ def picture(lines: Sequence[Line], path: Path) -> Path:
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("squared error")
     panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-    sheet.savefig(path, dpi=110, metadata={"Software": None})
-    return path
+    return save(sheet, path, 110)
 
 
 def _by_net(lines: Sequence[Line]) -> dict[tuple[str, float], list[Line]]:

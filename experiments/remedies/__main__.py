@@ -22,6 +22,7 @@ from experiments.engine import data as data_lib
 from experiments.engine.checks import command_line, in_range, known
 from experiments.engine.console import Console
 from experiments.engine.errors import run_command
+from experiments.engine.files import write_whole
 from experiments.remedies.methods import METHODS
 from experiments.remedies.net import NETS
 from experiments.remedies.runs import BATCH, MICRO_BATCH, Work, of_method, planned
@@ -95,7 +96,7 @@ def main() -> None:
         console.table(
             f"{net}: digits, {settings.epochs} epochs, last epoch, mean ± standard deviation over seeds", rows
         )
-    (folder / "table.md").write_text(markdown(record.config, record.lines, times), encoding="utf-8")
+    write_whole(folder / "table.md", markdown(record.config, record.lines, times))
     drawn = picture(record.config, record.lines, times, folder / "remedies.png")
     console.say(f"record   {folder}\npicture  {drawn}")
 

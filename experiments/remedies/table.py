@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.engine.plots import save
 from experiments.engine.study import Line, at_best_rate
 from experiments.engine.tables import CHANCE, provenance, spread
 from experiments.engine.tables import markdown as markdown_table
@@ -149,5 +150,4 @@ def picture(config: Mapping[str, Any], lines: Sequence[Line], times: Mapping[str
         if ranked:
             panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
     figure.suptitle(f"{config['data']['name']}, {config['protocol']['epochs']} epochs; linked neurons in blue")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    return path
+    return save(figure, path, 110)

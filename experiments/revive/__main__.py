@@ -19,6 +19,7 @@ from experiments.engine import data as data_lib
 from experiments.engine.checks import command_line, in_range
 from experiments.engine.console import Console
 from experiments.engine.errors import run_command
+from experiments.engine.files import write_whole
 from experiments.engine.study import open_record
 from experiments.plasticity.net import TAU
 from experiments.revive import plots
@@ -63,7 +64,7 @@ def main() -> None:
                 run_seed(record, task, harm, seed, **epochs, say=console.say, on_net=advance)
     for harm in HARMS:
         console.table(f"{harm}: {plots.LEGEND}", plots.table(harm, record.lines))
-    (record.folder / "table.md").write_text(plots.markdown(record.config, record.lines), encoding="utf-8")
+    write_whole(record.folder / "table.md", plots.markdown(record.config, record.lines))
     drawn = plots.picture(record.config, record.lines, record.folder / "revive.png")
     console.say(f"record   {record.folder}\npicture  {drawn}")
 

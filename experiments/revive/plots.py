@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.engine.plots import figure, mean_band
+from experiments.engine.plots import figure, mean_band, save
 from experiments.engine.tables import markdown as markdown_table
 from experiments.engine.tables import provenance, spread
 
@@ -96,5 +96,4 @@ def picture(config: Mapping[str, Any], lines: Sequence[Line], path: Path) -> Pat
             panel.set_ylim(-0.02, 1.02)
             panel.grid(alpha=0.25)
         right.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
-    sheet.savefig(path, dpi=100, metadata={"Software": None})
-    return path
+    return save(sheet, path, 100)

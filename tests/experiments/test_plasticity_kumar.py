@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from experiments.engine import data as data_lib
+from experiments.engine.checkpoints import Checkpoints
 from experiments.engine.errors import UsageError
 from experiments.plasticity import __main__ as plasticity
 from experiments.plasticity.kumar import command, problems, runs, table
@@ -289,12 +290,11 @@ class CutOffError(Exception):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ["relu", "revived", "continual_backprop", "shrink_and_perturb"])
-def test_a_run_that_was_cut_off_goes_on_and_is_the_same(row, tmp_path, monkeypatch):
+def test_a_run_that_was_cut_off_goes_on_and_is_the_same(row, tmp_path):
     work = runs.Work(small("random_label_mnist", epochs=1), METHODS[row], MNIST, 4)
     untimed = lambda lines: [each | {"training_seconds": 0} for each in lines]  # noqa: E731
     whole = untimed(runs.learn(work, [(0, 1e-3)]))
-    monkeypatch.setattr(runs, "_SAVE_EVERY", 0.0)
-    kept, done = tmp_path / "unfinished" / "run.npz", []
+    kept, done = Checkpoints(tmp_path / "unfinished" / "run", 0.0), []
 
     def stop_in(number):
         def on_task(count):
@@ -311,7 +311,8 @@ def test_a_run_that_was_cut_off_goes_on_and_is_the_same(row, tmp_path, monkeypat
     done.clear()
     assert untimed(runs.learn(work, [(0, 1e-3)], unfinished=kept, on_task=done.append)) == whole
     assert done == [3, 1]
-    assert not kept.exists()
+    kept.clear()
+    assert not (tmp_path / "unfinished" / "run").exists()
 
 
 def test_units_are_those_between_two_layers():

@@ -25,6 +25,7 @@ from experiments.engine import data as data_lib
 from experiments.engine.checks import command_line, in_range, known
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError
+from experiments.engine.files import write_whole
 from experiments.engine.records import Record
 from experiments.engine.study import open_record
 from experiments.plasticity.kumar import table
@@ -105,7 +106,7 @@ def main() -> None:
             suffix = "" if tasks == PROBLEMS[name].tasks else f"_{tasks}"
             drawn = table.picture(name, tasks, record.lines, record.folder / f"{name}{suffix}.png")
             console.say(f"picture  {drawn}")
-        (record.folder / "table.md").write_text(table.markdown(record.config, record.lines), encoding="utf-8")
+        write_whole(record.folder / "table.md", table.markdown(record.config, record.lines))
         console.say(f"record   {record.folder}")
 
 
@@ -127,17 +128,19 @@ def _of_row(
     def once(runs: Sequence[Run]) -> None:
         keys = [{**told, "rate": rate, "seed": seed} for seed, rate in runs]
 
-        def make(missing: Sequence[int]) -> list[dict[str, Any]]:
-            new = [runs[i] for i in missing]
-            file = f"{name}-{row}-{work.tasks}-" + "-".join(f"{seed}at{rate:g}" for seed, rate in new) + ".npz"
-            kept = record.folder / "unfinished" / file
-            found = learn(work, new, unfinished=kept, on_task=lambda done: advance(done * len(new)))
+        new = [run for run, key in zip(runs, keys, strict=True) if record.find(key) is None]
+        which = f"{name}-{row}-{work.tasks}-" + "-".join(f"{seed}at{rate:g}" for seed, rate in new)
+        unfinished = record.checkpoints(which)
+
+        def make(_missing: Sequence[int]) -> list[dict[str, Any]]:
+            found = learn(work, new, unfinished=unfinished, on_task=lambda done: advance(done * len(new)))
             for (seed, rate), line in zip(new, found, strict=True):
                 say(f"{name} {row}, rate {rate:g}, seed {seed}: {100 * line['score']:.2f}")
             return [{**facts, **line} for line in found]
 
         advance(work.tasks * sum(record.find(key) is not None for key in keys))
         record.once_each(keys, make)
+        unfinished.clear()
 
     tuning = _tuning(settings)
     for group in _groups(tuning, work.problem):

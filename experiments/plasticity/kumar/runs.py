@@ -2,10 +2,8 @@
 
 import dataclasses
 import functools
-import io
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from experiments.engine import tasks as tasks_lib
+from experiments.engine.checkpoints import Checkpoints, like
 from experiments.engine.data import Half
 from experiments.engine.loop import Carry, Loop, advance
 from experiments.engine.parallel import Placement
@@ -28,7 +27,6 @@ from linked_jax.signal_statistics import effective_rank, feature_moments
 
 DORMANT = 0.025
 _MEASURED_ON = 256  # images of a task
-_SAVE_EVERY = 120.0  # seconds
 _OF_NET, _OF_OPTIMIZER = 2**31 - 2, 2**31 - 3  # beside the numbers of tasks
 
 
@@ -66,9 +64,13 @@ class Work:
         """The loop of a task."""
         return self.loops[number >= self.tasks // 2]
 
+    def after(self, carry: Carry, tasks: int) -> Carry:
+        """A carry with the shapes of that after so many tasks, of the one before the first."""
+        return linked(carry) if self.method.at_end and tasks > self.tasks // 2 else carry
+
 
 def learn(
-    work: Work, runs: Sequence[tuple[int, float]], *, unfinished: Path | None = None,
+    work: Work, runs: Sequence[tuple[int, float]], *, unfinished: Checkpoints | None = None,
     on_task: Callable[[int], None] = lambda _: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The runs, together: each as alone, but for rounding.
@@ -76,8 +78,7 @@ def learn(
     Args:
       work: what they are.
       runs: (seed, rate) of each.
-      unfinished: a file that keeps where they are, so that the same call goes on after it was cut off; it goes at the
-        end.
+      unfinished: keeps where they are, so that the same call goes on after it was cut off.
       on_task: called with the number of tasks done since the last call.
 
     Returns:
@@ -88,22 +89,19 @@ def learn(
     """
     found: list[dict[str, list[float]]] = []
     carry, done = work.start(runs), 0
-    if unfinished is not None and unfinished.exists():
-        carry, found = _restored(unfinished, work, carry)
+    if unfinished is not None and (saved := unfinished.load()) is not None:
+        found = saved.facts["found"]
         done = len(found)
+        carry = jax.tree.map(jnp.asarray, like(saved, work.after(carry, done)))
         on_task(done)
-    saved = time.monotonic()
     for number in range(done, work.tasks):
         began = time.perf_counter()
         carry, measured = _after_task(work, runs, carry, number)
         share = (time.perf_counter() - began) / len(runs)
         found.append(measured | {"training_seconds": [share] * len(runs)})
         on_task(1)
-        if unfinished is not None and time.monotonic() - saved > _SAVE_EVERY and number + 1 < work.tasks:
-            _save(unfinished, carry, found)
-            saved = time.monotonic()
-    if unfinished is not None:
-        unfinished.unlink(missing_ok=True)
+        if unfinished is not None and unfinished.due() and number + 1 < work.tasks:
+            unfinished.save(carry, {"found": found})
     return [_line(work, found, place) for place in range(len(runs))]
 
 
@@ -159,41 +157,3 @@ def _line(work: Work, found: Sequence[dict[str, list[float]]], place: int) -> di
     counted = [a for number, a in enumerate(of_run["accuracy"]) if work.problem.hard(number)]
     finite, seconds = bool(of_run.pop("finite")[-1]), round(sum(of_run.pop("training_seconds")), 1)
     return {"score": round(float(np.mean(counted)), 5), **of_run, "finite": finite, "training_seconds": seconds}
-
-
-def _save(path: Path, carry: Carry, found: Sequence[dict[str, list[float]]]) -> None:
-    """Leave the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {f"leaf{i}": np.asarray(_plain(leaf)) for i, leaf in enumerate(jax.tree.leaves(carry))}
-    measured = {f"of_{name}": np.array([after[name] for after in found]) for name in found[0]}
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays, **measured)
-    partial = path.with_suffix(".tmp")
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(path)
-
-
-def _restored(path: Path, work: Work, carry: Carry) -> tuple[Carry, list[dict[str, list[float]]]]:
-    with np.load(path) as stored:
-        arrays = dict(stored)
-    names = [name for name in arrays if name.startswith("of_")]
-    done = len(arrays[names[0]])
-    found = [{name.removeprefix("of_"): arrays[name][number].tolist() for name in names} for number in range(done)]
-    if work.method.at_end and done > work.tasks // 2:
-        carry = linked(carry)
-    leaves, structure = jax.tree.flatten(carry)
-    new = [_like(arrays[f"leaf{i}"], leaf) for i, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(structure, new), found
-
-
-def _is_key(leaf: Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _plain(leaf: Array) -> Array:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _like(stored: np.ndarray, leaf: Array) -> Array:
-    array = jnp.asarray(stored)
-    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.engine.plots import COLOURS, figure, mean_band
+from experiments.engine.plots import COLOURS, figure, mean_band, save
 from experiments.engine.tables import markdown as markdown_table
 from experiments.engine.tables import provenance
 from experiments.plasticity.kumar.methods import METHODS
@@ -172,8 +172,7 @@ def picture(problem: str, tasks: int, lines: Sequence[Line], path: Path) -> Path
     panel.grid(alpha=0.25)
     panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
     sheet.suptitle(f"{what.says}: accuracy before learning, by task, at equal parameters")
-    sheet.savefig(path, dpi=110, metadata={"Software": None})
-    return path
+    return save(sheet, path, 110)
 
 
 def _of_hard(problem: str, run: Line) -> list[float]:

@@ -283,7 +283,7 @@ def test_a_signal_to_one_of_them_saves_all_and_they_resume_to_the_same_bits(alon
     folder = tmp_path / "run"
     program = Program(*TINY, "--act", "lk_relu", "relu_bn", "--checkpoint-every", "0", "--out", folder)
     until = time.monotonic() + LONGEST
-    while not any(path.name.isdigit() for path in folder.glob("checkpoint/*")) and time.monotonic() < until:
+    while not any(folder.glob("checkpoint/*.ckpt")) and time.monotonic() < until:
         time.sleep(0.05)
     os.kill(program.processes[1].pid, signal.SIGTERM)
     (code, _, error), (other_code, other_out, other_error) = program.finish()

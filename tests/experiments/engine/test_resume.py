@@ -14,7 +14,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from experiments import allcnn, depth, width
@@ -75,19 +74,9 @@ def metrics(folder):
 
 def saved(folder):
     """The arrays of the last checkpoint, as bytes."""
-    step = max(int(path.name) for path in (folder / "checkpoint").iterdir() if path.name.isdigit())
-    arrays = (folder / "checkpoint" / str(step) / "arrays").absolute()
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(arrays).item_metadata.tree
-        found = checkpointer.restore(
-            arrays, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-        )
-
-    def raw(leaf):
-        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes()
-
-    return [raw(leaf) for leaf in jax.tree.leaves(found)]
+    found = Checkpoints(folder / "checkpoint", 0).load()
+    assert found
+    return [leaf.tobytes() for leaf in found.leaves]
 
 
 def wait_for(condition, process, timeout=200):
@@ -297,11 +286,16 @@ def change_data(folder):
     change(folder, data={**json.loads((folder / "config.json").read_text())["data"], "fingerprint": "0" * 16})
 
 
-def damage_checkpoint(folder, item):
-    found = [path for path in (folder / "checkpoint").glob(f"*/{item}/**/*") if path.is_file()]
-    assert found
+def damage_checkpoints(folder, damage):
+    found = list((folder / "checkpoint").glob("*.ckpt"))
+    assert len(found) == 2
     for path in found:
-        path.write_bytes(b"damaged")
+        path.write_bytes(damage(path.read_bytes()))
+
+
+def another_net(folder):
+    checkpoints = Checkpoints(folder / "checkpoint", 0)
+    checkpoints.save([np.zeros(3)], checkpoints.load().facts)
 
 
 def add_line(folder, text):
@@ -319,8 +313,9 @@ REFUSED = {
     "no settings": (lambda run: change(run, settings=None), "config.json are damaged"),
     "unknown settings": (lambda run: change(run, settings={"depht": 3}), "config.json are damaged"),
     "a damaged line": (lambda run: add_line(run, "{\n{}\n"), "metrics.jsonl, line 2 cannot be read"),
-    "a damaged position": (lambda run: damage_checkpoint(run, "position"), "cannot be read"),
-    "damaged arrays": (lambda run: damage_checkpoint(run, "arrays"), "cannot be read"),
+    "damaged checkpoints": (lambda run: damage_checkpoints(run, lambda all: all[:-1] + b"x"), "its SHA-256 is another"),
+    "empty checkpoints": (lambda run: damage_checkpoints(run, lambda _all: b""), "its SHA-256 is another"),
+    "another net's checkpoint": (another_net, "the checkpoint is of another net"),
 }
 
 

@@ -290,14 +290,21 @@ def lora_linear():
 
 
 NOT_REVIVED = {
-    "LoRALinear before": lambda: ([lora_linear(), relu, linear(4, 2)], r"layers\[0\], a LoRALinear, may add to its kernel"),
-    "LoRALinear after": lambda: ([linear(3, 3), relu, lora_linear(), relu, linear(4, 2)], r"layers\[2\] is a LoRALinear"),
+    "LoRALinear before": lambda: (
+        [lora_linear(), relu, linear(4, 2)],
+        r"layers\[0\], a LoRALinear, may add to its kernel",
+    ),
+    "LoRALinear after": lambda: (
+        [linear(3, 3), relu, lora_linear(), relu, linear(4, 2)],
+        r"layers\[2\] is a LoRALinear",
+    ),
     "LoRA": lambda: (
         [nnx.LoRA(3, 2, 4, base_module=linear(3, 4), rngs=nnx.Rngs(0)), relu, linear(4, 2)],
         r"layers\[0\], a LoRA, has",
     ),
     "WeightNorm": lambda: (
-        [nnx.WeightNorm(linear(3, 4), rngs=nnx.Rngs(0)), relu, linear(4, 2)], r"layers\[0\], a WeightNorm, has",
+        [nnx.WeightNorm(linear(3, 4), rngs=nnx.Rngs(0)), relu, linear(4, 2)],
+        r"layers\[0\], a WeightNorm, has",
     ),
     "masked": lambda: (
         [nnx.Conv(3, 4, (1,), mask=jnp.ones((1, 3, 4)), rngs=nnx.Rngs(0)), relu, linear(4, 2)],
@@ -311,7 +318,7 @@ NOT_REVIVED = {
         ],
         r"layers\[0\], an nnx.LinearGeneral with a kernel of shape \(3, 4, 5\)",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", first_fast(NOT_REVIVED.values()), ids=NOT_REVIVED)

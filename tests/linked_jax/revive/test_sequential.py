@@ -396,11 +396,18 @@ class Dropped(nnx.Module):
 
 BAD = {
     "no activation": lambda: ([linear(3, 4), linear(4, 2)], "no plain activation"),
-    "linked already": lambda: ([linear(3, 4), lk_relu, linear(8, 2)], r"no plain activation.*layers\[1\] is already linked"),
-    "linked layer": lambda: (
-        [linear(3, 4), LinkedLinear(4, 2, rngs=nnx.Rngs(0))], r"no plain.*layers\[1\] is already linked",
+    "linked already": lambda: (
+        [linear(3, 4), lk_relu, linear(8, 2)],
+        r"no plain activation.*layers\[1\] is already linked",
     ),
-    "linked layer next": lambda: (after_relu(LinkedLinear(4, 2, rngs=nnx.Rngs(0))), r"after it, only layers\[2\], a LinkedL"),
+    "linked layer": lambda: (
+        [linear(3, 4), LinkedLinear(4, 2, rngs=nnx.Rngs(0))],
+        r"no plain.*layers\[1\] is already linked",
+    ),
+    "linked layer next": lambda: (
+        after_relu(LinkedLinear(4, 2, rngs=nnx.Rngs(0))),
+        r"after it, only layers\[2\], a LinkedL",
+    ),
     "a layer over another axis next": lambda: (
         after_relu(nnx.LinearGeneral(4, 2, axis=1, rngs=nnx.Rngs(0))),
         r"layers\[2\], an nnx.LinearGeneral over axes \(1,\), is not over the channels",
@@ -413,8 +420,14 @@ BAD = {
         [nnx.Sequential(linear(3, 4), nnx.Sequential(jnp.tanh, linear(4, 4))), *after_relu(linear(4, 2))],
         r"first member.* for layers\[0\].layers\[1\].layers\[0\]",
     ),
-    "a module of several layers": lambda: (after_relu(linear(4, 4), Residual(), linear(4, 2)), r"layers\[3\], a Residual, has"),
-    "relu and dropout": lambda: ([linear(3, 4), Dropped(), linear(4, 2)], r"layers\[1\], a Dropped, has variables or modules"),
+    "a module of several layers": lambda: (
+        after_relu(linear(4, 4), Residual(), linear(4, 2)),
+        r"layers\[3\], a Residual, has",
+    ),
+    "relu and dropout": lambda: (
+        [linear(3, 4), Dropped(), linear(4, 2)],
+        r"layers\[1\], a Dropped, has variables or modules",
+    ),
     "relu and flatten": lambda: (
         [nnx.Conv(3, 4, (8, 8), padding="VALID", rngs=nnx.Rngs(0)), lambda x: jax.nn.relu(flatten(x)), linear(4, 3)],
         r"layers\[1\] is an activation for arrays of some shapes only",
@@ -423,39 +436,61 @@ BAD = {
         [nnx.Conv(3, 4, (8, 8), padding="VALID", rngs=nnx.Rngs(0)), lambda x: jax.nn.relu(x.squeeze()), linear(4, 3)],
         r"layers\[1\] is an activation for arrays of some shapes only",
     ),
-    "activation last": lambda: (after_relu(linear(4, 2), jax.nn.relu), r"layers\[3\].*no nnx.Linear or nnx.Conv after it"),
+    "activation last": lambda: (
+        after_relu(linear(4, 2), jax.nn.relu),
+        r"layers\[3\].*no nnx.Linear or nnx.Conv after it",
+    ),
     "only one layer": lambda: ([linear(3, 4), jax.nn.relu], r"layers\[1\].*no nnx.Linear or nnx.Conv after it"),
     "another activation": lambda: ([linear(3, 4), jnp.tanh, linear(4, 2)], r"first member.*layers\[1\]"),
     "one of two": lambda: (after_relu(linear(4, 4), jax.nn.silu, linear(4, 2)), r"first member.*layers\[3\]"),
     "two in a row": lambda: (after_relu(relu, linear(4, 2)), r"layers\[1\] and layers\[2\] are activations in a row"),
     "layer norm": lambda: (after_relu(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), linear(4, 2)), r"layers\[2\], a LayerNorm"),
-    "group norm": lambda: (after_relu(nnx.GroupNorm(4, 2, rngs=nnx.Rngs(0)), linear(4, 2)), r"layers\[2\], a GroupNorm"),
+    "group norm": lambda: (
+        after_relu(nnx.GroupNorm(4, 2, rngs=nnx.Rngs(0)), linear(4, 2)),
+        r"layers\[2\], a GroupNorm",
+    ),
     "two norms": lambda: (
-        after_relu(*(nnx.BatchNorm(4, rngs=nnx.Rngs(0)) for _ in range(2)), linear(4, 2)), r"layers\[3\]: one",
+        after_relu(*(nnx.BatchNorm(4, rngs=nnx.Rngs(0)) for _ in range(2)), linear(4, 2)),
+        r"layers\[3\]: one",
     ),
     "norm on another axis": lambda: (
-        after_relu(nnx.BatchNorm(4, axis=1, rngs=nnx.Rngs(0)), linear(4, 2)), r"layers\[2\].*axis=-1",
+        after_relu(nnx.BatchNorm(4, axis=1, rngs=nnx.Rngs(0)), linear(4, 2)),
+        r"layers\[2\].*axis=-1",
     ),
     "weight norm": lambda: (
-        after_relu(nnx.WeightNorm(linear(4, 4), rngs=nnx.Rngs(0)), linear(4, 2)), r"layers\[2\], a WeightNorm",
+        after_relu(nnx.WeightNorm(linear(4, 4), rngs=nnx.Rngs(0)), linear(4, 2)),
+        r"layers\[2\], a WeightNorm",
     ),
     "grouped": lambda: (
-        [nnx.Conv(3, 4, (3,), rngs=nnx.Rngs(0)), jax.nn.relu,
-         nnx.Conv(4, 4, (3,), feature_group_count=2, rngs=nnx.Rngs(0))],
+        [
+            nnx.Conv(3, 4, (3,), rngs=nnx.Rngs(0)),
+            jax.nn.relu,
+            nnx.Conv(4, 4, (3,), feature_group_count=2, rngs=nnx.Rngs(0)),
+        ],
         r"layers\[2\], a grouped",
     ),
-    "a subclass": lambda: (after_relu(type("Scaled", (nnx.Linear,), {})(4, 2, rngs=nnx.Rngs(0))), r"layers\[2\] is a Scaled"),
+    "a subclass": lambda: (
+        after_relu(type("Scaled", (nnx.Linear,), {})(4, 2, rngs=nnx.Rngs(0))),
+        r"layers\[2\] is a Scaled",
+    ),
     "mixed channels": lambda: (after_relu(jax.nn.softmax, linear(4, 2)), r"between layers\[0\] and layers\[3\]"),
     "reversed channels": lambda: (after_relu(lambda x: x[..., ::-1], linear(4, 2)), "does not treat channels alike"),
     "fixed shape": lambda: (after_relu(lambda x: x.reshape(-1, 4), linear(4, 2)), "fixed shape"),
     "channels first": lambda: (
-        [nnx.Conv(1, 4, (3, 3), rngs=nnx.Rngs(0)), jax.nn.relu,
-         lambda x: x.transpose(0, 3, 1, 2).reshape(len(x), -1), linear(4 * 20, 3)],
+        [
+            nnx.Conv(1, 4, (3, 3), rngs=nnx.Rngs(0)),
+            jax.nn.relu,
+            lambda x: x.transpose(0, 3, 1, 2).reshape(len(x), -1),
+            linear(4 * 20, 3),
+        ],
         "does not treat channels alike",
     ),
-    "shapes do not pair": lambda: (after_relu(linear(5, 2)), r"layers\[2\] has 5 input features.*4 units of layers\[0\]"),
+    "shapes do not pair": lambda: (
+        after_relu(linear(5, 2)),
+        r"layers\[2\] has 5 input features.*4 units of layers\[0\]",
+    ),
     "a multiple without flatten": lambda: (after_relu(linear(8, 2)), r"layers\[2\] has 8 input features"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", first_fast(BAD.values()), ids=BAD)
