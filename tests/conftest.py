@@ -1,6 +1,7 @@
 """Two virtual CPU devices, checked shapes and types, and deterministic hypothesis for every test."""
 
 import os
+import tempfile
 
 # Before JAX starts its backend: shard_map and pmap need more than one device to mean anything.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
@@ -11,17 +12,32 @@ import jaxtyping
 import pytest
 
 jaxtyping.install_import_hook("linked_jax", "beartype.beartype")  # before anything imports linked_jax
+_SCRATCH = pytest.StashKey[tempfile.TemporaryDirectory]()
 
 
 def pytest_configure(config):
-    """The fast suite tries 10 examples of hypothesis and compiles quickly; the slow one tries 25 and optimises."""
-    fast = config.option.markexpr == "not slow"
-    jax.config.update("jax_disable_most_optimizations", fast or bool(os.environ.get("O0")))
-    examples = 10 if fast else 25
+    """The fast suite tries 10 examples of hypothesis, the slow one 25. Both compile quickly, but see `optimised`."""
+    examples = 10 if config.option.markexpr == "not slow" else 25
     hypothesis.settings.register_profile(
         "linked_jax", deadline=None, max_examples=examples, derandomize=True, database=None
     )
     hypothesis.settings.load_profile("linked_jax")
+    jax.config.update("jax_disable_most_optimizations", True)
+    if not hasattr(config, "workerinput"):  # the process that starts the others: they inherit the folder
+        config.stash[_SCRATCH] = tempfile.TemporaryDirectory(prefix="linked_jax-")
+        os.environ["LINKED_JAX_TESTS"] = config.stash[_SCRATCH].name
+
+
+def pytest_unconfigure(config):
+    if _SCRATCH in config.stash:
+        config.stash[_SCRATCH].cleanup()
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly(request):
+    """Without most optimisations; in the slow suite, modules with the mark `optimised` have what users have."""
+    optimised = request.node.get_closest_marker("optimised") and request.config.option.markexpr != "not slow"
+    jax.config.update("jax_disable_most_optimizations", not optimised)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from experiments.engine.files import write_whole, writing
 
 CONFIG, METRICS, TIMES = "config.json", "metrics.jsonl", "times.json"
 _LOCK, _HOLDER = ".lock", ".holder"
+_BEFORE_CONFIG = {_LOCK, _HOLDER, f"{_HOLDER}.tmp", f"{CONFIG}.tmp"}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "linked_jax")
 
 
@@ -49,14 +50,16 @@ class Record:
         """
         complete = {**config, **environment()}
         text = json.dumps(complete, indent=2)  # before the folder is made: it may fail
+        if _is_taken(folder):
+            raise _is_there(folder)
         try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            raise _is_there(folder) from None
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _cannot_write(folder, error) from error
         lock = _lock(folder)
         try:
+            if (folder / CONFIG).exists():  # of another process that began at the same moment, and has ended
+                raise _is_there(folder)
             write_whole(folder / CONFIG, text + "\n")
             return cls(folder, complete, [], lock)
         except BaseException:
@@ -91,7 +94,7 @@ class Record:
         Raises:
           UsageError: as `create` and `reopen`; and if an entry differs.
         """
-        if not _exists(folder):
+        if not _is_taken(folder):
             return cls.create(folder, config)
         if not (folder / CONFIG).is_file():
             raise UsageError(f"{folder} is there and is no record; pass --out with a new folder, or that of a record")
@@ -324,7 +327,7 @@ def new_folder(out: str | None, name: str) -> Path:
     """
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
     folder = Path(out) if out else Path("runs") / f"{time}-{name}"
-    if _exists(folder):
+    if _is_taken(folder):
         raise _is_there(folder)
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -378,9 +381,12 @@ def _commit() -> str:
         return "unknown"
 
 
-def _exists(folder: Path) -> bool:
+def _is_taken(folder: Path) -> bool:
+    """Whether something is there: more than what a process leaves that was killed before it had a config.json."""
     try:
-        return folder.exists()
+        if not folder.exists():
+            return False
+        return not folder.is_dir() or not {path.name for path in folder.iterdir()} <= _BEFORE_CONFIG
     except OSError as error:  # a name that is too long
         raise _cannot_write(folder, error) from error
 

@@ -16,6 +16,8 @@ from linked_jax.activations import ACTIVATIONS, crelu, lk_relu, prelu, smooth_le
 from linked_jax.linking import Link, linked
 from tests.cases import first_fast
 
+pytestmark = pytest.mark.optimised
+
 # A variant that cannot run is a failure, not a skip.
 flags.FLAGS["chex_assert_multiple_cpu_devices"].value = True
 flags.FLAGS["chex_skip_pmap_variant_if_single_device"].value = False

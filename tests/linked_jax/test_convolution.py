@@ -19,6 +19,8 @@ from linked_jax.linking import linked
 from linked_jax.probe import probe
 from tests.cases import SWITCHES, first_fast
 
+pytestmark = pytest.mark.optimised
+
 NUMBERS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 
 

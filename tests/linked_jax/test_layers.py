@@ -28,6 +28,8 @@ from linked_jax.layers import (
 from linked_jax.linking import Link, fourier, linked, min_max
 from tests.cases import first_fast
 
+pytestmark = pytest.mark.optimised
+
 LINKS = {name: link for name, link in ACTIVATIONS.items() if isinstance(link, Link) and name != "crelu"}
 FEW = {"relu": relu, "lk_relu": lk_relu, "lk_swish": lk_swish, "fourier": fourier}
 over_links = pytest.mark.parametrize("link", first_fast(LINKS.values()), ids=LINKS)

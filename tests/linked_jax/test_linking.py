@@ -19,6 +19,8 @@ from linked_jax.linking import Link, Mirrored, linked
 from linked_jax.remedies.normprop import normalized
 from tests.cases import first_fast
 
+pytestmark = pytest.mark.optimised
+
 LINKS = {n: f for n, f in ACTIVATIONS.items() if isinstance(f, Link) and f.arity > 1 and n != "crelu"}  # lk_relu again
 
 

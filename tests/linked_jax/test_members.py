@@ -22,6 +22,8 @@ from linked_jax.members import (
 )
 from tests.cases import first_fast
 
+pytestmark = pytest.mark.optimised
+
 leaky = functools.partial(jax.nn.leaky_relu, negative_slope=0.1)
 
 
