@@ -43,6 +43,7 @@ class Loop:
       place: on which devices, and whether seeds are stacked.
       own_data: whether each seed has data of its own, with a leading axis of seeds.
       scanned: one program an epoch, see above; by default everywhere but on a CPU.
+      skip_nonfinite: an update that would leave a NaN or an infinity changes nothing, and its loss is NaN.
     """
 
     loss: Loss
@@ -50,6 +51,7 @@ class Loop:
     place: Placement = ONE_DEVICE
     own_data: bool = False
     scanned: bool = dataclasses.field(default_factory=lambda: jax.default_backend() != "cpu")
+    skip_nonfinite: bool = False
 
     def start(self, models: Sequence[nnx.Module], opt_states: Sequence[Any] | None = None) -> Carry:
         """The carry before the next update, of one model a seed. It shares no array with what it is made of.
@@ -85,11 +87,19 @@ class Loop:
         optimizer = optax.with_extra_args_support(self.optimizer)  # one that asks for the state is given it
         updates, opt_state = optimizer.update(gradients, carry.opt_state, carry.parameters, seen=state)
         updates = jax.tree.map(lambda update: lr * update, updates)
-        return Carry(optax.apply_updates(carry.parameters, updates), state, opt_state), loss
+        new = Carry(optax.apply_updates(carry.parameters, updates), state, opt_state)
+        return _if_finite(new, loss, carry) if self.skip_nonfinite else (new, loss)
 
     def own(self, lr: Any) -> tuple[bool, ...]:
         """Which arguments of `update` have an axis of seeds where they are stacked; a rate may."""
         return (True, self.own_data, True, True, False, jnp.ndim(lr) > 0)
+
+
+def _if_finite(new: Carry, loss: Array, old: Carry) -> tuple[Carry, Array]:
+    """The new carry and the loss, if they are finite, else the old one and NaN."""
+    inexact = [leaf for leaf in jax.tree.leaves((new, loss)) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in inexact]).all()
+    return jax.tree.map(functools.partial(jnp.where, finite), new, old), jnp.where(finite, loss, jnp.nan)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from experiments.engine import data as data_lib
@@ -169,6 +170,11 @@ class _Run:
         assert latest is not None
         self._save(checkpoints, latest(), len(self.runs))
 
+    def _is_good(self, snapshot: training.Snapshot) -> bool:
+        """Whether no loss is NaN or infinite that is not accounted for: the one before it would be lost."""
+        finite = self.settings.on_nonfinite == "skip" or np.isfinite(snapshot.losses).all()
+        return bool(finite or snapshot.diverged)
+
     def _save(self, checkpoints: Checkpoints, snapshot: training.Snapshot, run: int) -> None:
         where = {name: getattr(snapshot, name) for name in _WHERE}
         facts = {"run": run, "lines": len(self.record.lines), **where}
@@ -201,8 +207,8 @@ class _Run:
                 if next(updates) % agree_every:
                     return
                 signum, due = processes.greatest([interrupts.signum or 0, checkpoints.due()])
-                if signum or due:
-                    self._save(checkpoints, now(), number)
+                if (signum or due) and self._is_good(snapshot := now()):
+                    self._save(checkpoints, snapshot, number)
                 if signum:
                     raise InterruptedRunError(signum, f"The run is saved; resume it with: {self._again()}")
 
@@ -278,7 +284,7 @@ class _Run:
         return training.Plan(
             self.optimizers[key], settings.epochs, settings.batch_size, lr=cell["lr"],
             inputs=experiment.inputs(cell, self.data), shuffle=settings.shuffle, augment=settings.augment,
-            place=self.place,
+            place=self.place, skip_nonfinite=settings.on_nonfinite == "skip",
         )  # fmt: skip
 
     def _show(self) -> None:

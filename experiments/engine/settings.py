@@ -56,6 +56,9 @@ class Settings:
     """Flip images at random and shift them by up to 10 %."""
     shuffle: bool = True
     """Draw a new order of the examples for each epoch; the paper did not."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Where a loss, gradient or parameter is NaN or infinite: stop ends the net's run there, and says in which step and
+    where in the net; skip leaves such updates out, and counts them."""
     seed: int = 0
     """The first seed."""
     seeds: int = 1

@@ -5,7 +5,6 @@ A model is any NNX module with model(images, train=) -> logits.
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from jaxtyping import Array
 from experiments.engine import data as data_lib
 from experiments.engine.augment import flip_and_shift
 from experiments.engine.loop import Carry, Loop, advance
+from experiments.engine.nonfinite import Watch
 from experiments.engine.parallel import ONE_DEVICE, Placement
 from experiments.engine.processes import fetch
 from linked_jax.diagnostics import UnitStatistics
@@ -63,6 +63,7 @@ class Plan:
       shuffle: draw a new order of the examples for each epoch.
       augment: flip and shift the training images at random.
       place: on which devices.
+      skip_nonfinite: leave updates out that are not finite, and count them; else the run ends at the first one.
     """
 
     optimizer: optax.GradientTransformation
@@ -73,10 +74,12 @@ class Plan:
     shuffle: bool = True
     augment: bool = False
     place: Placement = ONE_DEVICE
+    skip_nonfinite: bool = False
 
     def loop(self, model: nnx.Module) -> Loop:
         """The loop for models with the graph of this one."""
-        return Loop(CrossEntropy(nnx.graphdef(model), self.augment), self.optimizer, self.place)
+        loss = CrossEntropy(nnx.graphdef(model), self.augment)
+        return Loop(loss, self.optimizer, self.place, skip_nonfinite=self.skip_nonfinite)
 
     def arrays(self, data: data_lib.Dataset) -> tuple[Any, Array]:
         """The loop's data, and its rate, on the devices."""
@@ -90,12 +93,14 @@ class CrossEntropy:
     graph: Any
     augment: bool = False
 
+    def images(self, x: Array, key: Array) -> Array:
+        """What of the images an update sees."""
+        return flip_and_shift(key, x) if self.augment else x
+
     def __call__(self, parameters: Any, state: Any, data: Any, batch: Array, key: Array) -> tuple[Array, Any]:
         """See `loop.Loss`; data: images, labels, inputs."""
         images, labels, inputs = data
-        x = images[batch]
-        if self.augment:
-            x = flip_and_shift(key, x)
+        x = self.images(images[batch], key)
         model = nnx.merge(self.graph, parameters, state, copy=True)  # batch statistics change, inside this trace
         logits = model(data_lib.scale(x, inputs), train=True)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()
@@ -137,7 +142,8 @@ def fit(
       After each epoch a list with a line for each seed: seed, epoch (from 1), train_loss, test_accuracy, units,
       dead_units, dead_by_layer, signal_by_layer, seconds. Units are scored per link on the test set; the signal is the
       mean square of the pre-activations of a layer. As soon as a loss is seen not to be finite, a line with seed, epoch
-      and diverged, which says where; that seed has no further lines.
+      and diverged, which says in which step and where in the net; that seed has no further lines. Where such updates
+      are skipped, a line also has skipped, their number, and the train_loss is the mean over the others.
     """
     place, size = plan.place, len(data.train_labels)
     arrays, lr = plan.arrays(data)
@@ -160,37 +166,43 @@ def fit(
         keys = [jax.random.fold_in(jax.random.key(seed), epoch) for seed in seeds]
         epoch_keys = place.of_seeds(jnp.stack(keys) if place.stacked else keys[0])
         order = stack([data_lib.order(key if plan.shuffle else None, size) for key in keys])
+        watch = Watch(carry, done)
         while done < steps:
             count = min(in_flight - done % in_flight, whole - done) if loop.scanned and done < whole else 1
             first, last = done * plan.batch_size, min((done + count) * plan.batch_size, size)
             batches = order[..., first:last].reshape(*order.shape[:-1], count, -1)
             carry, new = advance(loop, carry, arrays, batches, epoch_keys, first=done, lr=lr)
             losses.append(new)
+            watch.add(batches, new)
             done += count
             if done % in_flight == 0 or done == steps:
-                for seed, value in zip(seeds, np.atleast_1d(fetch(new)[..., -1]), strict=True):
-                    if not math.isfinite(value) and seed not in diverged:
+                for number in [] if plan.skip_nonfinite else watch.not_finite():
+                    if (seed := seeds[number]) not in diverged:
                         diverged.add(seed)
-                        where = f"the loss is {float(value)} in epoch {epoch}, step {done}"
+                        where = f"epoch {epoch}, {watch.explain(loop, arrays, epoch_keys, lr, number)}"
                         yield [{"seed": seed, "epoch": epoch, "diverged": where}]
+                watch = Watch(carry, done)
             on_step(functools.partial(_snapshot, carry, losses, epoch, done, tuple(sorted(diverged))), count)
             if len(diverged) == len(seeds):
                 return
         sizes = np.full(steps, plan.batch_size)
         sizes[-1] = size - (steps - 1) * plan.batch_size
-        train_losses = np.average(_joined(losses), axis=-1, weights=sizes)
+        of_epoch = np.atleast_2d(_joined(losses))
         tested = evaluate(loop.loss.graph, carry, test_images, test_labels, arrays[-1], place)
         seconds = round(time.perf_counter() - began, 3)
         lines = []
-        for seed, train_loss, result in zip(seeds, np.atleast_1d(train_losses), tested, strict=True):
+        for seed, of_seed, result in zip(seeds, of_epoch, tested, strict=True):
             if seed in diverged:
                 continue
-            line = {"seed": seed, "epoch": epoch}
-            if np.isfinite(result["signal_by_layer"]).all():
-                lines.append({**line, "train_loss": float(train_loss), **result, "seconds": seconds})
+            line, kept = {"seed": seed, "epoch": epoch}, np.isfinite(of_seed)
+            if kept.any() and np.isfinite(result["signal_by_layer"]).all():
+                train_loss = float(np.average(of_seed[kept], weights=sizes[kept]))
+                skipped = {"skipped": int((~kept).sum())} if plan.skip_nonfinite else {}
+                lines.append({**line, "train_loss": train_loss, **result, **skipped, "seconds": seconds})
             else:
                 diverged.add(seed)
-                lines.append({**line, "diverged": f"the signal is not finite after epoch {epoch}"})
+                what = "the signal is not finite after it" if kept.any() else "no update of it was finite"
+                lines.append({**line, "diverged": f"epoch {epoch}: {what}"})
         yield lines
         losses, done = [], 0
 

@@ -267,7 +267,38 @@ def test_the_train_loss_is_the_mean_over_examples_and_must_be_finite(digits):
     guesses = written_out(model, digits.test_images, MEMBERS["lk_relu"])[0].argmax(axis=-1)
     assert line["test_accuracy"] == (guesses == np.asarray(digits.test_labels)).mean()
     assert last.keys() == {"seed", "epoch", "diverged"}
-    assert re.fullmatch(r"the loss is (nan|inf) in epoch 2, step 4", last["diverged"])
+    said = r"epoch 2, step 2: the loss is (nan|inf); .* makes (NaN|-?inf) of finite values, first seen by .*"
+    assert re.fullmatch(said, last["diverged"])
+
+
+@pytest.mark.slow
+@pytest.mark.fault("numbers", "an infinite update: stop names its step")
+def test_the_step_that_makes_parameters_not_finite_is_named(digits):
+    lines = fit(net(), digits, optimizer=sgd(lambda step: jnp.where(step == 5, jnp.inf, 1e-3)), epochs=3)
+    assert ["diverged" in line for line in lines] == [False, True]
+    assert re.fullmatch(
+        r"epoch 2, step 2: the loss is \d.*, and its gradient makes parameters .*", lines[1]["diverged"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.fault("numbers", "a batch whose loss is NaN: skip leaves it out and counts it")
+@pytest.mark.parametrize("scanned", [False, True])
+def test_an_update_that_is_not_finite_is_left_out(scanned, digits):
+    """A label that is no class makes the loss NaN; the other batches train as if that one were not there."""
+
+    def trained(data):
+        plan = training.Plan(ADAM, 2, 100, shuffle=False, skip_nonfinite=True)
+        loop, snapshot = training.start([net()], plan)
+        loop = dataclasses.replace(loop, scanned=scanned)
+        return [line for lines in training.fit(loop, snapshot, data, plan, [0]) for line in lines]
+
+    images, labels = digits.train_images, np.asarray(digits.train_labels)
+    bad = trained(dataclasses.replace(digits, train_labels=np.where(np.arange(len(labels)) == 5, 77, labels)))
+    without = trained(dataclasses.replace(digits, train_images=images[100:], train_labels=labels[100:]))
+    assert ([line["skipped"] for line in bad], [line["skipped"] for line in without]) == ([1, 1], [0, 0])
+    times = {"seconds": 0, "skipped": 0}
+    assert [line | times for line in bad] == [line | times for line in without]
 
 
 @pytest.mark.slow
