@@ -277,12 +277,25 @@ def _read_tfds(builder: Any, name: str, splits: tuple[str, ...] = _SPLITS) -> di
                     images += [example["image"] for example in examples]
                     labels += [example["label"] for example in examples]
                     advance(len(examples))
+            _check_examples(builder.info.features, split, images, labels)
             arrays |= {f"{split}_images": np.stack(images), f"{split}_labels": np.asarray(labels, np.int32)}
     except Exception as error:  # array_record, Pillow and protobuf raise whatever they like on a damaged file
         raise UsageError(
             f"{name} in {builder.data_path} cannot be read ({first_line(error)}); delete it and prepare it again"
         ) from error
     return arrays
+
+
+def _check_examples(features: Any, split: str, images: list[np.ndarray], labels: list[int]) -> None:
+    """Refuse an image of another size than the set's, and a label that is none of its classes."""
+    size = [None if side is None else int(side) for side in features["image"].shape]
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        if any(side not in (None, there) for side, there in zip(size, image.shape, strict=True)):
+            raise ValueError(f"{split} image {number} has shape {image.shape}, not {tuple(size)}")
+        if not 0 <= label < features["label"].num_classes:
+            raise ValueError(
+                f"{split} label {number} is {label}, and there are {features['label'].num_classes} classes"
+            )
 
 
 def _fingerprint(arrays: dict[str, np.ndarray]) -> str:

@@ -331,6 +331,7 @@ def test_the_command_needs_no_tensorflow(server, tmp_path):
 # --- archives that cannot be had
 
 
+@pytest.mark.fault("download", "half a file, an HTML page, a wrong checksum, an error, a server that hangs up")
 @pytest.mark.parametrize(
     ("path", "parts"),
     first_fast(
@@ -359,6 +360,7 @@ def test_a_bad_answer(path, parts, server, tmp_path, monkeypatch, capsys):
     assert_nothing_then_good(tmp_path)
 
 
+@pytest.mark.fault("download", "a server that falls silent")
 @pytest.mark.parametrize("path", first_fast(["hang", "hang-half"]))
 def test_a_server_that_falls_silent(path, server, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "_TIMEOUT", 0.2)
@@ -369,6 +371,7 @@ def test_a_server_that_falls_silent(path, server, tmp_path, monkeypatch):
     assert_nothing_then_good(tmp_path)
 
 
+@pytest.mark.fault("download", "no server")
 def test_no_server(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -377,6 +380,7 @@ def test_no_server(tmp_path):
     assert_nothing_then_good(tmp_path)
 
 
+@pytest.mark.fault("download", "no such host")
 def test_no_such_host(tmp_path, monkeypatch):
     def no_network(*_, **__):
         raise socket.gaierror(-3, "Temporary failure in name resolution")
@@ -442,6 +446,7 @@ def test_a_folder_that_may_not_be_used(mode, server, tmp_path):
     assert_nothing_then_good(folder)
 
 
+@pytest.mark.fault("download", "a disk that is full while the set is written")
 def test_a_disk_that_is_full_while_writing(tmp_path, monkeypatch):
     class Writer(array_record_module.ArrayRecordWriter):
         def close(self):
@@ -508,6 +513,7 @@ def test_a_set_that_another_run_prepares_meanwhile_is_kept(tmp_path, monkeypatch
 # --- runs that are stopped
 
 
+@pytest.mark.fault("download", "stopped while the set is written")
 @pytest.mark.parametrize("stop", first_fast([KeyboardInterrupt, MemoryError, RuntimeError]))
 @pytest.mark.parametrize("images", first_fast([0, 7, 18]))
 def test_a_run_that_is_stopped_while_it_writes(stop, images, tmp_path, monkeypatch):
@@ -546,6 +552,7 @@ def test_a_run_that_is_stopped_at_its_last_step(step, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.fault("kills", "SIGKILL, SIGTERM while a data set is prepared")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_killed_while_it_writes(signum, server, tmp_path):
     killed = f"prepare.Image.fromarray = lambda _: os.kill(os.getpid(), {int(signum)})"

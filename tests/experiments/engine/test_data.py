@@ -118,7 +118,16 @@ def test_the_key_is_the_order():
 # --- TensorFlow Datasets
 
 
-def prepare(root: Path, name: str = "tiny", *, label: str = "label", label_kind: str = "class", splits=SPLITS, group=1):
+def prepare(
+    root: Path,
+    name: str = "tiny",
+    *,
+    label: str = "label",
+    label_kind: str = "class",
+    splits=SPLITS,
+    group=1,
+    changed=lambda image, label: (image, label),
+):
     """Write a prepared set; returns its folder and split -> (images, labels)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -135,6 +144,7 @@ def prepare(root: Path, name: str = "tiny", *, label: str = "label", label_kind:
         labels = random.integers(0, 3, size)
         writer = ArrayRecordWriter(str(folder / f"{name}-{split}.array_record-00000-of-00001"), f"group_size:{group}")
         for image, number in zip(images, labels, strict=True):
+            image, number = changed(image, number)
             png = io.BytesIO()
             Image.fromarray(image).save(png, "png")
             example = tf_example_pb2.Example()
@@ -213,6 +223,7 @@ def test_a_set_prepared_in_groups_is_read_without_advice(tmp_path, caplog):
     assert caplog.text == ""
 
 
+@pytest.mark.fault("data", "the cache is damaged: read again")
 @pytest.mark.parametrize("damage", ["empty", "half", "noise", "text", "flipped"])
 def test_a_damaged_cache_is_read_again_and_repaired(damage, tmp_path, own_cache, capsys):
     _, truth = prepare(tmp_path / "tfds")
@@ -248,6 +259,7 @@ def test_without_a_place_for_the_cache_a_set_still_loads(tmp_path, monkeypatch, 
     assert "no cache written" in capsys.readouterr().err
 
 
+@pytest.mark.fault("data", "the disk is full: no partial cache")
 def test_a_full_disk_leaves_no_partial_cache(tmp_path, own_cache, monkeypatch, capsys):
     _, truth = prepare(tmp_path / "tfds")
 
@@ -261,6 +273,7 @@ def test_a_full_disk_leaves_no_partial_cache(tmp_path, own_cache, monkeypatch, c
     assert list(own_cache.iterdir()) == []
 
 
+@pytest.mark.fault("security", "the name of a data set leaves its folder, or is none")
 @pytest.mark.parametrize("name", ["nosuchset", "../tiny", "", "Two Words", "tiny/config", "tiny:9.9.9"])
 def test_unknown_names(name, tmp_path):
     prepare(tmp_path / "tfds")
@@ -287,6 +300,7 @@ def test_a_file_in_place_of_the_folder(tmp_path):
     usage_error(lambda: data.load("cifar10", str(tmp_path / "file")), str(tmp_path / "file"), "--data-dir")
 
 
+@pytest.mark.fault("data", "a data file is truncated")
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_truncated_records(kept, split, tmp_path, own_cache):
@@ -298,6 +312,7 @@ def test_truncated_records(kept, split, tmp_path, own_cache):
     assert not own_cache.exists()
 
 
+@pytest.mark.fault("data", "a description is damaged")
 @pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
 @pytest.mark.parametrize("text", ["", "{", "[]"])
 def test_damaged_descriptions(file, text, tmp_path, own_cache):
@@ -307,6 +322,41 @@ def test_damaged_descriptions(file, text, tmp_path, own_cache):
     assert not own_cache.exists()
 
 
+@pytest.mark.fault("data", "a bit of a data file is altered")
+def test_an_altered_bit_is_found_or_changes_nothing(tmp_path, own_cache, record_property):
+    folder, truth = prepare(tmp_path / "tfds")
+    file = folder / "tiny-train.array_record-00000-of-00001"
+    whole, random = file.read_bytes(), np.random.default_rng(0)
+    refused, tried = 0, 40
+    for place in random.choice(np.flatnonzero(np.frombuffer(whole, np.uint8)), tried):  # the rest is padding
+        content = bytearray(whole)
+        content[place] ^= 1 << int(random.integers(8))
+        file.write_bytes(bytes(content))
+        try:
+            assert_equals(data.load("tiny", str(tmp_path / "tfds")), truth)
+        except UsageError as error:
+            assert "prepare it again" in str(error)
+            refused += 1
+    assert refused > tried / 2
+    record_property("tried", tried)
+
+
+@pytest.mark.fault("data", "a label that is no class, an image of another size")
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (lambda image, label: (image, label + 3), "label 0 is "),
+        (lambda image, label: (image, -1), "label 0 is -1, and there are 3 classes"),
+        (lambda image, label: (image[:-1], label), "image 0 has shape (3, 3, 3), not (4, 3, 3)"),
+    ],
+)  # fmt: skip
+def test_examples_that_do_not_fit(changed, said, tmp_path, own_cache):
+    folder, _ = prepare(tmp_path / "tfds", changed=changed)
+    usage_error(lambda: data.load("tiny", str(tmp_path / "tfds")), "tiny", str(folder), said, "prepare it again")
+    assert not own_cache.exists()
+
+
+@pytest.mark.fault("data", "fewer examples than promised")
 def test_fewer_examples_than_promised(tmp_path):
     folder, _ = prepare(tmp_path / "tfds")
     info = folder / "dataset_info.json"
