@@ -35,12 +35,12 @@ def shared_cache():
     }
 
 
-def start(*arguments, cwd=ROOT, **more):
+def start(*arguments, cwd=ROOT, stdout=subprocess.PIPE, **more):
     """A Python process with these arguments, which are made strings; `more` goes into its environment."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=cwd, env=environment(**{name: str(value) for name, value in more.items()}),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+        stdout=stdout, stderr=subprocess.PIPE, text=True, encoding="utf-8",
     )  # fmt: skip
 
 

@@ -12,12 +12,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 _WIDE = 180  # columns, where the output goes to a file
 
 
+class _Console(rich.console.Console):
+    """Rich's, that lets `run_command` end a program whose reader has gone."""
+
+    def on_broken_pipe(self) -> None:
+        """Not rich's exit code 1."""
+        raise BrokenPipeError
+
+
 class Console:
     """Lines and tables on standard output, unless quiet; the bar only where that is a terminal."""
 
     def __init__(self, *, quiet: bool = False):
         width = None if sys.stdout.isatty() else _WIDE
-        self._console = rich.console.Console(
+        self._console = _Console(
             file=sys.stdout, highlight=False, width=width, quiet=quiet
         )  # also while it is redirected
 

@@ -1,5 +1,8 @@
 """Mistakes of the person at the command line: one clear line, exit code 2, no traceback."""
 
+import codecs
+import io
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -35,9 +38,17 @@ def first_line(error: BaseException) -> str:
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Call main and end the process: 0, 2 on a usage error, 3 on a non-finite loss, 130 on Ctrl-C, 143 on SIGTERM."""
+    """Call main and end the process: 0, 2 on a usage error, 3 on a non-finite loss, 130 on Ctrl-C, 143 on SIGTERM.
+
+    A reader that has gone, as in `| head -1`, ends it with 141, as it ends other programs. Where the output cannot show
+    a character, such as the plus-minus sign in a locale without UTF-8, another one stands for it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_PLAIN)
     try:
         main()
+        sys.stdout.flush()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -50,7 +61,23 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
+        sys.exit(128 + signal.SIGPIPE)
     sys.exit(0)
+
+
+_PLAIN = "linked_jax.plain"
+_PLAINER = {"±": "+-", "─": "-", "…": "..."}
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_PLAINER.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(_PLAIN, _plain)
 
 
 def _say(line: str) -> None:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import io
 import itertools
+import logging
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -63,6 +64,7 @@ _PANELS = {
 
 def figure(width: float, height: float) -> Any:
     """An empty figure of a size in inches, which lays itself out and needs no display."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its advice, where its cache cannot be written
     from matplotlib.figure import Figure  # takes a while: only who draws imports it
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -227,15 +229,16 @@ def _name(net: Mapping[str, Any], axes: Sequence[str]) -> str:
 def _draw(panel: Any, curves: Sequence[_Curve], what: _Panel, title: str) -> None:
     """For each net the mean line, and a band from the least to the greatest value; a single point gets a dot."""
     for curve in curves:
-        columns = list(zip(*map(what.values, curve.runs), strict=False))
-        x = range(1, len(columns) + 1)
-        panel.plot(x, [float(np.mean(values)) for values in columns], lw=1.4, marker="." if len(x) == 1 else "",
+        runs = [what.values(run) for run in curve.runs]
+        values = np.array([run[: min(map(len, runs))] for run in runs], np.float64)
+        x = range(1, values.shape[1] + 1)
+        panel.plot(x, values.mean(axis=0), lw=1.4, marker="." if len(x) == 1 else "",
                    **curve.style)  # fmt: skip
         if len(x) == 1:
             panel.set_xlim(0.5, 1.5)
         if curve.band:
             colour = curve.style["color"]
-            panel.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.13, lw=0)
+            panel.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, lw=0)
     panel.set(**what.axes)
     if what.least_top is not None:
         panel.set_ylim(-0.1, max(what.least_top, panel.get_ylim()[1]))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.engine import tables
-from experiments.engine.plots import save
+from experiments.engine.plots import figure, save
 from experiments.load_forecast.forecast import BASELINES
 from experiments.load_forecast.series import HORIZON
 
@@ -30,10 +30,8 @@ def table(lines: Sequence[Line], nets: Sequence[Mapping[str, Any]]) -> list[dict
 
 def picture(lines: Sequence[Line], path: Path, *, title: str) -> Path:
     """MAPE by the hour ahead: a line for the mean over seeds, and a band from the least to the greatest seed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes, hours = figure.subplots(), np.arange(1, HORIZON + 1)
+    sheet = figure(8, 5)
+    axes, hours = sheet.subplots(), np.arange(1, HORIZON + 1)
     for cell, errors in _by_cell(lines).items():
         style = ("--", "-.")[list(BASELINES).index(cell)] if cell in BASELINES else "-"
         (drawn,) = axes.plot(hours, errors.mean(axis=0), style, label=cell, color="0.4" if cell in BASELINES else None)
@@ -43,7 +41,7 @@ def picture(lines: Sequence[Line], path: Path, *, title: str) -> Path:
     axes.set_xticks([1, *range(3, HORIZON + 1, 3)])
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    return save(figure, path, 110)
+    return save(sheet, path, 110)
 
 
 def _by_cell(lines: Sequence[Line]) -> dict[str, np.ndarray]:

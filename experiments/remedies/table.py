@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.engine.plots import save
+from experiments.engine.plots import figure, save
 from experiments.engine.study import Line, at_best_rate
 from experiments.engine.tables import CHANCE, provenance, spread
 from experiments.engine.tables import markdown as markdown_table
@@ -132,11 +132,9 @@ def markdown(config: Mapping[str, Any], lines: Sequence[Line], times: Mapping[st
 
 def picture(config: Mapping[str, Any], lines: Sequence[Line], times: Mapping[str, Any] | None, path: Path) -> Path:
     """Accuracy against the time of a step, a panel a network; bars are standard deviations."""
-    from matplotlib.figure import Figure
-
     nets = list(dict.fromkeys(entry["net"] for entry in config["nets"]))
-    figure = Figure(figsize=(8.5 * len(nets), 6), layout="constrained")
-    for panel, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
+    sheet = figure(8.5 * len(nets), 6)
+    for panel, net in zip(sheet.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
         cost = _costs(net, config["nets"], times)
         found = {row: [accuracy(run) for run in chosen(net, row, lines)] for row in cost if "time" in cost[row]}
         ranked = sorted((row for row in found if found[row]), key=lambda row: -statistics.fmean(found[row]))
@@ -149,5 +147,5 @@ def picture(config: Mapping[str, Any], lines: Sequence[Line], times: Mapping[str
         panel.set(title=net, xlabel="time of a training step / relu's", ylabel="test accuracy, last epoch")
         if ranked:
             panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
-    figure.suptitle(f"{config['data']['name']}, {config['protocol']['epochs']} epochs; linked neurons in blue")
-    return save(figure, path, 110)
+    sheet.suptitle(f"{config['data']['name']}, {config['protocol']['epochs']} epochs; linked neurons in blue")
+    return save(sheet, path, 110)

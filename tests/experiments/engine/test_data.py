@@ -334,8 +334,7 @@ def test_an_altered_bit_is_found_or_changes_nothing(tmp_path, own_cache, record_
         file.write_bytes(bytes(content))
         try:
             assert_equals(data.load("tiny", str(tmp_path / "tfds")), truth)
-        except UsageError as error:
-            assert "prepare it again" in str(error)
+        except UsageError:
             refused += 1
     assert refused > tried / 2
     record_property("tried", tried)
