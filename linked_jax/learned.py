@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from linked_jax.activations import linked_prelu, prelu
 from linked_jax.linking import Layout, Link, linked, scope
-from linked_jax.members import brief, whole_numbers
+from linked_jax.members import as_array, brief, whole_numbers
 
 Share = Literal["layer", "channel", "element"]
 
@@ -33,7 +33,9 @@ def apply_slopes(
 
     Raises:
       ValueError: if slopes are not of the shape of z's last axes.
+      TypeError: if z is no array.
     """
+    z = as_array(z)
     for slope in slopes:
         if z.shape[z.ndim - slope.ndim :] != slope.shape:
             raise ValueError(
