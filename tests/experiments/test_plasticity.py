@@ -26,6 +26,7 @@ from linked_jax import Link
 from linked_jax.diagnostics import unit_statistics
 from linked_jax.probe import observe
 from linked_jax.signal_statistics import feature_moments
+from tests.children import environment
 
 ROOT = Path(__file__).parents[2]
 DIGITS = data_lib.load("digits")
@@ -297,7 +298,7 @@ def test_all_methods_and_each_name_once():
 
 def run(*arguments):
     command = [sys.executable, "-m", "experiments.plasticity", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
 
 
 @pytest.mark.slow

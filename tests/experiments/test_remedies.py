@@ -26,6 +26,7 @@ from experiments.remedies.methods import METHODS
 from experiments.remedies.net import NETS
 from linked_jax.probe import observe
 from tests.cases import first_fast
+from tests.children import environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,19 +131,21 @@ def test_the_command_leaves_a_record_that_is_resumed(tmp_path):
         sys.executable, "-m", "experiments.remedies", "--methods", "relu", "enorm", "--nets", "four_conv",
         "--seeds", "1", "--epochs", "1", "--time-steps", "2", "--out", str(tmp_path / "run"),
     ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=500)
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=500)
     metrics = tmp_path / "run" / "metrics.jsonl"
     whole = metrics.read_text(encoding="utf-8").splitlines()
     assert {json.loads(each)["stress"] for each in whole} == {"none", *remedies_table.STRESSES}
     page = (tmp_path / "run" / "table.md").read_text(encoding="utf-8")
     assert (tmp_path / "run" / "remedies.png").stat().st_size > 10_000
     metrics.write_text("\n".join(whole[:-1]) + "\n", encoding="utf-8")
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=500)
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=500)
     again = metrics.read_text(encoding="utf-8").splitlines()
     assert len(again) == len(whole)
     assert json.loads(again[-1]) | {"seconds": 0} == json.loads(whole[-1]) | {"seconds": 0}
     assert (tmp_path / "run" / "table.md").read_text(encoding="utf-8") == page
-    other = subprocess.run([*command, "--epochs", "2"], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    other = subprocess.run(
+        [*command, "--epochs", "2"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500
+    )
     assert (other.returncode, "another protocol" in other.stderr) == (2, True)
 
 

@@ -15,6 +15,7 @@ from experiments.engine.errors import UsageError
 from experiments.revive import __main__ as revive
 from experiments.revive import plots as revive_plots
 from experiments.revive import ways
+from tests.children import environment
 
 ROOT = Path(__file__).parents[2]
 TASK = ways.shifted(data_lib.load("digits"))
@@ -128,7 +129,7 @@ def test_bad_options_are_refused(options, said):
 
 def run(*arguments):
     command = [sys.executable, "-m", "experiments.revive", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
 
 
 def without_seconds(folder):

@@ -23,12 +23,16 @@ COMMANDS = {
     "--augment",
     "depth": "--dataset digits --depth 1 --width 2 --act lk_relu_bn relu --epochs 4 --batch-size 480 --seeds 2 "
     "--seeds-mode vmap --devices 2",
+    "depth, seeds spread": "--dataset digits --depth 2 --width 2 --act lk_relu relu_bn --epochs 2 --batch-size 300 "
+    "--augment --seeds 2 --seeds-mode spread --devices 2",
+    "depth, one by one": "--dataset digits --depth 2 --width 2 --act lk_relu relu_bn --epochs 2 --batch-size 300 "
+    "--augment --seeds 2 --devices 2",
     "plasticity": "--streams random_labels --methods revived --widths equal_width --tasks 2 --seeds 2",
     "remedies": "--methods bcn --nets four_conv --no-stress --epochs 1 --seeds 1 --time-steps 0",
     "charlm": "--rows lk_relu --depths 1 --rates 1e-3 --seeds 2 --tenfold-seeds 0 --iterations 200 --time-steps 0",
 }
-TABLES = ("allcnn", "depth")
-KILLS = {"allcnn": 13, "depth": 13, "plasticity": 8, "remedies": 8, "charlm": 8}  # 50 at least, as they fall
+TABLES = ("allcnn", "depth", "depth, seeds spread", "depth, one by one")
+KILLS = {"allcnn": 12, "depth": 8, "depth, seeds spread": 4, "depth, one by one": 4}  # others: 8; 50 at least in all
 
 
 def first_words(name, folder):
@@ -38,11 +42,15 @@ def first_words(name, folder):
     return [*options, *["--checkpoint-every", "0"] * (name in TABLES), "--out", str(folder)]
 
 
+def module(name):
+    return name.split(",")[0]
+
+
 def command(name, folder, **more):
     """A process that begins the work, or goes on with it."""
     again = name in TABLES and (folder / "config.json").exists()
     options = ["--resume", folder, "--checkpoint-every", "0"] if again else first_words(name, folder)
-    return start("-m", f"experiments.{name}", *options, PYTHONPATH=f"{ROOT}:{KILLER}", **more)
+    return start("-m", f"experiments.{module(name)}", *options, PYTHONPATH=f"{ROOT}:{KILLER}", **more)
 
 
 def left(folder):
@@ -61,7 +69,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(name, tmp_path, record_property):
     whole, longest = left(tmp_path / "whole"), time.monotonic() - began
     assert bool(whole[1]) == (name in TABLES)
     chance, kills, number = random.Random(name), 0, 0
-    while kills < KILLS[name]:
+    while kills < KILLS.get(name, 8):
         number += 1
         folder = tmp_path / f"run {number}"
         for _ in range(7):
@@ -100,7 +108,12 @@ def test_one_of_two_processes_is_killed_and_both_resume(tmp_path, record_propert
     record_property("tried", 2)
 
 
-SIGNALS = [(name, signum, code) for name in COMMANDS for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130))]
+SIGNALS = [
+    (name, signum, code)
+    for name in COMMANDS
+    for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130))
+    if name == module(name)
+]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,8 +18,8 @@ from experiments.engine import processes
 from experiments.engine.errors import UsageError
 from experiments.engine.parallel import _of_all_processes, on_devices, placement
 from experiments.engine.settings import Settings, check_processes, settle
+from tests.children import ROOT, environment, start
 
-ROOT = Path(__file__).parents[3]
 TINY = ["--preset", "quick", "--depth", "3", "--epochs", "2", "--batch-size", "300", "--augment"]
 LONGEST = 240  # seconds of a test's processes
 
@@ -200,18 +199,6 @@ class Program:
     def finish(self):
         """(exit code, standard output, standard error) of each."""
         return finish(self.processes)
-
-
-def environment():
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS" and "SLURM" not in name}
-    return {**kept, "JAX_PLATFORMS": "cpu", "TERM": "dumb", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-
-
-def start(*arguments, **more):
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT, env={**environment(), **more}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
 
 
 def finish(started):

@@ -1,18 +1,13 @@
-"""Runs that are killed, interrupted, taken up again, or fought over: real processes, and many small cases in one."""
+"""Runs that are interrupted, taken up again, or fought over, in this process; tests/faults has real ones."""
 
 import json
 import os
-import random
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -23,34 +18,10 @@ from experiments.engine.interrupts import Interrupts
 from experiments.engine.records import Record
 from experiments.engine.run import run as run_table
 
-ROOT = Path(__file__).parents[3]
-# Dropout, flips and shifts, batch norm, Nesterov momentum and a step schedule: all that a checkpoint must hold. Nets
-# that differ in their rate alone compile once.
-TABLE = "allcnn"
-OPTIONS = shlex.split(
-    "--preset quick --act lk_relu_bn --lr 0.01 0.02 --width 3 --epochs 3 --batch-size 360 --train-size 1100 --seeds 2 "
-    "--augment"
-)
 SMALL = shlex.split(
     "--dataset digits --depth 1 --width 2 --act lk_relu_bn --lr 0.01 0.02 --epochs 4 --batch-size 479 --augment"
 )
 EVERY_STEP = ["--checkpoint-every", "0"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Nothing here runs long enough to be worth optimising."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def start(*arguments, table=TABLE):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TERM": "dumb", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", f"experiments.{table}", *map(str, arguments)],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
-    )  # fmt: skip
 
 
 def in_this_process(*arguments, table=depth.TABLE):
@@ -60,11 +31,6 @@ def in_this_process(*arguments, table=depth.TABLE):
         with pytest.raises(SystemExit) as end:
             run_command(lambda: run_table(table))
     return end.value.code
-
-
-def finish(process, timeout=300):
-    out, error = process.communicate(timeout=timeout)
-    return process.returncode, out, error
 
 
 def metrics(folder):
@@ -79,134 +45,11 @@ def saved(folder):
     return [leaf.tobytes() for leaf in found.leaves]
 
 
-def wait_for(condition, process, timeout=200):
-    end = time.monotonic() + timeout
-    while not condition():
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def checkpoints(folder):
-    return {path.name for path in (folder / "checkpoint").glob("*")} if (folder / "checkpoint").is_dir() else set()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run of the small net from beginning to end, in a process of its own.
-
-    What another test compiled here with other options would change the last bits.
-    """
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert finish(start(*SMALL, "--out", folder, table="depth"))[::2] == (0, "")
-    return folder
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path):
-    code, _, error = kill_and_resume(tmp_path / "run", 1, 0, SMALL, "depth", longest=1.0)
-    assert (code, error) == (0, "")
-    same(tmp_path / "run", whole)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    code, _, error = finish(start(*OPTIONS, "--out", folder))
-    assert (code, error) == (0, "")
-    assert len(metrics(folder)) == 2 * 2 * 3
-    return folder
-
-
-def kill_and_resume(folder, kills, seed, options=OPTIONS, table=TABLE, longest=3.0):
-    """Start, kill at random moments after the first checkpoint, resume, and let it end after so many kills."""
-    chance = random.Random(seed)
-    process = start(*options, *EVERY_STEP, "--out", folder, table=table)
-    for number in range(kills):
-        before = checkpoints(folder)
-        if number == 0 or chance.random() < 0.7:  # else while it starts
-            wait_for(lambda before=before: checkpoints(folder) - before, process)
-        time.sleep(chance.uniform(0, longest))
-        process.kill()
-        assert finish(process)[0] == -signal.SIGKILL  # it was not done yet
-        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write('{"act": "lk_r')  # as if it had been killed while it wrote
-        process = start("--resume", folder, *EVERY_STEP, table=table)
-    return finish(process)
-
-
 def same(folder, whole):
     assert metrics(folder) == metrics(whole)
     ours, theirs = saved(folder), saved(whole)
     assert len(ours) == len(theirs) > 10
     assert ours == theirs
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_several_random_kills(seed, uninterrupted, tmp_path):
-    code, _, error = kill_and_resume(tmp_path / "run", kills=4, seed=seed)
-    assert (code, error) == (0, "")
-    same(tmp_path / "run", uninterrupted)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["sequential", "vmap", "spread"])
-def test_random_kills_on_two_devices(mode, tmp_path):
-    options = shlex.split("--preset quick --act lk_relu relu_bn --depth 3 --epochs 2 --batch-size 300 --augment")
-    options += ["--devices", "2", "--seeds", "2", "--seeds-mode", mode]
-    assert finish(start(*options, "--out", tmp_path / "whole", table="depth"))[::2] == (0, "")
-    assert kill_and_resume(tmp_path / "run", 2, 4, options, "depth")[::2] == (0, "")
-    same(tmp_path / "run", tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_a_kill_while_a_checkpoint_is_written(uninterrupted, tmp_path):
-    folder = tmp_path / "run"
-    process = start(*OPTIONS, *EVERY_STEP, "--out", folder)
-    wait_for(lambda: any("tmp" in name for name in checkpoints(folder)) and len(checkpoints(folder)) > 1, process)
-    process.kill()
-    finish(process)
-    assert any("tmp" in name for name in checkpoints(folder))
-    assert finish(start("--resume", folder))[::2] == (0, "")
-    same(folder, uninterrupted)
-
-
-@pytest.mark.slow
-def test_a_kill_before_the_first_checkpoint(uninterrupted, tmp_path):
-    folder = tmp_path / "run"
-    process = start(*OPTIONS, "--out", folder)
-    wait_for(lambda: (folder / "metrics.jsonl").exists(), process)
-    process.kill()
-    finish(process)
-    assert finish(start("--resume", folder))[::2] == (0, "")
-    same(folder, uninterrupted)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_prints_the_command_that_resumes(signum, code, uninterrupted, tmp_path):
-    folder = tmp_path / "run"
-    process = start(*OPTIONS, *EVERY_STEP, "--out", folder)
-    wait_for(lambda: checkpoints(folder), process)
-    time.sleep(1)
-    second = start("--resume", folder)  # while the first one holds it
-    other_code, _, other_error = finish(second)
-    assert other_code == 2
-    assert re.fullmatch(rf"error: the run .* is being written by process {process.pid} on .* since .*\n", other_error)
-    if process.poll() is None:
-        process.send_signal(signum)
-    found, _, error = finish(process)
-    assert found == code, error
-    said = re.fullmatch(rf"interrupted by {signum.name}\. The run is saved; resume it with: (.*)\n", error)
-    assert said
-    words = shlex.split(said[1])
-    assert words[:3] == ["python", "-m", f"experiments.{TABLE}"]
-    assert finish(start(*words[3:]))[::2] == (0, "")
-    same(folder, uninterrupted)
-
-
-# --- in this process
 
 
 @pytest.fixture
