@@ -1,0 +1,78 @@
+"""The picture of the README, from two records: a deep net, and a net that learns task after task; dead against alive.
+
+python -m experiments.report.front
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.engine.console import Console
+from experiments.engine.errors import run_command
+from experiments.engine.plots import COLOURS, figure, mean_band, save
+from experiments.engine.records import read_lines
+from experiments.engine.study import at_best_rate
+
+RESULTS = Path(__file__).parents[2] / "results"
+_NETS = {"relu": COLOURS[0], "lk_relu": COLOURS[1]}
+_SAYS = {"relu": "ReLU", "lk_relu": "linked ReLU"}
+_CHANCE = 0.1
+
+
+def deep(act: str) -> np.ndarray:
+    """Test accuracy of 50 layers of 4 units on digits, with this library's start: (seeds, epochs)."""
+    lines = [
+        line
+        for line in read_lines(RESULTS / "records" / "depth-digits")
+        if (line["act"], line["init"]) == (act, "auto")
+    ]
+    seeds = sorted({line["seed"] for line in lines})
+    return np.array([[line["test_accuracy"] for line in lines if line["seed"] == seed] for seed in seeds])
+
+
+def continual(act: str) -> np.ndarray:
+    """Share of 256 random labels that is memorised, in each of 50 tasks, at equal parameters: (seeds, tasks)."""
+    lines = [
+        line for line in read_lines(RESULTS / "plasticity") if (line["stream"], line["row"]) == ("random_labels", act)
+    ]
+    width = min(line["width"] for line in lines)  # of linked nets the narrower one has relu's parameters
+    runs = at_best_rate(
+        [line for line in lines if line["width"] == width], lambda run: -float(np.mean(run["accuracy"]))
+    )
+    return np.array([run["accuracy"] for run in runs])
+
+
+def draw(panel: Any, found: dict[str, np.ndarray], places: dict[str, tuple[float, float]], title: str, x: str) -> None:
+    """A line for each net, with its name beside it, and the level of chance."""
+    for act, values in found.items():
+        mean_band(panel, np.arange(1, values.shape[1] + 1), values, _NETS[act], "-", _SAYS[act])
+        panel.text(*places[act], _SAYS[act], color=_NETS[act], fontsize=12, weight="bold")
+    panel.axhline(_CHANCE, color="0.5", lw=1, ls=":")
+    panel.text(values.shape[1], _CHANCE - 0.015, "chance", color="0.4", fontsize=9, ha="right", va="top")
+    panel.set_title(title, fontsize=12)
+    panel.set(xlabel=x, ylim=(0, 1.04), xlim=(1, values.shape[1]))
+    panel.grid(alpha=0.2)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def picture(path: Path) -> Path:
+    """Write the picture; gives its path."""
+    sheet = figure(10.5, 3.7)
+    left, right = sheet.subplots(1, 2)
+    acts: Sequence[str] = tuple(_NETS)
+    draw(left, {act: deep(act) for act in acts}, {"relu": (14, 0.14), "lk_relu": (11, 0.86)},
+         "50 layers, no normalisation: test accuracy", "epoch")  # fmt: skip
+    draw(right, {act: continual(act) for act in acts}, {"relu": (22, 0.36), "lk_relu": (20, 0.92)},
+         "task after task, nothing reset: what is still learned", "task")  # fmt: skip
+    return save(sheet, path)
+
+
+def main() -> None:
+    """Draw it beside the results."""
+    Console().say(f"picture  {picture(RESULTS / 'front.png')}")
+
+
+if __name__ == "__main__":
+    run_command(main)
