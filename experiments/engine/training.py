@@ -152,12 +152,8 @@ def fit(
     stack = np.stack if place.stacked else lambda orders: orders[0]
     in_flight = _IN_FLIGHT if place.mesh is None else _IN_FLIGHT_OF_MANY
     whole, steps = size // plan.batch_size, -(-size // plan.batch_size)
-    diverged, carry, losses, done = (
-        set(snapshot.diverged),
-        snapshot.arrays,
-        [jnp.asarray(snapshot.losses)],
-        snapshot.step,
-    )
+    diverged, carry, done = set(snapshot.diverged), snapshot.arrays, snapshot.step
+    losses = [jnp.asarray(snapshot.losses)]
 
     for epoch in range(snapshot.epoch, plan.epochs + 1):
         if len(diverged) == len(seeds):
@@ -192,19 +188,24 @@ def fit(
         seconds = round(time.perf_counter() - began, 3)
         lines = []
         for seed, of_seed, result in zip(seeds, of_epoch, tested, strict=True):
-            if seed in diverged:
-                continue
-            line, kept = {"seed": seed, "epoch": epoch}, np.isfinite(of_seed)
-            if kept.any() and np.isfinite(result["signal_by_layer"]).all():
-                train_loss = float(np.average(of_seed[kept], weights=sizes[kept]))
-                skipped = {"skipped": int((~kept).sum())} if plan.skip_nonfinite else {}
-                lines.append({**line, "train_loss": train_loss, **result, **skipped, "seconds": seconds})
-            else:
-                diverged.add(seed)
-                what = "the signal is not finite after it" if kept.any() else "no update of it was finite"
-                lines.append({**line, "diverged": f"epoch {epoch}: {what}"})
+            if seed not in diverged:
+                line = _line(of_seed, sizes, result, epoch, plan.skip_nonfinite)
+                diverged |= {seed} if "diverged" in line else set()
+                timed = {} if "diverged" in line else {"seconds": seconds}
+                lines.append({"seed": seed, "epoch": epoch, **line, **timed})
         yield lines
         losses, done = [], 0
+
+
+def _line(losses: np.ndarray, sizes: np.ndarray, tested: dict[str, Any], epoch: int, skips: bool) -> dict[str, Any]:
+    """What an epoch came to for a seed: its losses, by the sizes of the batches, and the test; or how it diverged."""
+    kept = np.isfinite(losses)
+    if not kept.any():
+        return {"diverged": f"epoch {epoch}: no update of it was finite"}
+    if not np.isfinite(tested["signal_by_layer"]).all():
+        return {"diverged": f"epoch {epoch}: the signal is not finite after it"}
+    skipped = {"skipped": int((~kept).sum())} if skips else {}
+    return {"train_loss": float(np.average(losses[kept], weights=sizes[kept])), **tested, **skipped}
 
 
 def _snapshot(carry: Carry, losses: list[Any], epoch: int, done: int, diverged: tuple[int, ...]) -> Snapshot:

@@ -46,13 +46,14 @@ def continual(act: str) -> np.ndarray:
 
 def draw(panel: Any, found: dict[str, np.ndarray], places: dict[str, tuple[float, float]], title: str, x: str) -> None:
     """A line for each net, with its name beside it, and the level of chance."""
+    last = next(iter(found.values())).shape[1]
     for act, values in found.items():
         mean_band(panel, np.arange(1, values.shape[1] + 1), values, _NETS[act], "-", _SAYS[act])
         panel.text(*places[act], _SAYS[act], color=_NETS[act], fontsize=12, weight="bold")
     panel.axhline(_CHANCE, color="0.5", lw=1, ls=":")
-    panel.text(values.shape[1], _CHANCE - 0.015, "chance", color="0.4", fontsize=9, ha="right", va="top")
+    panel.text(last, _CHANCE - 0.015, "chance", color="0.4", fontsize=9, ha="right", va="top")
     panel.set_title(title, fontsize=12)
-    panel.set(xlabel=x, ylim=(0, 1.04), xlim=(1, values.shape[1]))
+    panel.set(xlabel=x, ylim=(0, 1.04), xlim=(1, last))
     panel.grid(alpha=0.2)
     panel.spines[["top", "right"]].set_visible(False)
 

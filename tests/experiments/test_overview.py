@@ -1,0 +1,47 @@
+"""`python -m experiments`: every command with a line, the data, the runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments import __main__ as overview
+from experiments.engine.records import Record
+
+HERE = Path(overview.__file__).parent
+
+
+def commands():
+    """The modules that end in a call of their main."""
+    files = [*HERE.glob("*.py"), *HERE.glob("*/__main__.py")]
+    ends = {path for path in files if "__name__ ==" in path.read_text(encoding="utf-8")}
+    return {path.parent.name if path.stem == "__main__" else path.stem for path in ends} - {"experiments"}
+
+
+def test_every_command_has_a_line():
+    assert set(overview._ORDER) == commands()
+    assert all(re.match(r"\S.*[.?]", overview.first_line(name)) for name in overview._ORDER)
+
+
+def test_what_is_there_is_said_in_80_columns(tmp_path):
+    (tmp_path / "tfds" / "mnist" / "3.0.1").mkdir(parents=True)
+    (tmp_path / "tfds" / "mnist" / "3.0.1" / "dataset_info.json").write_text("{}")
+    with Record.create(tmp_path / "runs" / "one", {"command": "python -m experiments.depth --act relu"}) as record:
+        record.add({"epoch": 1})
+    (tmp_path / "runs" / "bad").mkdir()
+    (tmp_path / "runs" / "bad" / "config.json").write_text("{")
+    said = overview.overview(tmp_path / "tfds", tmp_path / "runs")
+    flat = " ".join(said.split())
+    assert f"mnist prepared in {tmp_path / 'tfds'}" in flat
+    assert "cifar10, cifar100, tiny_shakespeare" in flat
+    assert "one: python -m experiments.depth --act relu, 1 lines" in flat
+    assert "config.json cannot be read" in flat
+    assert "nothing in none/ yet" in " ".join(overview.overview(tmp_path, Path("none")).split())
+    long = [line for line in said.splitlines() if len(line) > 80]
+    assert all(str(tmp_path) in line for line in long)  # a path is not broken
+
+
+def test_another_word_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["experiments", "depth"])
+    with pytest.raises(overview.UsageError, match=r"an experiment is python -m experiments\.NAME"):
+        overview.main()
