@@ -128,7 +128,7 @@ def test_as_many_runs_are_done_as_are_planned(stress, learns, tmp_path):
 @pytest.mark.slow
 def test_the_command_leaves_a_record_that_is_resumed(tmp_path):
     command = [
-        sys.executable, "-m", "experiments.remedies", "--methods", "relu", "enorm", "--nets", "four_conv",
+        sys.executable, "-m", "experiments.remedies", "--methods", "relu", "--nets", "four_conv",
         "--seeds", "1", "--epochs", "1", "--time-steps", "2", "--out", str(tmp_path / "run"),
     ]  # fmt: skip
     subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=500)
