@@ -158,7 +158,7 @@ REFUSED = {
     "a damaged line": (lambda run: add_line(run, "{\n{}\n"), "metrics.jsonl, line 2 cannot be read"),
     "damaged checkpoints": (lambda run: damage_checkpoints(run, lambda all: all[:-1] + b"x"), "its SHA-256 is another"),
     "empty checkpoints": (lambda run: damage_checkpoints(run, lambda _all: b""), "its SHA-256 is another"),
-    "another net's checkpoint": (another_net, "the checkpoint is of another net"),
+    "another net's checkpoint": (another_net, "is of another net"),
 }
 
 
