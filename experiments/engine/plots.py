@@ -230,13 +230,13 @@ def _draw(panel: Any, curves: Sequence[_Curve], what: _Panel, title: str) -> Non
     """For each net the mean line, and a band from the least to the greatest value; a single point gets a dot."""
     for curve in curves:
         runs = [what.values(run) for run in curve.runs]
-        values = np.array([run[: min(map(len, runs))] for run in runs], np.float64)
-        x = range(1, values.shape[1] + 1)
-        panel.plot(x, values.mean(axis=0), lw=1.4, marker="." if len(x) == 1 else "",
+        length = min(map(len, runs), default=0)  # all may have diverged
+        x, values = range(1, length + 1), np.array([run[:length] for run in runs], np.float64)
+        panel.plot(x, values.mean(axis=0) if length else [], lw=1.4, marker="." if len(x) == 1 else "",
                    **curve.style)  # fmt: skip
         if len(x) == 1:
             panel.set_xlim(0.5, 1.5)
-        if curve.band:
+        if curve.band and length:
             colour = curve.style["color"]
             panel.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, lw=0)
     panel.set(**what.axes)

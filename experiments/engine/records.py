@@ -80,7 +80,7 @@ class Record:
             lines = read_lines(folder, damaged_end=True)
             record = cls(folder, config, lines, lock)
             content = (folder / METRICS).read_bytes()
-            if content.count(b"\n") != len(lines) or (lines and content[-1:] != b"\n"):
+            if content.count(b"\n") != len(lines) or content[-1:] not in (b"", b"\n"):
                 record.keep(len(lines))  # a half-written end: drop it from the file
             return record
         except BaseException:

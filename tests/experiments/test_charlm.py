@@ -159,7 +159,7 @@ def test_a_run_that_diverges_says_when():
     text = a_text()
     work = training.Work(text_data.split("words", text[:1200], text[1200:]), 30)
     done = []
-    line = work.run("gelu", 1, 1e30, 0, done.append)
+    line = work.run("gelu", 1, 1e30, 0, advance=done.append)
     assert 1 < line["diverged"] <= 30
     assert sum(done) == 30
 

@@ -159,6 +159,18 @@ def test_a_last_line_that_was_cut_is_left_out_when_a_run_goes_on(tmp_path):
     assert records.read_lines(tmp_path / "run") == [{"epoch": 1}, {"epoch": 2}]
 
 
+@pytest.mark.parametrize("before", [[], [{"epoch": 1}]])
+def test_what_is_added_after_a_last_line_that_was_cut_is_a_line_of_its_own(before, tmp_path):
+    with Record.create(tmp_path / "run", {}) as record:
+        for line in before:
+            record.add(line)
+    with (tmp_path / "run" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"act": "lk_r')
+    with Record.reopen(tmp_path / "run") as record:
+        record.add({"epoch": 2})
+    assert records.read_lines(tmp_path / "run") == [*before, {"epoch": 2}]
+
+
 def test_a_run_is_made_once(tmp_path):
     with Record.create(tmp_path / "run", {}) as record:
         made = record.once({"row": "relu", "seed": 0}, lambda: {"accuracy": 0.5})
