@@ -19,8 +19,11 @@ class NonFiniteLossError(RuntimeError):
     """The loss became infinite or NaN; exit code 3."""
 
 
-class InterruptedRunError(RuntimeError):
-    """A signal ended the run after it was saved; exit code 128 + the signal's number."""
+class InterruptedRunError(BaseException):
+    """A signal ended the run after it was saved; exit code 128 + the signal's number.
+
+    As KeyboardInterrupt it is no Exception: JAX, for one, goes on after any of these in its cache of programs.
+    """
 
     def __init__(self, signum: int, remedy: str):
         super().__init__(remedy)
