@@ -20,6 +20,8 @@ from linked_jax.activations import lk_relu
 from linked_jax.revive import Pair, link_params, link_params_opt_state
 from tests.cases import first_fast
 
+pytestmark = pytest.mark.optimised
+
 PAGE = Path(__file__).parents[3] / "docs" / "optimisers.md"
 RATE, UNITS = 1e-2, 8
 
