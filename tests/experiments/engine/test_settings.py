@@ -20,7 +20,8 @@ MODULES = {module.TABLE.name: module for module in (width, depth, parameters, al
 OTHER = {
     "preset": "paper", "act": ("selu",), "norm": "batch", "match_params": True, "init": ("he",), "lr": (0.5,),
     "dataset": "digits", "data_dir": "x", "train_size": 7, "held_out": 7, "epochs": 7, "batch_size": 7, "decay": 0.5,
-    "on_nonfinite": "skip", "optimizer": "rmsprop", "augment": True, "shuffle": False, "seed": 7, "seeds": 7, "seeds_mode": "vmap",
+    "on_nonfinite": "skip",
+    "optimizer": "rmsprop", "augment": True, "shuffle": False, "seed": 7, "seeds": 7, "seeds_mode": "vmap",
     "devices": 7, "time_steps": 7, "out": "x", "resume": "x", "checkpoint_every": 7.0,
     "distributed": True, "coordinator": "x:7", "process_id": 7, "process_count": 7, "start_timeout": 7,
 }  # fmt: skip
