@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C: noted, for a loop that finishes its step and saves; or the end there and then."""
 
 import signal
+import sys
 from types import FrameType
 from typing import Any
 
@@ -38,6 +39,25 @@ class Ended(Interrupts):
         super().__init__()
         self._remedy = remedy
 
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if sys.unraisablehook is _unless_interrupted:
+            sys.unraisablehook = sys.__unraisablehook__
+        super().__exit__()
+
     def _note(self, signum: int, _frame: FrameType | None) -> None:
         super()._note(signum, _frame)
-        raise InterruptedRunError(signum, self._remedy)
+        signal.signal(signal.SIGALRM, self._end)  # Python drops what is raised within a finalizer: once a second again
+        signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+        sys.unraisablehook = _unless_interrupted
+        self._end(signum, _frame)
+
+    def _end(self, _signum: int, _frame: FrameType | None) -> None:
+        assert self.signum is not None
+        raise InterruptedRunError(self.signum, self._remedy)
+
+
+def _unless_interrupted(dropped: Any) -> None:
+    """Say what Python drops, but for what is raised again."""
+    if not isinstance(dropped.exc_value, InterruptedRunError):
+        sys.__unraisablehook__(dropped)
