@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from experiments.engine import records, tables
-from experiments.engine.tables import spread
 from experiments.headlines import table as headlines_table
 from experiments.headlines.claims import CLAIMS
 from experiments.load_forecast import table as forecast_table
@@ -52,14 +51,25 @@ def test_every_mean_of_a_page_is_in_a_table(page):
     assert not [mean for mean in means if mean not in tables]
 
 
-def test_the_picture_of_the_front_page_is_that_of_its_records(tmp_path):
-    drawn = front.picture(tmp_path / "front.png")
-    assert drawn.read_bytes()[:8] == (RESULTS / "front.png").read_bytes()[:8]
+def test_the_curves_of_the_front_page_end_at_means_of_the_tables():
     for found, table in ((front.deep, "tables/depth-digits.md"), (front.continual, "plasticity/table.md")):
         for act in ("relu", "lk_relu"):
             last = found(act)[:, -1 if found is front.deep else slice(-5, None)]
-            mean = spread(last.reshape(len(last), -1).mean(axis=1).tolist())
+            mean = tables.spread(last.reshape(len(last), -1).mean(axis=1).tolist())
             assert mean in (RESULTS / table).read_text(encoding="utf-8")
+
+
+def test_the_front_pages_other_numbers_are_in_records():
+    page, table = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "results/tables/depth-digits.md")
+    )
+    assert re.search(r"^\| relu \| glorot .* \| 66/200 \| layer 13 ", table, re.MULTILINE)
+    assert "0 of 200 | relu 66 of 200, from layer 13 on" in page
+    ratios = []
+    for batch in (128, 32):
+        times = json.loads((RESULTS / "benchmarks" / f"pytorch_depth_{batch}.json").read_text(encoding="utf-8"))
+        ratios.append(times["results"]["PyTorch"] / times["results"]["ours"])
+    assert f"{ratios[0]:.2f} to {ratios[1]:.2f} times as fast" in page
 
 
 def test_every_claim_has_a_verdict():

@@ -25,9 +25,7 @@ class Console:
 
     def __init__(self, *, quiet: bool = False):
         width = None if sys.stdout.isatty() else _WIDE
-        self._console = _Console(
-            file=sys.stdout, highlight=False, width=width, quiet=quiet
-        )  # also while it is redirected
+        self._console = _Console(file=sys.stdout, highlight=False, width=width, quiet=quiet)  # also if redirected
 
     def say(self, text: str) -> None:
         """Print plain text, never wrapped or styled."""

@@ -37,17 +37,17 @@ class Ended(Interrupts):
 
     def __init__(self, remedy: str):
         super().__init__()
-        self._remedy = remedy
+        self._remedy, self._hook = remedy, sys.unraisablehook
 
     def __exit__(self, *_: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if sys.unraisablehook is _unless_interrupted:
-            sys.unraisablehook = sys.__unraisablehook__
+        sys.unraisablehook = self._hook
         super().__exit__()
 
     def _note(self, signum: int, _frame: FrameType | None) -> None:
         super()._note(signum, _frame)
-        signal.signal(signal.SIGALRM, self._end)  # Python drops what is raised within a finalizer: once a second again
+        # Python drops what is raised within a finalizer: once a second it is raised again.
+        self._before = {signal.SIGALRM: signal.signal(signal.SIGALRM, self._end)}
         signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
         sys.unraisablehook = _unless_interrupted
         self._end(signum, _frame)

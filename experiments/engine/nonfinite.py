@@ -34,7 +34,7 @@ class Watch:
 
     def not_finite(self) -> list[int]:
         """The places of the seeds of which a loss is not finite."""
-        return np.flatnonzero(~np.isfinite(self._by_seed()).all(axis=1)).tolist()
+        return np.flatnonzero(~np.isfinite(self._seen()).all(axis=1)).tolist()
 
     def explain(self, loop: Loop, data: Any, key: Array, lr: Any, place: int) -> str:
         """In which step of the epoch a seed first had what is not finite, and what made it.
@@ -50,7 +50,7 @@ class Watch:
           place: of the seed.
         """
         if jax.process_count() > 1:
-            losses = self._by_seed()[place]
+            losses = self._seen()[place]
             first = int(np.isfinite(losses).argmin())
             return f"step {self._done + first + 1}: the loss is {losses[first]}"
         carry, number = _copied(self._good), self._done
@@ -66,7 +66,8 @@ class Watch:
                 return f"step {number}: the loss is {value:.4g}, and its gradient makes parameters that are not finite"
         return f"step {number}: a loss was not finite, but is when it is computed again"
 
-    def _by_seed(self) -> np.ndarray:
+    def _seen(self) -> np.ndarray:
+        """The losses since, (seeds, updates)."""
         return np.concatenate([_by_seed(losses) for losses in jax.device_get(fetch(self._losses))], axis=1)
 
 

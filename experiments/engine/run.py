@@ -171,7 +171,7 @@ class _Run:
         self._save(checkpoints, latest(), len(self.runs))
 
     def _is_good(self, snapshot: training.Snapshot) -> bool:
-        """Whether no loss is NaN or infinite that is not accounted for: the one before it would be lost."""
+        """Whether it may be saved: else one with a loss that is not finite would take the place of a good one."""
         finite = self.settings.on_nonfinite == "skip" or np.isfinite(snapshot.losses).all()
         return bool(finite or snapshot.diverged)
 

@@ -162,8 +162,9 @@ def fit(
         keys = [jax.random.fold_in(jax.random.key(seed), epoch) for seed in seeds]
         epoch_keys = place.of_seeds(jnp.stack(keys) if place.stacked else keys[0])
         order = stack([data_lib.order(key if plan.shuffle else None, size) for key in keys])
-        watch = Watch(carry, done)
+        watch = None
         while done < steps:
+            watch = watch or Watch(carry, done)
             count = min(in_flight - done % in_flight, whole - done) if loop.scanned and done < whole else 1
             first, last = done * plan.batch_size, min((done + count) * plan.batch_size, size)
             batches = order[..., first:last].reshape(*order.shape[:-1], count, -1)
@@ -177,7 +178,7 @@ def fit(
                         diverged.add(seed)
                         where = f"epoch {epoch}, {watch.explain(loop, arrays, epoch_keys, lr, number)}"
                         yield [{"seed": seed, "epoch": epoch, "diverged": where}]
-                watch = Watch(carry, done)
+                watch = None
             on_step(functools.partial(_snapshot, carry, losses, epoch, done, tuple(sorted(diverged))), count)
             if len(diverged) == len(seeds):
                 return

@@ -1,7 +1,4 @@
-"""The picture of the README, from two records: a deep net, and a net that learns task after task; dead against alive.
-
-python -m experiments.report.front
-"""
+"""The picture of the README, dead against alive, from two records: `python -m experiments.report.front`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +9,13 @@ import numpy as np
 from experiments.engine.console import Console
 from experiments.engine.errors import run_command
 from experiments.engine.plots import COLOURS, figure, mean_band, save
-from experiments.engine.records import read_lines
-from experiments.engine.study import at_best_rate
+from experiments.engine.records import read_config, read_lines
+from experiments.engine.tables import CHANCE
+from experiments.plasticity.plots import chosen, of_net
 
 RESULTS = Path(__file__).parents[2] / "results"
 _NETS = {"relu": COLOURS[0], "lk_relu": COLOURS[1]}
 _SAYS = {"relu": "ReLU", "lk_relu": "linked ReLU"}
-_CHANCE = 0.1
 
 
 def deep(act: str) -> np.ndarray:
@@ -34,13 +31,9 @@ def deep(act: str) -> np.ndarray:
 
 def continual(act: str) -> np.ndarray:
     """Share of 256 random labels that is memorised, in each of 50 tasks, at equal parameters: (seeds, tasks)."""
-    lines = [
-        line for line in read_lines(RESULTS / "plasticity") if (line["stream"], line["row"]) == ("random_labels", act)
-    ]
-    width = min(line["width"] for line in lines)  # of linked nets the narrower one has relu's parameters
-    runs = at_best_rate(
-        [line for line in lines if line["width"] == width], lambda run: -float(np.mean(run["accuracy"]))
-    )
+    nets = read_config(RESULTS / "plasticity")["nets"]
+    width = next(net["width"] for net in nets if (net["row"], net["column"]) == (act, "equal_parameters"))
+    runs = chosen(of_net("random_labels", act, width, read_lines(RESULTS / "plasticity")))
     return np.array([run["accuracy"] for run in runs])
 
 
@@ -50,8 +43,8 @@ def draw(panel: Any, found: dict[str, np.ndarray], places: dict[str, tuple[float
     for act, values in found.items():
         mean_band(panel, np.arange(1, values.shape[1] + 1), values, _NETS[act], "-", _SAYS[act])
         panel.text(*places[act], _SAYS[act], color=_NETS[act], fontsize=12, weight="bold")
-    panel.axhline(_CHANCE, color="0.5", lw=1, ls=":")
-    panel.text(last, _CHANCE - 0.015, "chance", color="0.4", fontsize=9, ha="right", va="top")
+    panel.axhline(CHANCE, color="0.5", lw=1, ls=":")
+    panel.text(last, CHANCE - 0.015, "chance", color="0.4", fontsize=9, ha="right", va="top")
     panel.set_title(title, fontsize=12)
     panel.set(xlabel=x, ylim=(0, 1.04), xlim=(1, last))
     panel.grid(alpha=0.2)

@@ -15,10 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
-import rich.box
-import rich.console
-import rich.table
 
+from experiments.engine.console import Console
+from experiments.engine.files import write_whole
 from experiments.engine.records import environment
 from experiments.engine.tables import markdown
 
@@ -27,8 +26,7 @@ class Faults:
     """A plugin that counts, of each area and kind of fault, what was tried and what was lost."""
 
     def __init__(self):
-        self.tried, self.lost, self.skipped = (collections.Counter() for _ in range(3))
-        self.console = rich.console.Console()
+        self.tried, self.lost = collections.Counter(), collections.Counter()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
@@ -47,7 +45,6 @@ class Faults:
         fault, count = tuple(said["fault"]), said.get("tried", 1)
         self.tried[fault] += 0 if report.skipped else count
         self.lost[fault] += count if report.failed else 0
-        self.skipped[fault] += report.skipped
 
     def rows(self):
         """A row for each kind, in order, and one for all."""
@@ -69,18 +66,12 @@ def main():
     faults, began = Faults(), time.monotonic()
     code = pytest.main(["-m", "fault", "-q", "-p", "no:cacheprovider", "-k", settings.only, "tests"], plugins=[faults])
     rows = faults.rows()
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    for name in rows[0]:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*row.values())
-    faults.console.print(table)
-    faults.console.print(f"{time.monotonic() - began:,.0f} s")
+    Console().table(f"Faults, in {time.monotonic() - began:,.0f} s; what was skipped here is tried 0 times", rows)
     if settings.out:
         settings.out.mkdir(parents=True, exist_ok=True)
         record = {"command": "python -m tests.faults", **environment(), "rows": rows}
-        (settings.out / "faults.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (settings.out / "table.md").write_text(markdown(rows) + "\n", encoding="utf-8")
+        write_whole(settings.out / "faults.json", json.dumps(record, indent=2) + "\n")
+        write_whole(settings.out / "table.md", markdown(rows) + "\n")
     sys.exit(code)
 
 

@@ -1,5 +1,7 @@
 """Many runs at once, and the odd places where people run things: real processes."""
 
+import datetime
+import json
 import os
 import pty
 import re
@@ -71,6 +73,9 @@ def test_odd_places(place, tmp_path):
     assert "Table 2" in said
     assert (tmp_path / options[1] / "depth.png").stat().st_size > 10_000
     assert len(left(tmp_path / options[1])[0]) == 2
+    if "CLOCK_JUMPS" in variables:
+        told = json.loads((tmp_path / options[1] / "config.json").read_text(encoding="utf-8"))["time"]
+        assert datetime.datetime.fromisoformat(told) < datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
 
 
 @fault("places", "| head -1")

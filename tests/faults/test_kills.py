@@ -58,7 +58,7 @@ def command(name, folder, **more):
 
 
 def left(folder):
-    """The metrics without their times, in any order of runs, and the arrays of the last checkpoint as bytes."""
+    """The metrics without their times, and the arrays of the last checkpoint as bytes."""
     texts = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     lines = [{key: value for key, value in json.loads(text).items() if key not in TIMES} for text in texts]
     saved = Checkpoints(folder / "checkpoint", 0).load()
@@ -72,7 +72,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(name, tmp_path, record_property):
     assert finish(command(name, tmp_path / "whole"))[::2] == (0, "")
     whole, longest = left(tmp_path / "whole"), time.monotonic() - began
     assert bool(whole[1]) == (name in TABLES)
-    chance, kills, number = random.Random(name), 0, 0
+    chance, kills, at_writes, number = random.Random(name), 0, 0, 0
     while kills < KILLS[name]:
         number += 1
         folder = tmp_path / f"run {number}"
@@ -87,11 +87,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(name, tmp_path, record_property):
             code, _, error = finish(process)
             assert code in (0, -signal.SIGKILL), error
             kills += code != 0
+            at_writes += at_write and code != 0
             if (folder / "metrics.jsonl").exists() and code:
                 with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                     file.write('{"act": "lk_r')  # as if it had been killed while it wrote a line
         assert finish(command(name, folder))[::2] == (0, "")
         assert left(folder) == whole
+    assert at_writes > 0
     record_property("tried", kills)
 
 

@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.children import ROOT, environment, finish, start, wait_for
-from tests.faults.test_kills import command, left
+from tests.faults.test_kills import command, first_words, left
 
 pytestmark = pytest.mark.slow
 fault = pytest.mark.fault
@@ -50,7 +51,7 @@ def test_a_full_file_system(whole, tmp_path, record_property):
         def limit(size=kilobytes * 1024):
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-        words = ["-m", "experiments.depth", *command_words(folder)]
+        words = ["-m", "experiments.depth", *first_words("depth", folder)]
         child = {**environment(), "JAX_ENABLE_COMPILATION_CACHE": "0"}
         found = subprocess.run(
             [sys.executable, *words], cwd=ROOT, env=child, preexec_fn=limit, capture_output=True, text=True, timeout=300
@@ -64,12 +65,6 @@ def test_a_full_file_system(whole, tmp_path, record_property):
     record_property("tried", tried)
 
 
-def command_words(folder):
-    from tests.faults.test_kills import first_words
-
-    return first_words("depth", folder)
-
-
 @fault("storage", "a full tmpfs")
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
 def test_a_full_tmpfs(whole, tmp_path):
@@ -78,7 +73,7 @@ def test_a_full_tmpfs(whole, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("this machine mounts nothing")
     try:
-        code, _, error = finish(start("-m", "experiments.depth", *command_words(disk / "run")))
+        code, _, error = finish(start("-m", "experiments.depth", *first_words("depth", disk / "run")))
         assert code == 2, error
         assert one_line(error)
         assert "No space left on device" in error
@@ -92,8 +87,6 @@ def test_a_full_tmpfs(whole, tmp_path):
 @fault("storage", "a folder that cannot be written")
 @pytest.mark.parametrize("name", ["depth", "plasticity", "charlm"])
 def test_a_folder_that_cannot_be_written(name):
-    from pathlib import Path
-
     code, out, error = finish(command(name, Path("/proc/run")))
     assert (code, bool(one_line(error))) == (2, True), error
     assert "/proc/run" in error

@@ -7,14 +7,15 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from experiments import allcnn, depth, width
 from experiments.engine.checkpoints import Checkpoints
-from experiments.engine.errors import run_command
-from experiments.engine.interrupts import Interrupts
+from experiments.engine.errors import InterruptedRunError, run_command
+from experiments.engine.interrupts import Ended, Interrupts
 from experiments.engine.records import Record
 from experiments.engine.run import run as run_table
 
@@ -215,6 +216,27 @@ def test_a_schedule_that_does_not_fit_leaves_nothing(command, tmp_path):
     assert code == 2
     assert re.fullmatch(r"error: --schedule step: .*\n", error)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_comes_within_a_finalizer_ends_the_work_too():
+    class Signalling:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    hook, end = sys.unraisablehook, time.monotonic() + 30
+
+    def work():
+        with Ended("go on so"):
+            Signalling()
+            while time.monotonic() < end:
+                time.sleep(0.01)
+
+    with pytest.raises(InterruptedRunError, match="go on so") as caught:
+        work()
+    assert caught.value.signum == signal.SIGTERM
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)] == before
+    assert sys.unraisablehook == hook
 
 
 def test_the_first_signal_is_noted_and_the_second_one_acts(request):
