@@ -1,6 +1,7 @@
 """Many runs at once, and the odd places where people run things: real processes."""
 
 import datetime
+import itertools
 import json
 import os
 import pty
@@ -9,11 +10,14 @@ import shlex
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
+from experiments.engine import records
 from experiments.report.stored import read_records
 from tests.children import ROOT, environment, finish, start
+from tests.experiments.engine.test_resume import in_this_process
 from tests.faults.test_kills import left
 
 pytestmark = pytest.mark.slow
@@ -43,8 +47,8 @@ def test_ten_runs_at_once_and_reports_meanwhile(tmp_path, record_property):
     code, said, error = finish(start("-m", "experiments.report", "runs", cwd=tmp_path, PYTHONPATH=ROOT))
     assert (code, error) == (0, "")
     assert "10 records" in said
-    records, problems = read_records([tmp_path / "runs"])
-    assert (len(records), problems) == (10, [])
+    stored, problems = read_records([tmp_path / "runs"])
+    assert (len(stored), problems) == (10, [])
     assert reports > 0
     record_property("tried", len(runs) + reports)
 
@@ -55,7 +59,6 @@ PLACES = {
     "spaces and other letters in paths": (["--out", "a földer/ünd 日本"], {}),
     "no terminal, TERM unknown": ([], {"TERM": "unknown"}),
     "NO_COLOR": ([], {"NO_COLOR": "1"}),
-    "a clock that jumps back": ([], {"CLOCK_JUMPS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/faults/killer'}"}),
 }
 
 
@@ -73,9 +76,27 @@ def test_odd_places(place, tmp_path):
     assert "Table 2" in said
     assert (tmp_path / options[1] / "depth.png").stat().st_size > 10_000
     assert len(left(tmp_path / options[1])[0]) == 2
-    if "CLOCK_JUMPS" in variables:
-        told = json.loads((tmp_path / options[1] / "config.json").read_text(encoding="utf-8"))["time"]
-        assert datetime.datetime.fromisoformat(told) < datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
+
+
+@fault("places", "a clock that jumps back")
+def test_a_clock_that_jumps_back(tmp_path, monkeypatch):
+    """Each look at the time is two hours before the last one."""
+    started, looks = datetime.datetime.now(datetime.UTC), itertools.count(1)
+
+    class Back(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return super().now(tz) - datetime.timedelta(hours=2 * next(looks))
+
+    monkeypatch.setattr(records, "datetime", types.SimpleNamespace(datetime=Back, UTC=datetime.UTC))
+    monkeypatch.setattr(time, "time", lambda: started.timestamp() - 7200 * next(looks))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # the second one's folder is named after an earlier time
+        assert in_this_process(*TINY, "--checkpoint-every", "0") == 0
+    second, first = sorted((tmp_path / "runs").iterdir())
+    assert left(first) == left(second)
+    told = json.loads((first / "config.json").read_text(encoding="utf-8"))["time"]
+    assert datetime.datetime.fromisoformat(told) < started
 
 
 @fault("places", "| head -1")
