@@ -256,13 +256,19 @@ def test_scaled_branches_keep_the_sum_of_a_residual_net_in_size():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", TABLES)
+@pytest.mark.parametrize("module", [width, depth, parameters, allcnn, covariate_shift])
 def test_every_row_of_a_table_can_be_built(module):
     table = module.TABLE
     settings = table.check(dataclasses.replace(table.presets["quick"], act=("all",)))
     for cell in {cell["act"]: cell for cell in table.cells(settings)}.values():
         model = nnx.eval_shape(lambda cell=cell: module.build(settings, cell, fake((8, 8, 1)), 0))
         assert jax.tree.leaves(nnx.state(model, nnx.Param))
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive  # 16 nets of 50 layers
+def test_every_row_of_tables_5_and_6_can_be_built():
+    test_every_row_of_a_table_can_be_built(resnet50)
 
 
 EPOCHS = {width: 50, depth: 200, parameters: 200, allcnn: 3000, resnet50: 2000, covariate_shift: 200}
