@@ -40,7 +40,7 @@ def prelu(z: Float[Array, "..."], negative_slope: Float[ArrayLike, "..."]) -> Fl
 
     Reference: He et al., Delving deep into rectifiers, 2015.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax import prelu
       >>> prelu(jnp.array([-2.0, 3.0]), 0.25)
@@ -73,7 +73,7 @@ def linked_prelu(
     Returns:
       (..., 2*C). The Jacobian at z = 0 is the limit z -> 0+, (1, -b).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.activations import linked_prelu
       >>> linked_prelu(jnp.array([-4.0]), 0.5, 0.25)
@@ -104,7 +104,7 @@ def smooth_leaky(
 
     Reference: Lillo and Cheney, Activation function design sustains plasticity in continual learning, 2026.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.activations import smooth_leaky
       >>> smooth_leaky(jnp.array([-10.0, 0.0, 10.0]), 0.5)

@@ -103,7 +103,7 @@ def certify(
         (N, d), each row on its own.
       TypeError: if link is not a function of JAX arrays.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax import certify, linked
       >>> certify(linked(jax.nn.relu), jnp.bfloat16).linked

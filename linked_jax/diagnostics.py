@@ -33,7 +33,7 @@ class UnitStatistics(NamedTuple):
       m2: the sum of (z - mean)^2, (C,).
       magnitude: the sum over the data of the mean over members of |h|, (C,).
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.diagnostics import UnitStatistics, unit_statistics
       >>> stats = unit_statistics(jnp.ones((8, 3)), jnp.ones((8, 3)), jnp.ones((8, 3)))
@@ -77,7 +77,7 @@ def unit_statistics(
     Raises:
       ValueError: if the shapes do not fit the arity, or the layout is unknown.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax import lk_relu
       >>> from linked_jax.diagnostics import dead_units, linearised_units, unit_statistics
@@ -122,7 +122,7 @@ def combine(a: UnitStatistics, b: UnitStatistics) -> UnitStatistics:
 
         mean = mean_a + delta n_b / n,   m2 = m2_a + m2_b + delta^2 n_a n_b / n,   delta = mean_b - mean_a
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.diagnostics import combine, unit_statistics
       >>> z = jnp.arange(6.0).reshape(6, 1)
@@ -166,7 +166,7 @@ def live_units(h: Float[Array, "... c_linked"], *, arity: int = 1, layout: Layou
     Raises:
       ValueError: if the channels are not a multiple of the arity, or the layout is unknown.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax import live_units, lk_relu, relu
       >>> z = jnp.array([[-1.0, 2.0], [-3.0, -4.0]])
@@ -179,7 +179,7 @@ def live_units(h: Float[Array, "... c_linked"], *, arity: int = 1, layout: Layou
 def dead_units(stats: UnitStatistics) -> Bool[Array, " c"]:
     """The paper's dead units: every member's output is 0 for every sample and position.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.diagnostics import dead_units, unit_statistics
       >>> h = jnp.array([[0.0, 1.0], [0.0, 0.0]])
@@ -194,7 +194,7 @@ def dead_links(stats: UnitStatistics) -> Bool[Array, " c"]:
 
     For relu these are the dead units. A tanh far out has outputs and no gradient: a dead link, not a dead unit.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.diagnostics import dead_links, dead_units, unit_statistics
       >>> z = jnp.array([[0.0, 50.0], [1.0, 60.0]])
@@ -210,7 +210,7 @@ def dormancy(stats: UnitStatistics) -> Float[Array, " c"]:
 
         s_c = m_c / mean_k m_k,   m_c = mean over data and members of |h_c|,   k over the finite units
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.diagnostics import dormancy, unit_statistics
       >>> h = jnp.array([[1.0, 3.0, 0.0, 0.0]])
@@ -247,7 +247,7 @@ def dormant_units(stats: UnitStatistics, tau: float = 0.025) -> Bool[Array, " c"
     Raises:
       ValueError: if tau is negative.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.diagnostics import dormant_units, unit_statistics
       >>> h = jnp.array([[1.0, 0.001, 0.0]])
@@ -265,7 +265,7 @@ def dormant_units(stats: UnitStatistics, tau: float = 0.025) -> Bool[Array, " c"
 def linearised_units(stats: UnitStatistics) -> Bool[Array, " c"]:
     """Live units whose z never changes sign over the data: a mirrored relu is then alive and yet linear.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.diagnostics import linearised_units, unit_statistics
       >>> z = jnp.array([[1.0, 1.0], [2.0, -2.0]])
@@ -288,7 +288,7 @@ def saturated_units(stats: UnitStatistics, epsilon: float = 0.01) -> Bool[Array,
     Raises:
       ValueError: if epsilon is negative.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.diagnostics import saturated_units, unit_statistics
       >>> z = jnp.array([[0.0, 4.0], [4.0, -5.0]])
@@ -303,7 +303,7 @@ def saturated_units(stats: UnitStatistics, epsilon: float = 0.01) -> Bool[Array,
 def not_finite_units(stats: UnitStatistics) -> Bool[Array, " c"]:
     """Units that saw NaN or infinity, in z or in an output; they do not change the `dormancy` of the others.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.diagnostics import not_finite_units, unit_statistics
       >>> z = jnp.array([[1.0, jnp.inf], [2.0, 0.0]])

@@ -22,7 +22,7 @@ def bin_edges() -> Float[np.ndarray, " edges"]:
     The bin in the middle has zeros and what is smaller than 2^-40; the outermost ones have infinity too. A bin holds
     its edge on the side of 0, and not the other.
 
-    Example:
+    Examples:
       >>> from linked_jax.histograms import BINS, bin_edges
       >>> bin_edges()[BINS // 2 : BINS // 2 + 3] == [-(2**-40), 2**-40, 2**-39]
       array([ True,  True,  True])
@@ -43,7 +43,7 @@ def log_histogram(x: Float[Array, "*n"], *, where: Bool[Array, "..."] | None = N
     Returns:
       Counts, (BINS,), float32. NaN is in no bin.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.histograms import BINS, bin_edges, log_histogram
       >>> counts = log_histogram(jnp.array([1.0, 1.5, -3.0, 0.0, jnp.nan]))

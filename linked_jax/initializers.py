@@ -61,7 +61,7 @@ def gain(link: Activation) -> float:
 
     Reference: He et al., Delving deep into rectifiers, 2015, for relu.
 
-    Example:
+    Examples:
       >>> from linked_jax import gain, lk_relu
       >>> round(gain(lk_relu) ** 2, 9)
       2.0
@@ -96,7 +96,7 @@ def variance_preserving(
       ValueError: if groups would split the members of a unit; by the init, if d does not divide the input channels
         or G the output channels.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from linked_jax import lk_selu, variance_preserving
       >>> variance_preserving(lk_selu)(jax.random.key(0), (3, 3, 8, 4)).shape
@@ -132,7 +132,7 @@ def read_out(link: Activation) -> tuple[float, ...]:
     Raises:
       ValueError: if there are none, with the measured deviation.
 
-    Example:
+    Examples:
       >>> from linked_jax import lk_swish, read_out
       >>> [round(a, 6) for a in read_out(lk_swish)]
       [1.0, -1.0]
@@ -176,7 +176,7 @@ def looks_linear(
     Reference: Balduzzi et al., The shattered gradients problem, 2017; Xiao et al., Dynamical isometry and a mean field
     theory of CNNs, 2018 (the delta in space). The treatment of strides is ours.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from linked_jax import lk_relu, looks_linear
       >>> kernel = looks_linear(lk_relu)(jax.random.key(0), (8, 4))
@@ -226,7 +226,7 @@ def default_kernel_init(
     Raises:
       ValueError: if groups would split the members of a unit.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from linked_jax import default_kernel_init, selu
       >>> default_kernel_init(selu)(jax.random.key(0), (3, 3, 4, 4)).shape
@@ -256,7 +256,7 @@ def embed_plain_kernel(
     Raises:
       ValueError: if the link has no such member or the kernel has fewer than two axes.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax import embed_plain_kernel, lk_relu
       >>> embed_plain_kernel(jnp.ones((1, 2)), lk_relu).tolist()

@@ -74,7 +74,7 @@ class LinkedLinear(nnx.Module):
       ValueError: if a size is below 1; when called, if z has other channels or too few axes.
       TypeError: if link is not a link, a size no integer, or rngs are no streams; when called, if z is not of floats.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax import LinkedLinear, lk_swish
@@ -126,7 +126,7 @@ class LinkedConv(nnx.Module):
       ValueError: if a number of features is below 1; if the groups do not divide them, or would split a unit's members.
       TypeError: if link is not a link.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax import LinkedConv, linked
@@ -195,7 +195,7 @@ class LinkedConvTranspose(nnx.Module):
       ValueError: if a size is below 1; when called, if z has other channels or too few axes.
       TypeError: if link is not a link, a size no integer, or rngs are no streams; when called, if z is not of floats.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax import LinkedConvTranspose
@@ -252,7 +252,7 @@ def activation_arity(name: str) -> int:
     Raises:
       ValueError: if there is no such name; the message has the nearest one and the list.
 
-    Example:
+    Examples:
       >>> from linked_jax import activation_arity
       >>> activation_arity("relu"), activation_arity("lk_prelu")
       (1, 2)
@@ -273,7 +273,7 @@ def get_activation(name: str, features: int | None = None) -> Link | ChannelPReL
     Raises:
       ValueError: if there is no such name; the message has the nearest one and the list. If features are missing.
 
-    Example:
+    Examples:
       >>> from linked_jax import get_activation
       >>> get_activation("lk_silu") is get_activation("lk_swish")
       True

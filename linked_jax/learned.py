@@ -70,7 +70,7 @@ class ChannelPReLU(nnx.Module):
 
     Reference: He et al., Delving deep into rectifiers, 2015.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax import ChannelPReLU
       >>> ChannelPReLU(2)(jnp.array([-4.0, 4.0]))
@@ -128,7 +128,7 @@ class LinkedPReLU(nnx.Module):
 
     Reference: the authors' code, github.com/blauigris/linked_neurons.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax import LinkedPReLU
       >>> LinkedPReLU(1)(jnp.array([-4.0]))

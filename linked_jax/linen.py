@@ -33,7 +33,7 @@ class LinkedDense(nn.Dense):
     Raises:
       TypeError: if link is not a link.
 
-    Example:
+    Examples:
       >>> import flax.linen as nn
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax import lk_swish
@@ -77,7 +77,7 @@ class LinkedConv(nn.Conv):
       ValueError: if groups would split the members of a unit.
       TypeError: if link is not a link.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.linen import LinkedConv
       >>> LinkedConv(8, (3, 3), strides=2).init_with_output(jax.random.key(0), jnp.ones((2, 8, 8, 4)))[0].shape
@@ -118,7 +118,7 @@ class ChannelPReLU(nn.Module):
 
     Reference: He et al., Delving deep into rectifiers, 2015.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.linen import ChannelPReLU
       >>> ChannelPReLU().init_with_output(jax.random.key(0), jnp.array([[-4.0, 4.0]]))[0]
@@ -167,7 +167,7 @@ class LinkedPReLU(ChannelPReLU):
     Raises:
       ValueError: if share or layout is unknown.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.linen import LinkedPReLU
       >>> LinkedPReLU().init_with_output(jax.random.key(0), jnp.array([[-4.0]]))[0]

@@ -68,7 +68,7 @@ class Link(Value):
       TypeError: if a member is not callable, of NumPy, not hashable or a module with arrays, or the axis is no integer.
       ValueError: if there is no member, one is not elementwise, or the layout is unknown.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax import Link
       >>> link = Link((jax.nn.relu, jnp.sin), layout="interleaved")
@@ -155,7 +155,7 @@ def linked(*members: Member, axis: int = -1, layout: Layout = "blocked") -> Link
     Raises:
       TypeError, ValueError: if a member or an option is none, see `Link`, or a member is a link of two or more.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax import linked
       >>> crelu = linked(jax.nn.relu)

@@ -228,7 +228,7 @@ def is_elementwise(member: Member) -> bool:
     Returns:
       A boolean; True if g cannot be measured, or has an array of its own, such as one slope a channel.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from linked_jax.members import is_elementwise
       >>> is_elementwise(jax.nn.silu), is_elementwise(jax.nn.softmax)
@@ -311,7 +311,7 @@ def slopes(member: Member) -> tuple[float, float] | None:
     Returns:
       (a, b), or None if g has another form or cannot be measured.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from linked_jax.members import slopes
       >>> slopes(jax.nn.leaky_relu), slopes(jax.nn.silu)
@@ -330,7 +330,7 @@ def is_homogeneous(member: Member) -> bool:
     Returns:
       A boolean; False if g cannot be measured.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.members import is_homogeneous
       >>> is_homogeneous(jnp.abs), is_homogeneous(jax.nn.elu)
@@ -361,7 +361,7 @@ def weights_of_z(members: Sequence[Member]) -> tuple[Float[np.ndarray, " d"], fl
     Returns:
       d weights, and the largest deviation: absolute where |z| < 1, else relative; infinite if a member is not finite.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from linked_jax.members import Mirrored, weights_of_z
       >>> weights, deviation = weights_of_z((jax.nn.silu, Mirrored(jax.nn.silu)))
@@ -389,7 +389,7 @@ def jumps_at_zero(member: Member) -> bool:
       A boolean. True if g cannot be measured: the limit is right for a jump, and for a smooth g it changes the
       derivative by less than rounding.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from linked_jax.members import jumps_at_zero
       >>> jumps_at_zero(jax.nn.relu), jumps_at_zero(jax.nn.silu)

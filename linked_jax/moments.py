@@ -31,7 +31,7 @@ def panels(edges: Float[np.ndarray, " e"]) -> tuple[Float[np.ndarray, " n"], Flo
     Returns:
       Nodes z and weights w, both (16 (e - 1),).
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> from linked_jax.moments import panels
       >>> z, w = panels(np.array([-1.0, 0.0, 2.0]))
@@ -65,7 +65,7 @@ def expectation(f: Callable[[Any], Any]) -> float:
     Raises:
       ValueError: if f is not finite somewhere on [-12, 12].
 
-    Example:
+    Examples:
       >>> import jax
       >>> from linked_jax.moments import expectation
       >>> round(expectation(jax.nn.relu), 10)  # sqrt(1 / (2 pi))

@@ -25,7 +25,7 @@ def inverse_time_decay(init_value: float, decay: float) -> optax.Schedule:
     Raises:
       ValueError: if init_value is not positive and finite, or decay is negative or not finite.
 
-    Example:
+    Examples:
       >>> from linked_jax.schedules import inverse_time_decay
       >>> lr = inverse_time_decay(0.5, decay=0.25)
       >>> lr(0), lr(4)

@@ -56,7 +56,7 @@ def mean_square(stats: UnitStatistics) -> Float[Array, ""]:
 
         mean over units of (var_c + mean_c^2)
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.diagnostics import unit_statistics
       >>> from linked_jax.signal_statistics import mean_square
@@ -70,7 +70,7 @@ def mean_square(stats: UnitStatistics) -> Float[Array, ""]:
 def variance(stats: UnitStatistics) -> Float[Array, " c"]:
     """Each unit's variance of z over samples and positions (biased: divided by the count).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.diagnostics import unit_statistics
       >>> from linked_jax.signal_statistics import variance
@@ -84,7 +84,7 @@ def variance(stats: UnitStatistics) -> Float[Array, " c"]:
 def activation_shift(stats: UnitStatistics) -> ActivationShift:
     """How far the pre-activations of a layer lie from 0: mean_k mean_k(z) and its spread over the units k.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.diagnostics import unit_statistics
       >>> from linked_jax.signal_statistics import activation_shift
@@ -109,7 +109,7 @@ def elimination(stats: UnitStatistics) -> Elimination:
     Returns:
       `spread_of_mean`, `spread_of_std` and `least_active`, scalars, and `active`, a share for each unit.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.diagnostics import unit_statistics
       >>> from linked_jax.signal_statistics import elimination
@@ -144,7 +144,7 @@ def covariate_drift(before: UnitStatistics, after: UnitStatistics) -> Drift:
     Raises:
       ValueError: if the two have different numbers of units.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.diagnostics import unit_statistics
       >>> from linked_jax.signal_statistics import covariate_drift
@@ -174,7 +174,7 @@ def feature_moments(h: Float[Array, "n k"], *, where: Bool[Array, " n"] | None =
     Returns:
       A `FeatureMoments`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.signal_statistics import feature_moments
       >>> feature_moments(jnp.array([[1.0, 2.0], [3.0, 2.0]])).scatter
@@ -192,7 +192,7 @@ def feature_moments(h: Float[Array, "n k"], *, where: Bool[Array, " n"] | None =
 def combine_features(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:
     """The moments of two disjoint batches together, as `linked_jax.diagnostics.combine` for each unit.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.signal_statistics import combine_features, feature_moments
       >>> halves = [feature_moments(jnp.array([[x]])) for x in (1.0, 3.0)]
@@ -225,7 +225,7 @@ def effective_rank(features: FeatureMoments) -> Float[Array, ""]:
     Raises:
       TypeError: if features are not `FeatureMoments`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.signal_statistics import effective_rank, feature_moments
       >>> effective_rank(feature_moments(jnp.array([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0]]))).round(3)
@@ -257,7 +257,7 @@ def stable_rank(features: FeatureMoments) -> Float[Array, ""]:
     Raises:
       TypeError: if features are not `FeatureMoments`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.signal_statistics import feature_moments, stable_rank
       >>> stable_rank(feature_moments(jnp.array([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])))

@@ -56,7 +56,7 @@ def slope_statistics(
     Raises:
       ValueError: if the shapes do not fit the arity, or the layout is unknown.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.slopes import slope_statistics
       >>> slope_statistics(jnp.array([[-1.0], [2.0]]), jnp.array([[0.0, -1.0], [1.0, 0.0]]), arity=2).negative
@@ -85,7 +85,7 @@ def slope_statistics(
 def combine_slopes(a: SlopeStatistics, b: SlopeStatistics) -> SlopeStatistics:
     """The statistics of two disjoint batches together: their sums.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.slopes import combine_slopes, slope_statistics
       >>> one = slope_statistics(jnp.array([[-1.0]]), jnp.array([[0.5]]))
@@ -104,7 +104,7 @@ def effective_negative_slope(stats: SlopeStatistics) -> Float[Array, " d"]:
     has it for each member, as for a plain activation, since one that is not flat is enough: a mirrored relu has 0 and
     -1. The mean of the members would be 0 for (z, -z), of which none is flat.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax import lk_relu
       >>> from linked_jax.slopes import effective_negative_slope, slope_statistics
@@ -126,7 +126,7 @@ def dead_band(stats: SlopeStatistics) -> Float[Array, " c"]:
 
     `linked_jax.Certificate.dead_band` is the width of the band itself, whatever the data are.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.slopes import dead_band, slope_statistics
       >>> z = jnp.array([[0.0, 5.0], [-9.0, 6.0]])

@@ -28,7 +28,7 @@ def update_ratios(updates: Any, weights: Any) -> Any:
     Raises:
       ValueError: if the trees or the shapes of their leaves differ, or a leaf is not of floats.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.updates import update_ratios
       >>> update_ratios({"w": jnp.array([0.03, 0.04])}, {"w": jnp.array([3.0, 4.0])})

@@ -225,16 +225,15 @@ def test_a_room_with_one_owner_stands_in_its_owners_folder():
 
 
 def test_local_links_of_the_pages_exist():
-    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")]:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("results/*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/diagnostics.md", "docs/scaling.md"])
-def test_the_snippets_of_a_page_run(page, tmp_path, monkeypatch):
+def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert snippets
     for snippet in snippets:
-        exec(compile(snippet, page, "exec"), {})
+        exec(compile(snippet, "README.md", "exec"), {})

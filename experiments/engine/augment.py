@@ -23,7 +23,7 @@ def flip_and_shift(
     Returns:
       Images of the same shape and dtype.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from experiments.engine.augment import flip_and_shift
       >>> image = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 4, 1)

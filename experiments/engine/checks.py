@@ -47,7 +47,7 @@ def in_range(settings: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
     Raises:
       UsageError: with the range and what was received.
 
-    Example:
+    Examples:
       >>> from types import SimpleNamespace
       >>> from experiments.engine.checks import in_range
       >>> in_range(SimpleNamespace(time_steps=0), {"time_steps": (1, 10_000)})
@@ -72,7 +72,7 @@ def known(option: str, given: Iterable[str], known: Iterable[str]) -> tuple[str,
     Raises:
       UsageError: with what there is.
 
-    Example:
+    Examples:
       >>> from experiments.engine.checks import known
       >>> known("methods", ["rleu"], ["relu", "lk_relu"])
       Traceback (most recent call last):

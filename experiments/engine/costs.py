@@ -25,7 +25,7 @@ def count(build: Callable[[], nnx.Module], image_shape: tuple[int, ...], *, all_
       activation_bytes: what the backward pass keeps for each image beside the parameters: what the derivative of a
         batch of two closes over, less that of a batch of one.
 
-    Example:
+    Examples:
       >>> from experiments import width
       >>> from experiments.engine import costs, data
       >>> settings, digits = width.TABLE.presets["quick"], data.load("digits")

@@ -81,7 +81,7 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     Raises:
       UsageError: if there is no such set, it is not prepared, damaged, or not an image-classification set.
 
-    Example:
+    Examples:
       >>> from experiments.engine import data
       >>> print(data.load("digits"))
       digits: 1,437 train and 360 test images of 8x8x1, 10 classes
@@ -168,7 +168,7 @@ def hold_out(data: Dataset, count: int) -> Dataset:
     Raises:
       UsageError: if none would be left to train on.
 
-    Example:
+    Examples:
       >>> from experiments.engine import data
       >>> print(data.hold_out(data.load("digits"), 400))
       digits: 1,037 train and 400 held-out images of 8x8x1, 10 classes

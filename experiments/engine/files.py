@@ -33,7 +33,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Raises:
       UsageError: if it cannot be written.
 
-    Example:
+    Examples:
       >>> import pathlib, tempfile
       >>> from experiments.engine.files import write_whole
       >>> with tempfile.TemporaryDirectory() as folder:

@@ -25,7 +25,7 @@ def published(experiment: str, cell: Mapping[str, Any]) -> dict[str, float | Non
     Returns:
       {"paper": accuracy, "later": accuracy}.
 
-    Example:
+    Examples:
       >>> from experiments.engine.published import published
       >>> published("depth", {"act": "lk_relu", "depth": 50})
       {'paper': 0.2014, 'later': 0.5667}

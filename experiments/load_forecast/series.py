@@ -77,7 +77,7 @@ def made(days: int = 730, seed: int = 0) -> Series:
     Returns:
       A `Series`.
 
-    Example:
+    Examples:
       >>> from experiments.load_forecast.series import made
       >>> print(made())
       made: 17,520 hours, 2018-01-01 00h to 2019-12-31 23h, load 569.993 to 1,454.48, mean 919.344
@@ -187,7 +187,7 @@ def windows(series: Series) -> Windows:
     Raises:
       UsageError: if the series is too short, or constant in its training part.
 
-    Example:
+    Examples:
       >>> from experiments.load_forecast.series import made, windows
       >>> {part: (int(starts[0]), int(starts[-1])) for part, starts in windows(made(days=100)).starts.items()}
       {'train': (168, 1653), 'validation': (1680, 2015), 'test': (2040, 2376)}

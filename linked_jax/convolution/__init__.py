@@ -52,7 +52,7 @@ def conv_general_dilated(
       strides of 1; many channels (at least 48 x 48), one device, and strides, or a window of 3x3 in float32 or float64.
       A number that is not finite may make NaN of one or two pixels more around it.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax.convolution import conv_general_dilated
@@ -92,7 +92,7 @@ def conv_general_dilated(
 def plain_convolutions() -> Iterator[None]:
     """What is traced within it has `jax.lax`'s convolutions, on a CPU too.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax import LinkedConv

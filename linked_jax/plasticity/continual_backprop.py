@@ -53,7 +53,7 @@ def continual_backprop(
       ValueError: if a number is out of its range; by init, if a path is not there; by update, if params or magnitudes
         are missing.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from linked_jax.plasticity import Units, continual_backprop
       >>> draw = lambda key: {"a": {"kernel": jnp.ones((2, 3))}, "b": {"kernel": jnp.ones((3, 1))}}

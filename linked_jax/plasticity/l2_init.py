@@ -31,7 +31,7 @@ def l2_init(strength: float) -> optax.GradientTransformation:
     Raises:
       ValueError: if the strength is negative; by update, if params are missing.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> from linked_jax.plasticity import l2_init
       >>> tx = optax.chain(l2_init(0.5), optax.sgd(0.1))

@@ -36,7 +36,7 @@ def shrink_and_perturb(
     Raises:
       ValueError: if a number is out of its range; by update, if params are missing.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from linked_jax.plasticity import shrink_and_perturb
       >>> draw = lambda key: {"w": jax.random.normal(key, (2,))}

@@ -24,7 +24,7 @@ class Units:
         columns, its bias C entries.
       outgoing: the path of the next layer.
 
-    Example:
+    Examples:
       >>> from linked_jax.plasticity import Units
       >>> Units("layers/0", "layers/1").kernels
       (('layers', '0', 'kernel'), ('layers', '1', 'kernel'))

@@ -152,7 +152,7 @@ def graph_of(jaxpr: Any, larger: Any, from_data: Sequence[bool]) -> Graph:
     Raises:
       ValueError: if the two jaxprs have other equations.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.probe.graph import graph_of
       >>> f = jax.jit(lambda w, x: jax.nn.relu(x @ w).reshape(-1))

@@ -57,7 +57,7 @@ def observe(
       The outputs, exactly those of f; and a list of `Tap`, in order of execution. The tap of a layer in a scan over
       layers has a leading axis: see `unstack`. The taps of two batches are combined by `together`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.probe import observe
       >>> @jax.jit

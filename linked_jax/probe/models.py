@@ -24,7 +24,7 @@ class _Bound:
 def split(model: Any) -> tuple[nnx.GraphDef[Any], Any]:
     """The static part and the arrays of an NNX module, a bound Linen module, a `functools.partial` or a pytree.
 
-    Example:
+    Examples:
       >>> import functools, jax.numpy as jnp
       >>> from linked_jax.probe.models import merge, split
       >>> static, arrays = split(functools.partial(pow, jnp.array([1.0, 3.0])))

@@ -37,7 +37,7 @@ class Monitor:
       ValueError: if every is no integer or below 1, batches is an iterator, which could be read only once, or writers
         are no functions.
 
-    Example:
+    Examples:
       >>> import functools, jax, jax.numpy as jnp
       >>> from linked_jax.probe import Monitor
       >>> def net(w, x):

@@ -72,7 +72,7 @@ def origin_of(trace: Trace, names: list[tuple[str, str]], mask: Array | None) ->
       names: kind and name of each argument of the trace.
       mask: as for `observe`; the others may be not finite.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.probe.interpret import Trace
       >>> from linked_jax.probe.origin import origin_of

@@ -63,7 +63,7 @@ def overview(history: Iterable[Mapping[str, Any]]) -> str:
     Args:
       history: of a `Monitor`, or the lines of its `json_lines_writer`.
 
-    Example:
+    Examples:
       >>> import functools, jax, jax.numpy as jnp
       >>> from linked_jax.probe import Monitor, overview
       >>> monitor = Monitor([jnp.array([[1.0], [-1.0]])], every=1)

@@ -63,7 +63,7 @@ def activations(graph: Graph) -> tuple[list[Region], list[Op]]:
 def name_of(region: Region) -> str:
     """The name of a link, or of the function that its members are; "unknown" if no function that has one fits.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.probe.graph import graph_of
       >>> from linked_jax.probe.recognise import name_of

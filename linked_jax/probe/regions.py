@@ -45,7 +45,7 @@ def find(graph: Graph) -> tuple[list[Region], list[Op]]:
     The latter choose between values by what else was computed of them: the k largest of a layer, `jnp.piecewise`.
     What is inside of operations has graphs of its own.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.probe.graph import graph_of
       >>> from linked_jax.probe.regions import find

@@ -120,7 +120,7 @@ class Report:
       not_finite_first: where the first NaN or infinity in an activation comes from: see `Origin`. None if all are
         finite, or the batches could be read only once.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax import linked
       >>> from linked_jax.probe import probe
@@ -148,12 +148,12 @@ class Report:
         return [*found, *(f"not seen: {what}" for what in self.not_seen)]
 
     def print(self) -> None:
-        """The table in colours; needs rich (pip install linked_jax[report])."""
+        """The table in colours; needs rich (pip install linked_jax[probe])."""
         try:
             from rich.console import Console
             from rich.table import Table
         except ImportError as error:
-            raise ImportError("Report.print needs rich; pip install linked_jax[report], or print(report)") from error
+            raise ImportError("Report.print needs rich; pip install linked_jax[probe], or print(report)") from error
         table = Table(box=None)
         for i, column in enumerate(_COLUMNS):
             table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
@@ -201,7 +201,7 @@ class Report:
         return tuple(signal_statistics.Drift(*map(float, drift)) for drift in drifts)  # type: ignore[arg-type]
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the state of every unit and the signal by depth; needs matplotlib (pip install linked_jax[report])."""
+        """Draw the state of every unit and the signal by depth; needs matplotlib (pip install linked_jax[probe])."""
         from linked_jax.probe.plot import draw
 
         draw(self, path)

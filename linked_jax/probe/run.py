@@ -73,7 +73,7 @@ def probe(
       ValueError: if no activation is found, there is no batch, a batch is no array or pair or its arrays differ in N,
         the loss is no scalar, the model cannot be called, the mask is of another shape, or tau is negative.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax.probe import probe

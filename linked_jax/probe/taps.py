@@ -43,7 +43,7 @@ class Tap:
       activation: its name.
       arity: the link's number of members d.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax import lk_relu
       >>> from linked_jax.probe import observe
@@ -72,7 +72,7 @@ def is_tap(x: Any) -> bool:
 def together(a: Tap, b: Tap) -> Tap:
     """One activation's taps of two batches, as one.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.probe import observe, together
       >>> batches = jnp.array([[1.0, -1.0]]), jnp.array([[-2.0, -2.0]])
@@ -97,7 +97,7 @@ def together(a: Tap, b: Tap) -> Tap:
 def unstack(taps: Iterable[Tap]) -> list[Tap]:
     """The same taps with one for each layer of a scan, in order of execution.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.probe import observe, unstack
       >>> def net(weights, x):

@@ -35,7 +35,7 @@ def json_lines_writer(path: str | os.PathLike[str]) -> Writer:
     Args:
       path: the file; its folder is made. A file that is there goes on.
 
-    Example:
+    Examples:
       >>> import functools, jax, jax.numpy as jnp, json, pathlib, tempfile
       >>> from linked_jax.probe import Monitor, json_lines_writer, overview
       >>> path = pathlib.Path(tempfile.mkdtemp(), "run.jsonl")
@@ -73,7 +73,7 @@ def csv_writer(path: str | os.PathLike[str]) -> Writer:
     Raises:
       ValueError: by the writer, if the file that is there has other columns.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, pathlib, tempfile
       >>> from linked_jax.probe import csv_writer, probe
       >>> path = pathlib.Path(tempfile.mkdtemp(), "run.csv")
@@ -114,16 +114,16 @@ def tensorboard_writer(folder: str | os.PathLike[str]) -> "TensorBoard":
       folder: of the run, for `tensorboard --logdir`.
 
     Raises:
-      ImportError: without tensorboardX (pip install linked_jax[tensorboard]); TensorFlow is not needed.
+      ImportError: without tensorboardX (pip install linked_jax[probe]); TensorFlow is not needed.
 
-    Example:
+    Examples:
       >>> from linked_jax.probe import Monitor, tensorboard_writer
       >>> monitor = Monitor(batches, every=100, writers=[tensorboard_writer("runs/1")])  # doctest: +SKIP
     """
     try:
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError("tensorboard_writer needs tensorboardX; pip install linked_jax[tensorboard]") from error
+        raise ImportError("tensorboard_writer needs tensorboardX; pip install linked_jax[probe]") from error
     return TensorBoard(SummaryWriter(str(folder), flush_secs=10))
 
 

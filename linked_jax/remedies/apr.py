@@ -39,7 +39,7 @@ def recombine(
 
     Reference: Chen et al., Amplitude-phase recombination, 2021.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.remedies.apr import recombine
       >>> x = jax.random.uniform(jax.random.key(0), (8, 8, 3))
@@ -75,7 +75,7 @@ def apr_p(key: Key[Array, ""], images: Float[Array, "n h w c"], *, probability: 
     Reference: Chen et al., Amplitude-phase recombination, 2021. An image may be its own partner, as in the authors'
     code.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.remedies.apr import apr_p
       >>> images = jax.random.uniform(jax.random.key(0), (4, 8, 8, 1))
@@ -121,7 +121,7 @@ def apr_s(
     Reference: Chen et al., Amplitude-phase recombination, 2021. In the authors' code x_b is an augmentation of x_a, and
     values out of range wrap around in uint8; here both are augmentations of x, and values are clipped.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from linked_jax.remedies.apr import apr_s
       >>> def gain(key, images):

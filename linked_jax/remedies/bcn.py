@@ -48,7 +48,7 @@ def channel_normalize(
     Reference: Qiao et al., Rethinking normalization and elimination singularity in neural networks, 2019; the affine
     per group is that of the authors' code.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.remedies.bcn import channel_normalize
       >>> channel_normalize(jnp.array([[1.0, 3.0, 10.0, 30.0]]), 2).round(2)
@@ -92,7 +92,7 @@ def estimate_statistics(
 
     Reference: Qiao et al., Rethinking normalization and elimination singularity in neural networks, 2019.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.remedies.bcn import estimate_statistics
       >>> estimate_statistics(jnp.array([[4.0]]), jnp.array([0.0]), jnp.array([1.0]), momentum=0.75)
@@ -129,7 +129,7 @@ class EstimatedBatchNorm(nnx.Module):
     Reference: Qiao et al., Rethinking normalization and elimination singularity in neural networks, 2019. The rate is
     a schedule in the authors' code; here it is constant, 0.1 by default.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.remedies.bcn import EstimatedBatchNorm
       >>> norm = EstimatedBatchNorm(1, momentum=0.75)
@@ -198,7 +198,7 @@ class BatchChannelNorm(nnx.Module):
     Reference: Qiao et al., Rethinking normalization and elimination singularity in neural networks, 2019; also in
     Micro-batch training with batch-channel normalization and weight standardization.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax.remedies.bcn import BatchChannelNorm

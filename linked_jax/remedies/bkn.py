@@ -52,7 +52,7 @@ def fuse(predicted: Moments, observed: Moments, p: float) -> Moments:
     Returns:
       m and v, (C,). The gradient passes both sources, but not the choice to leave the prediction out.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.remedies.bkn import fuse
       >>> from linked_jax.remedies.moment_calculus import Moments
@@ -98,7 +98,7 @@ def predict(
     Raises:
       ValueError: if shape does not end with C, or x has one value for each channel only.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> from linked_jax.remedies.bkn import predict
@@ -145,7 +145,7 @@ class BatchKalmanNorm(nnx.Module):
     Raises:
       ValueError: if num_features is below 1 or prediction_weight is not in [0, 1].
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax.remedies.bkn import BatchKalmanNorm, predict

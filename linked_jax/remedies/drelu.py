@@ -32,7 +32,7 @@ def drelu(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]
     Reference: Godin et al., Dual rectified linear units (DReLUs), 2017. The linked-neurons paper describes it as a
     concatenation that is symmetric to the origin; that is `linked_jax.min_max`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax import min_max
       >>> from linked_jax.remedies.drelu import drelu

@@ -45,7 +45,7 @@ class Layer:
     Raises:
       ValueError: if a member of the link is not positively homogeneous, see `linked_jax.members.is_homogeneous`.
 
-    Example:
+    Examples:
       >>> from linked_jax import lk_relu
       >>> from linked_jax.remedies.enorm import Layer
       >>> chain = [Layer("stem"), Layer("blocks.conv.conv", link=lk_relu, stacked=True)]
@@ -97,7 +97,7 @@ def balance(params: Any, chain: Sequence[Layer], *, c: float = 1.0) -> Any:
     the pairs before, leaves biases as they are, and leaves the last layer of the net out of the chain; with the first
     two, a net changes what it computes.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.remedies.enorm import Layer, balance
       >>> params = {"a": {"kernel": jnp.full((1, 1), 8.0)}, "b": {"kernel": jnp.full((1, 1), 2.0)}}
@@ -135,7 +135,7 @@ def enorm(
     Reference: Stock et al., Equi-normalization of neural networks, 2019. The authors' code supports SGD only; what
     becomes of Adam's averages is ours.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import optax
       >>> from linked_jax.remedies.enorm import Layer, enorm

@@ -38,7 +38,7 @@ class IndependentComponent(nnx.Module):
     Reference: Chen et al., Rethinking the usage of batch normalization and dropout in the training of deep neural
     networks, 2019. The paper does not fix momentum and epsilon; we use 0.99 and 1e-5, as Flax does.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> from flax import nnx

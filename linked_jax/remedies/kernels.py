@@ -25,7 +25,7 @@ class ComputedKernel(nnx.Module):
     Raises:
       ValueError: if a number of features, a kernel size or a stride is below 1; when called, if x does not fit.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax.remedies.kernels import ComputedKernel

@@ -42,7 +42,7 @@ def zero_sum_kernel(v: Float[Array, "m_less_1 c_out"]) -> Float[Array, "m c_out"
     Reference: Kutsuna, Linearly constrained weights: reducing activation shift for faster training of neural networks,
     2020. The method does not depend on the basis; ours is Helmert's.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.remedies.lcw import zero_sum_kernel
       >>> zero_sum_kernel(jnp.array([[2.0**0.5], [6.0**0.5]])).round(3).ravel()
@@ -73,7 +73,7 @@ def keep_variance(link: Link) -> Initializer:
     Raises:
       ValueError: if the link is constant.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from linked_jax import relu
       >>> from linked_jax.remedies.lcw import keep_variance
@@ -128,7 +128,7 @@ class LCWLinear(_LCW, nnx.Linear):
     Reference: Kutsuna, Linearly constrained weights: reducing activation shift for faster training of neural networks,
     2020. We use Helmert's basis for B, and put batch norm after the layer and before the activation.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax.remedies.lcw import LCWLinear
@@ -161,7 +161,7 @@ class LCWConv(_LCW, nnx.Conv):
 
     Reference: as for `LCWLinear`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax.remedies.lcw import LCWConv

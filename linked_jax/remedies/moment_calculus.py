@@ -51,7 +51,7 @@ def through_kernel(moments: Moments, kernel: Float[Array, "... c_in c_out"], *, 
     Reference: Shekhovtsov and Flach, Normalization of neural networks using analytic variance propagation, 2018; the
     1e-10 is that of the authors' code.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.remedies.moment_calculus import Moments, through_kernel
       >>> mean, variance = through_kernel(Moments(jnp.ones(2), jnp.ones(2)), jnp.array([[3.0], [-4.0]]))
@@ -91,7 +91,7 @@ def through_link(moments: Moments, link: Link) -> Moments:
 
     Reference: Shekhovtsov and Flach, Normalization of neural networks using analytic variance propagation, 2018.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax import lk_relu
       >>> from linked_jax.remedies.moment_calculus import Moments, through_link
@@ -123,7 +123,7 @@ def through_pool(moments: Moments, positions: int, *, kind: Literal["average", "
     Raises:
       ValueError: if positions is below 1, or kind is unknown.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.remedies.moment_calculus import Moments, through_pool
       >>> through_pool(Moments(jnp.zeros(1), jnp.ones(1)), 4, kind="max").mean.round(4)
@@ -167,7 +167,7 @@ def piecewise_linear(
     Returns:
       Moments like the given ones.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.remedies.moment_calculus import Moments, piecewise_linear
       >>> piecewise_linear(Moments(jnp.zeros(1), jnp.ones(1)), 1.0, -1.0).mean  # |z|
@@ -204,7 +204,7 @@ def by_quadrature(moments: Moments, function: Callable[[Any], Any]) -> Moments:
     Returns:
       Moments like the given ones.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.remedies.moment_calculus import Moments, by_quadrature
       >>> by_quadrature(Moments(jnp.ones(1), jnp.ones(1)), jnp.square).mean  # mu^2 + sigma^2

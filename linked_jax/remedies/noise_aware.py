@@ -50,7 +50,7 @@ def perturb(
     Raises:
       ValueError: if noise is negative or not a number, relative_to is unknown, or there is no such parameter.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from flax import nnx
       >>> from linked_jax.remedies.noise_aware import perturb
@@ -101,7 +101,7 @@ def recalibrate(
       ValueError: if there are no batches, the model has no batch norm or forward runs none by batch statistics, noise
         is negative or not a number, there is noise but no key or no kernel, or relative_to is unknown.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> from flax import nnx

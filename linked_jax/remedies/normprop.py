@@ -72,7 +72,7 @@ def normalized(link: Link) -> Link:
     Reference: Arpit et al., Normalization propagation: a parametric technique for removing internal covariate shift in
     deep networks, 2016, for relu. Other functions and links are ours.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax import relu
       >>> from linked_jax.remedies.normprop import normalized
@@ -96,7 +96,7 @@ def unit_filters(kernel: Float[Array, "... c_in c_out"]) -> Float[Array, "... c_
     Returns:
       Like kernel, of float32 at least.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.remedies.normprop import unit_filters
       >>> unit_filters(jnp.array([[3.0], [4.0]])).ravel()
@@ -139,7 +139,7 @@ class NormPropLinear(_NormProp, nnx.Linear):
     Reference: Arpit et al., Normalization propagation: a parametric technique for removing internal covariate shift in
     deep networks, 2016. We start gamma at 1 / 1.21 and beta at 0, both learned, one per unit.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax import lk_relu
@@ -170,7 +170,7 @@ class NormPropConv(_NormProp, nnx.Conv):
 
     Reference: Arpit et al., 2016, see `NormPropLinear`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax.remedies.normprop import NormPropConv
@@ -186,7 +186,7 @@ def max_moments(n: int) -> tuple[float, float]:
 
         E[h(max)] = int h(z) n Phi(z)^(n - 1) phi(z) dz
 
-    Example:
+    Examples:
       >>> from linked_jax.remedies.normprop import max_moments
       >>> [round(moment, 7) for moment in max_moments(4)]
       [1.0293754, 0.7012241]
@@ -220,7 +220,7 @@ def normalized_max_pool(
 
     Reference: Arpit et al., 2016, see `NormPropLinear`. The constants are ours, for normal inputs.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.remedies.normprop import normalized_max_pool
       >>> round(normalized_max_pool(jnp.ones((1, 2, 2, 1)), (2, 2)).item(), 3)  # (1 - 1.029) / 0.701

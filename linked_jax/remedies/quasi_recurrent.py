@@ -37,7 +37,7 @@ def fo_pool(f: Float[Array, "n t h"], o: Float[Array, "n t h"], z: Float[Array, 
 
     Reference: Bradbury et al., Quasi-recurrent neural networks, 2017.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.remedies.quasi_recurrent import fo_pool
       >>> half = jnp.full((1, 3, 1), 0.5)
@@ -84,7 +84,7 @@ class QuasiRecurrent(nnx.Module):
     (DReLUs), 2017. Linked candidates are ours, and so is normalising a tanh candidate too. What the papers leave open:
     epsilon is 1e-5, and kernels start as those of `flax.nnx.Conv`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax import lk_relu

@@ -88,7 +88,7 @@ def sgd_g(
     Reference: Cho and Lee, Riemannian approach to batch normalization, 2017. The authors' code adds 1e-8 to ||y||; we
     leave a column of zeros as it is.
 
-    Example:
+    Examples:
       >>> from linked_jax.remedies.riemannian import sgd_g
       >>> optimizer = sgd_g(0.2)
     """
@@ -127,7 +127,7 @@ def adam_g(
 
     Reference: Cho and Lee, Riemannian approach to batch normalization, 2017.
 
-    Example:
+    Examples:
       >>> from linked_jax.remedies.riemannian import adam_g
       >>> optimizer = adam_g(0.05)
     """
@@ -160,7 +160,7 @@ def scale_invariant(params: Any, names: Sequence[str]) -> Any:
     Raises:
       ValueError: if a name has no kernel, or no kernel has more rows than columns.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.remedies.riemannian import scale_invariant
       >>> scale_invariant({"conv": {"kernel": jnp.ones((3, 3, 1, 4)), "bias": jnp.ones(4)}}, ["conv"])

@@ -42,7 +42,7 @@ def normalized_kernel(
     Raises:
       ValueError: if the moments are of another number of channels than the kernel's inputs.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.remedies.moment_calculus import Moments
       >>> from linked_jax.remedies.variance_propagation import normalized_kernel
@@ -130,7 +130,7 @@ class VPLinear(_VariancePropagation, nnx.Linear):
     Reference: Shekhovtsov and Flach, Normalization of neural networks using analytic variance propagation, 2018. The
     start at s = 1 and beta = 0 is that of batch norm.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax import lk_relu
@@ -164,7 +164,7 @@ class VPConv(_VariancePropagation, nnx.Conv):
 
     Reference: as for `VPLinear`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax.remedies.moment_calculus import Moments

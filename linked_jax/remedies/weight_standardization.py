@@ -36,7 +36,7 @@ def standardize(kernel: Float[Array, "... c_in c_out"], *, epsilon: float = 1e-5
     Reference: Qiao et al., Micro-batch training with batch-channel normalization and weight standardization, 2019.
     Epsilon is outside the root, as in the authors' code for detection; their code for ImageNet has it inside.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.remedies.weight_standardization import standardize
       >>> standardize(jnp.array([[1.0], [2.0], [3.0]])).round(3).ravel()
@@ -71,7 +71,7 @@ class WSConv(ComputedKernel, nnx.Conv):
     Reference: Qiao et al., Micro-batch training with batch-channel normalization and weight standardization, 2019;
     epsilon is 1e-5 outside the root, as in the authors' detection code, and there is no gain.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax.remedies.weight_standardization import WSConv

@@ -51,7 +51,7 @@ class Pair:
     Raises:
       ValueError: if a path has no names, positions is no integer of at least 1, leaf no name or rows no integer.
 
-    Example:
+    Examples:
       >>> from linked_jax.revive import Pair
       >>> Pair("block/Conv_0", "block/Dense_1", positions=16).after
       ('block', 'Dense_1')
@@ -133,7 +133,7 @@ def link_params(params: Any, pairs: Sequence[Pair], link: Link) -> Any:
       ValueError: if a path does not exist or appears twice, shapes do not pair, a norm is no batch norm, there is no
         pair, or link is no `Link` of two or more members.
 
-    Example:
+    Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
       >>> from linked_jax import lk_relu, relu
       >>> from linked_jax.revive import Pair, link_params
@@ -180,7 +180,7 @@ def link_params_opt_state(
       ValueError: as for `link_params`, or if opt_state is no state of tx and params, tx is needed, or beside weights of
         some age a new one would move wildly or not at all (acprop), which is tried on small arrays.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> from linked_jax import lk_relu
       >>> from linked_jax.revive import Pair, link_params_opt_state

@@ -35,7 +35,7 @@ def fold_batch_norm(layer: Layer, norm: nnx.BatchNorm) -> Layer:
     Reference: Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only
     inference, 2018.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax.revive import fold_batch_norm
@@ -83,7 +83,7 @@ def fold_sequential(model: nnx.Sequential) -> nnx.Sequential:
       ValueError: if a batch norm does not follow an nnx.Linear or nnx.Conv directly, a module has inside what would
         be folded, or a layer's `fold` has arguments; with its index.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax.revive import fold_sequential

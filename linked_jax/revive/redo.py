@@ -69,7 +69,7 @@ def redo(
 
     Reference: Sokar et al., The dormant neuron phenomenon in deep reinforcement learning, 2023.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from flax import nnx
       >>> from linked_jax.revive import redo

@@ -53,7 +53,7 @@ def link_sequential(model: nnx.Sequential, link: Link) -> nnx.Sequential:
       ValueError: if there is no plain activation, one is not the link's first member or has no layer after it, what
         stands between is not handled, or a module may hide an activation; with the index of the layer.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax import lk_relu
@@ -104,7 +104,7 @@ def link_sequential_opt_state(
       ValueError: as `link_sequential` and `link_params_opt_state`, or if a next layer is one that has to be folded, or
         an activation a PReLU: their parameters are other ones in the linked model.
 
-    Example:
+    Examples:
       >>> import jax, optax
       >>> from flax import nnx
       >>> from linked_jax import lk_relu

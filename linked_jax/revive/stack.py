@@ -21,7 +21,7 @@ class Stack:
     Raises:
       ValueError: if model is another module, weights stand in it twice, or a function holds some of its own.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from flax import nnx
       >>> from linked_jax.revive.stack import Stack

@@ -33,7 +33,7 @@ def unlink(model: nnx.Sequential) -> nnx.Sequential:
       ValueError: if two members of a link have weights that are not zero, with the layer and the largest weight of the
         second; or if no link stands between two layers.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from linked_jax import lk_relu

@@ -34,7 +34,7 @@ def warm_up_new(steps: int) -> optax.GradientTransformation:
     Raises:
       ValueError: if steps is no integer of at least 1.
 
-    Example:
+    Examples:
       >>> import jax, optax
       >>> from flax import nnx
       >>> from linked_jax import lk_relu

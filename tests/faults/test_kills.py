@@ -65,7 +65,15 @@ def left(folder):
     return lines, [leaf.tobytes() for leaf in saved.leaves] if saved else []
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.fault("kills", f"SIGKILL: {n}")) for n in COMMANDS])
+def case(*values, kind, in_ci):
+    """A case of a fault; CI has not the time for all of them, `python -m tests.faults` has."""
+    return pytest.param(*values, marks=[pytest.mark.fault(*kind)] + [pytest.mark.exhaustive] * (not in_ci))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [case(name, kind=("kills", f"SIGKILL: {name}"), in_ci=name in ("depth", "plasticity")) for name in COMMANDS],
+)
 def test_a_killed_run_goes_on_to_the_same_bits(name, tmp_path, record_property, pytestconfig):
     wanted = KILLS[name] if pytestconfig.option.markexpr == "fault" else 2  # all of them for `python -m tests.faults`
     finish(command(name, tmp_path / "warm"))  # compiles for all
@@ -98,6 +106,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(name, tmp_path, record_property, 
     record_property("tried", kills)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.fault("kills", "SIGKILL: one of two processes of --distributed")
 def test_one_of_two_processes_is_killed_and_both_resume(tmp_path, record_property):
     options = [*TINY, "--act", "lk_relu", "relu_bn", "--checkpoint-every", "0"]
@@ -125,7 +134,10 @@ SIGNALS = [
 
 @pytest.mark.parametrize(
     ("name", "signum", "code"),
-    [pytest.param(*each, marks=pytest.mark.fault("signals", f"{each[1].name}: {each[0]}")) for each in SIGNALS],
+    [
+        case(*each, kind=("signals", f"{each[1].name}: {each[0]}"), in_ci=each[0] in ("depth", "remedies"))
+        for each in SIGNALS
+    ],
 )
 def test_a_signal_ends_a_run_with_the_command_that_goes_on(name, signum, code, tmp_path):
     folder = tmp_path / "run"

@@ -1,0 +1,86 @@
+"""The documentation: built strictly with its notebooks run, and every page looked at in a browser, wide and narrow."""
+
+import functools
+import http.server
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+OFFLINE = "--disable-background-networking --disable-component-update --disable-sync --no-first-run --disable-quic"
+WIDE, PHONE = 1280, 390
+PAGES = sorted(ROOT.glob("docs/**/*.md"))
+WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("no MkDocs: install linked_jax[docs]")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_every_page_is_built_and_every_formula_is_mathml(site):
+    for page in PAGES:
+        name = page.relative_to(ROOT / "docs").with_suffix("").as_posix()
+        html = site / ("index.html" if name == "index" else f"{name}/index.html")
+        text = html.read_text(encoding="utf-8")
+        formulas = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL).count("$`")
+        assert text.count("<math") >= formulas
+        assert "formula:" not in text
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser: install Debian's chromium")
+@pytest.mark.parametrize("width", [WIDE, PHONE])
+def test_a_browser_shows_every_page_without_an_error(width, site, address):
+    """No message in the console, no request to elsewhere or in vain, no picture without text, no page too wide."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    found = []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", *OFFLINE.split()])
+        view = browser.new_page(viewport={"width": width, "height": 900})
+        view.on("console", lambda message: found.append(f"{view.url}: {message.type} {message.text}"))
+        view.on("pageerror", lambda error: found.append(f"{view.url}: {error}"))
+        view.on("requestfailed", lambda request: found.append(f"{view.url}: no {request.url}"))
+        view.on("request", lambda r: None if r.url.startswith((address, "data:")) else found.append(r.url))
+        for path in sorted(site.rglob("index.html")):
+            view.goto(address + path.parent.relative_to(site).as_posix())
+            found += [f"{view.url}: no text for {src}" for src in view.evaluate(
+                "[...document.images].filter(image => !image.alt.trim()).map(image => image.src.slice(0, 80))"
+            )]  # fmt: skip
+            if view.evaluate("document.documentElement.scrollWidth") > width:
+                found.append(f"{view.url}: wider than {width}")
+        browser.close()
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        exec(compile(code, page.name, "exec"), names)
