@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import jax
 import tyro
 
-from experiments.engine import records
 from experiments.engine.console import Console
+from experiments.engine.environment import environment
 from experiments.engine.errors import UsageError
 from experiments.engine.timing import in_turns
 
@@ -58,6 +58,6 @@ def save(settings: Settings, name: str, results: Any) -> None:
     """Write the record, if its file is named: the settings, the results and where they were measured."""
     if settings.out:
         config = {key: value for key, value in dataclasses.asdict(settings).items() if key != "out"}
-        record = {"benchmark": name, "settings": config, "results": results, **records.environment()}
+        record = {"benchmark": name, "settings": config, "results": results, **environment()}
         settings.out.parent.mkdir(parents=True, exist_ok=True)
         settings.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -5,9 +5,9 @@ import sys
 import textwrap
 from pathlib import Path
 
-from experiments.engine.data import tfds_folder
 from experiments.engine.errors import UsageError, run_command
 from experiments.engine.records import CONFIG, read_config, read_lines
+from experiments.engine.tfds import tfds_folder
 
 _HERE = Path(__file__).parent
 _ORDER = (

@@ -32,8 +32,8 @@ from PIL import Image
 from rich.progress import DownloadColumn
 
 from experiments.engine.console import Console
-from experiments.engine.data import tensorflow_datasets, tfds_folder
 from experiments.engine.errors import UsageError, first_line, run_command
+from experiments.engine.tfds import tensorflow_datasets, tfds_folder
 
 SHAPE = (32, 32, 3)
 FILES = {"train": [f"data_batch_{number}.bin" for number in range(1, 6)], "test": ["test_batch.bin"]}

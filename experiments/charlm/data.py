@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from experiments.engine.data import tensorflow_datasets, tfds_folder
 from experiments.engine.errors import UsageError, first_line
+from experiments.engine.tfds import tensorflow_datasets, tfds_folder
 
 SHAKESPEARE = "tiny_shakespeare"
 _PREPARE = (

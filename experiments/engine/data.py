@@ -6,26 +6,17 @@ image-classification set, read through `tfds.data_source` without TensorFlow.
 
 import dataclasses
 import hashlib
-import os
-import sys
-import tempfile
-import warnings
-import zipfile
-import zlib
-from pathlib import Path
 from typing import Any, Literal
 
-import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from experiments.engine.console import Console
-from experiments.engine.errors import UsageError, first_line
+from experiments.engine import tfds
+from experiments.engine.errors import UsageError
 
 DIGITS_TEST_SIZE = 360
-_READ_AT_ONCE = 1000
 _PIXELS = {"cdc4741f6c5081ef": "original pixels", "c955d4fefffbec93": "JPEG pixels"}
 """Fingerprints of two copies of CIFAR-10; another order of the same images has another fingerprint."""
 
@@ -86,19 +77,19 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
       >>> print(data.load("digits"))
       digits: 1,437 train and 360 test images of 8x8x1, 10 classes
     """
-    folder = tfds_folder(data_dir)
+    folder = tfds.tfds_folder(data_dir)
     if name == "auto":
         name = "cifar10" if any(folder.glob("cifar10/*/dataset_info.json")) else "digits"
         if name == "digits":
-            how = _how_to_prepare("cifar10")
+            how = tfds.how_to_prepare("cifar10")
             print(f"cifar10 is not in {folder}: taking the embedded digits. To get it, {how} with --data-dir.")
-    classes, arrays = _digits() if name == "digits" else _cached_tfds(name, folder)
+    classes, arrays = _digits() if name == "digits" else tfds.arrays_of(name, folder)
     on_device: Any = {key: jnp.asarray(value) for key, value in arrays.items()}
     return Dataset(name, classes, **on_device, fingerprint=_fingerprint(arrays))
 
 
 @dataclasses.dataclass(frozen=True)
-class Half:
+class Split:
     """One split of a set, for those that learn it online and have no use for a test set; in host memory.
 
     Attributes:
@@ -121,33 +112,18 @@ class Half:
         return f"{self.name}'s {self.split} half, {len(self.labels):,} images"
 
 
-def load_half(name: str, data_dir: str | None = None) -> Half:
+def load_split(name: str, data_dir: str | None = None) -> Split:
     """The training split of a set, or the test split where a folder has that one alone.
 
     Raises:
       UsageError: as `load`.
     """
-    folder = tfds_folder(data_dir)
-    there = set(_tfds_builder(name, folder, ()).info.splits)
+    folder = tfds.tfds_folder(data_dir)
+    there = set(tfds.builder_of(name, folder, ()).info.splits)
     split = "train" if "train" in there else "test"
-    classes, arrays = _cached_tfds(name, folder, (split,))
+    classes, arrays = tfds.arrays_of(name, folder, (split,))
     images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-    return Half(name, split, classes, images, labels, _fingerprint(arrays))
-
-
-def tfds_folder(data_dir: str | None) -> Path:
-    """Where TensorFlow Datasets' sets are: by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-
-
-def tensorflow_datasets() -> Any:
-    """The package, without its advice and its bars."""
-    absl.logging.set_verbosity(absl.logging.FATAL)  # its advice: install OpenCV, prepare the set in other groups
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import tensorflow_datasets as tfds
-    tfds.disable_progress_bar()  # its bars have no total
-    return tfds
+    return Split(name, split, classes, images, labels, _fingerprint(arrays))
 
 
 def first(data: Dataset, count: int) -> Dataset:
@@ -205,97 +181,6 @@ def _digits() -> tuple[int, dict[str, np.ndarray]]:
     parts = train_test_split(images, labels, test_size=DIGITS_TEST_SIZE, random_state=0, stratify=labels)
     names = ("train_images", "test_images", "train_labels", "test_labels")
     return 10, {name: np.asarray(part) for name, part in zip(names, parts, strict=True)}
-
-
-_SPLITS = ("train", "test")
-
-
-def _cached_tfds(name: str, folder: Path, splits: tuple[str, ...] = _SPLITS) -> tuple[int, dict[str, np.ndarray]]:
-    builder = _tfds_builder(name, folder, splits)
-    files = sorted(path for path in Path(builder.data_path).iterdir() if path.is_file())
-    state = repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
-    key = hashlib.sha256(f"{builder.data_path}{state}".encode()).hexdigest()[:16]
-    cache_root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "linked_jax"
-    only = "" if splits == _SPLITS else "-" + "-".join(splits)
-    cache = cache_root / f"{name.replace('/', '-')}{only}-{key}.npz"
-    classes = builder.info.features["label"].num_classes
-    if cache.is_file():
-        try:
-            with cache.open("rb") as file, np.load(file) as stored:  # np.load leaves a file it cannot read open
-                return classes, dict(stored)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            print(f"the cache {cache} is damaged ({error}): reading {name} again", file=sys.stderr)
-    arrays = _read_tfds(builder, name, splits)
-    try:
-        cache_root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_root) as scratch:
-            np.savez(Path(scratch) / cache.name, allow_pickle=False, **arrays)
-            (Path(scratch) / cache.name).replace(cache)
-    except OSError as error:
-        print(f"no cache written ({error.strerror}): the next start will be as slow", file=sys.stderr)
-    return classes, arrays
-
-
-def _how_to_prepare(name: str) -> str:
-    ours = "python -m experiments.prepare cifar10"
-    command = ours if name == "cifar10" else f"tfds build {name} --file_format=array_record"
-    return f"prepare it with `{command}`, or name its folder"
-
-
-def _tfds_builder(name: str, folder: Path, splits: tuple[str, ...] = _SPLITS) -> Any:
-    if not folder.is_dir():
-        raise UsageError(f"the data folder {folder} does not exist; pass --data-dir, or use --dataset digits")
-    try:
-        builder = tensorflow_datasets().builder(name, data_dir=str(folder), file_format="array_record")
-    except Exception as error:
-        raise UsageError(
-            f"cannot open the data set {name!r} ({first_line(error)}); use --dataset digits or a TFDS name such as "
-            "cifar10, or prepare the set again"
-        ) from error
-    if not (Path(builder.data_path) / "dataset_info.json").is_file():
-        raise UsageError(f"{name} is not prepared in {folder}; {_how_to_prepare(name)} with --data-dir")
-    features: Any = builder.info.features
-    if features is None or not {"image", "label"} <= set(features) or not set(splits) <= set(builder.info.splits):
-        with_splits = f" with {' and '.join(splits)} splits" if splits else ""
-        raise UsageError(f"{name} is no image-classification set{with_splits}; use e.g. cifar10 or mnist")
-    if not hasattr(features["label"], "num_classes"):
-        raise UsageError(f"the labels of {name} are no classes; use an image-classification set, e.g. cifar10 or mnist")
-    return builder
-
-
-def _read_tfds(builder: Any, name: str, splits: tuple[str, ...] = _SPLITS) -> dict[str, np.ndarray]:
-    arrays, console = {}, Console()
-    try:
-        for split in splits:
-            source, images, labels = builder.as_data_source(split=split), [], []
-            size = builder.info.splits[split].num_examples
-            if len(source) != size:
-                raise ValueError(f"{len(source)} of {size} {split} examples")
-            with console.progress(f"reading {name} {split}", size) as advance:
-                for start in range(0, size, _READ_AT_ONCE):
-                    examples = source.__getitems__(range(start, min(start + _READ_AT_ONCE, size)))
-                    images += [example["image"] for example in examples]
-                    labels += [example["label"] for example in examples]
-                    advance(len(examples))
-            _check_examples(builder.info.features, split, images, labels)
-            arrays |= {f"{split}_images": np.stack(images), f"{split}_labels": np.asarray(labels, np.int32)}
-    except Exception as error:  # array_record, Pillow and protobuf raise whatever they like on a damaged file
-        raise UsageError(
-            f"{name} in {builder.data_path} cannot be read ({first_line(error)}); delete it and prepare it again"
-        ) from error
-    return arrays
-
-
-def _check_examples(features: Any, split: str, images: list[np.ndarray], labels: list[int]) -> None:
-    """Refuse an image of another size than the set's, and a label that is none of its classes."""
-    size = [None if side is None else int(side) for side in features["image"].shape]
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        if any(side not in (None, there) for side, there in zip(size, image.shape, strict=True)):
-            raise ValueError(f"{split} image {number} has shape {image.shape}, not {tuple(size)}")
-        if not 0 <= label < features["label"].num_classes:
-            raise ValueError(
-                f"{split} label {number} is {label}, and there are {features['label'].num_classes} classes"
-            )
 
 
 def _fingerprint(arrays: dict[str, np.ndarray]) -> str:

@@ -4,24 +4,21 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
 from filelock import FileLock, Timeout
 
 from experiments.engine.checkpoints import Checkpoints
+from experiments.engine.environment import environment, program
 from experiments.engine.errors import UsageError
 from experiments.engine.files import write_whole, writing
 
 CONFIG, METRICS, TIMES = "config.json", "metrics.jsonl", "times.json"
 _LOCK, _HOLDER = ".lock", ".holder"
 _BEFORE_CONFIG = {_LOCK, _HOLDER, f"{_HOLDER}.tmp", f"{CONFIG}.tmp"}
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "linked_jax")
 
 
 Line = dict[str, Any]
@@ -333,52 +330,6 @@ def new_folder(out: str | None, name: str) -> Path:
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"no permission to write the record {folder}; pass --out with a folder that you can write")
     return folder
-
-
-def environment() -> dict[str, Any]:
-    """Versions, hardware and commit of this process."""
-    devices = jax.devices()
-    processes = jax.process_count()
-    return {
-        **program(),
-        "hardware": {
-            "platform": devices[0].platform,
-            "device": devices[0].device_kind,
-            "devices": len(devices),
-            **({"processes": processes} if processes > 1 else {}),
-            "cpu_cores": os.cpu_count(),
-            "machine": platform.machine(),
-            "system": platform.system(),
-        },
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def program() -> dict[str, Any]:
-    """What computes: versions and commit. It does not start JAX."""
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
-    return {"versions": versions, "commit": _commit()}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str:
-    """The commit of this checkout, "+changes" if code or settings differ from it; "unknown" outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
-    try:
-        code = [":/linked_jax", ":/experiments", ":/benchmarks", ":/pyproject.toml"]
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", *code) else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 def _is_taken(folder: Path) -> bool:

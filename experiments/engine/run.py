@@ -18,6 +18,7 @@ from experiments.engine import plots, processes, records, tables, training
 from experiments.engine.checkpoints import Checkpoints, Saved, like
 from experiments.engine.console import Console
 from experiments.engine.costs import count
+from experiments.engine.environment import program
 from experiments.engine.errors import InterruptedRunError, NonFiniteLossError, UsageError
 from experiments.engine.experiment import Experiment
 from experiments.engine.interrupts import Interrupts
@@ -67,7 +68,7 @@ def _start(experiment: Experiment, settings: Settings) -> None:
         for name, value in dataclasses.asdict(settings).items()
         if name not in OF_THIS_COMMAND
     }
-    plan = {"table": {"table": experiment.name}, "program": records.program(), "options": options}
+    plan = {"table": {"table": experiment.name}, "program": program(), "options": options}
     request_devices(settings.devices // processes.join(settings, plan))
 
 

@@ -17,8 +17,8 @@ from experiments.charlm import __main__ as charlm
 from experiments.charlm import data as text_data
 from experiments.charlm import table, training
 from experiments.charlm.net import BLOCK, HEADS, ROWS, WIDTH, CharTransformer
-from experiments.engine.data import tfds_folder
 from experiments.engine.errors import UsageError
+from experiments.engine.tfds import tfds_folder
 from tests.cases import first_fast
 
 ROOT = Path(__file__).parents[2]

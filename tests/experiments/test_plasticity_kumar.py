@@ -28,7 +28,7 @@ KEY = jax.random.key(0)
 def half(name="mnist", size=40, classes=10):
     shape = (28, 28, 1) if name == "mnist" else (32, 32, 3)
     images = np.random.default_rng(size).integers(0, 256, (size, *shape), dtype=np.uint8)
-    return data_lib.Half(name, "test", classes, images, np.arange(size, dtype=np.int32) % classes, "0" * 16)
+    return data_lib.Split(name, "test", classes, images, np.arange(size, dtype=np.int32) % classes, "0" * 16)
 
 
 def small(name, **changes):
@@ -447,7 +447,7 @@ def test_missing_data_names_what_to_prepare_and_how(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_leaves_a_record_that_grows_and_resumes(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(data_lib, "load_half", lambda name, _: half(name))
+    monkeypatch.setattr(data_lib, "load_split", lambda name, _: half(name))
     short = {name: small(name) for name in PROBLEMS}
     for module in (command, table):
         monkeypatch.setattr(module, "PROBLEMS", short)

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from experiments.engine.console import Console
+from experiments.engine.environment import environment
 from experiments.engine.files import write_whole
-from experiments.engine.records import environment
 from experiments.engine.tables import markdown
 
 

@@ -14,6 +14,7 @@ import types
 
 import pytest
 
+from experiments.engine import environment as environment_of_runs
 from experiments.engine import records
 from experiments.report.stored import read_records
 from tests.children import ROOT, environment, finish, start
@@ -88,7 +89,8 @@ def test_a_clock_that_jumps_back(tmp_path, monkeypatch):
         def now(cls, tz=None):
             return super().now(tz) - datetime.timedelta(hours=2 * next(looks))
 
-    monkeypatch.setattr(records, "datetime", types.SimpleNamespace(datetime=Back, UTC=datetime.UTC))
+    for module in (records, environment_of_runs):
+        monkeypatch.setattr(module, "datetime", types.SimpleNamespace(datetime=Back, UTC=datetime.UTC))
     monkeypatch.setattr(time, "time", lambda: started.timestamp() - 7200 * next(looks))
     monkeypatch.chdir(tmp_path)
     for _ in range(2):  # the second one's folder is named after an earlier time

@@ -175,9 +175,9 @@ def _parameters(work: Work) -> int:
     return at_end or sum(leaf.size for leaf in jax.tree.leaves(net))
 
 
-def _load(name: str, settings: Settings) -> data_lib.Half:
+def _load(name: str, settings: Settings) -> data_lib.Split:
     try:
-        return data_lib.load_half(name, settings.data_dir)
+        return data_lib.load_split(name, settings.data_dir)
     except UsageError as error:
         of = [p for p in settings.problems if PROBLEMS[p].dataset == name]
         what = str(error).split("; ")[0]
@@ -191,7 +191,7 @@ def _load(name: str, settings: Settings) -> data_lib.Half:
 class _Sets:
     """What a record says of its data: the sets of the command that began it; each line names its own."""
 
-    halves: dict[str, data_lib.Half]
+    halves: dict[str, data_lib.Split]
 
     @property
     def identity(self) -> dict[str, dict[str, str]]:

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
 from experiments.engine import tasks
-from experiments.engine.data import Half
+from experiments.engine.data import Split
 
 
 class Task(NamedTuple):
@@ -85,7 +85,7 @@ PROBLEMS = {
 HARD, EASY, OF_A_CLASS = 5, 1, 500
 
 
-def task(problem: Problem, data: Half, seed: int, number: int) -> Task:
+def task(problem: Problem, data: Split, seed: int, number: int) -> Task:
     """A task of a stream; the same for every method.
 
     Args:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from experiments.engine import tasks as tasks_lib
 from experiments.engine.checkpoints import Checkpoints, like
-from experiments.engine.data import Half
+from experiments.engine.data import Split
 from experiments.engine.loop import Carry, Loop, advance
 from experiments.engine.parallel import Placement
 from experiments.plasticity.kumar.methods import Method, seeded
@@ -36,7 +36,7 @@ class Work:
 
     problem: Problem
     method: Method
-    data: Half
+    data: Split
     tasks: int
 
     @functools.cached_property

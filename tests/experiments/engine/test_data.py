@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from experiments.engine import data
+from experiments.engine import data, tfds
 from experiments.engine.errors import UsageError
 
 SPLITS = {"train": 7, "test": 5}
@@ -209,7 +209,7 @@ def test_a_prepared_set_is_read_exactly_and_the_second_time_from_the_cache(tmp_p
     first = data.load("tiny")
     assert_equals(first, truth)
     assert str(first) == "tiny: 7 train and 5 test images of 4x3x3, 3 classes"
-    monkeypatch.setattr(data, "_read_tfds", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(tfds, "_read", lambda *_: pytest.fail("read again"))
     second = data.load("tiny", str(tmp_path / "tfds"))
     assert_equals(second, truth)
     assert second.fingerprint == first.fingerprint
@@ -418,22 +418,22 @@ def test_held_out_images_are_no_training_images():
 )
 def test_a_half_is_the_training_split_or_the_one_that_is_there(splits, taken, tmp_path, own_cache, monkeypatch):
     _, truth = prepare(tmp_path / "tfds", splits=splits)
-    half = data.load_half("tiny", str(tmp_path / "tfds"))
+    half = data.load_split("tiny", str(tmp_path / "tfds"))
     np.testing.assert_array_equal(half.images, truth[taken][0])
     np.testing.assert_array_equal(half.labels, truth[taken][1])
     assert (half.split, half.classes, str(half)) == (taken, 3, f"tiny's {taken} half, {splits[taken]} images")
-    monkeypatch.setattr(data, "_read_tfds", lambda *_: pytest.fail("read again"))
-    assert data.load_half("tiny", str(tmp_path / "tfds")).fingerprint == half.fingerprint
+    monkeypatch.setattr(tfds, "_read", lambda *_: pytest.fail("read again"))
+    assert data.load_split("tiny", str(tmp_path / "tfds")).fingerprint == half.fingerprint
     assert [path.suffix for path in own_cache.iterdir()] == [".npz"]
 
 
 def test_a_half_and_the_whole_set_have_caches_of_their_own(tmp_path, own_cache):
     _, truth = prepare(tmp_path / "tfds")
-    data.load_half("tiny", str(tmp_path / "tfds"))
+    data.load_split("tiny", str(tmp_path / "tfds"))
     assert_equals(data.load("tiny", str(tmp_path / "tfds")), truth)
     assert len(list(own_cache.iterdir())) == 2
 
 
 def test_a_set_with_neither_half_is_refused(tmp_path):
     prepare(tmp_path / "tfds", splits={"validation": 4})
-    usage_error(lambda: data.load_half("tiny", str(tmp_path / "tfds")), "tiny", "with test splits")
+    usage_error(lambda: data.load_split("tiny", str(tmp_path / "tfds")), "tiny", "with test splits")

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments.engine import records
+from experiments.engine import environment, records
 from experiments.engine.errors import UsageError
 from experiments.engine.records import Record, new_folder
 
@@ -25,7 +25,7 @@ def checkout(tmp_path, monkeypatch):
     (root / "experiments" / "engine").mkdir(parents=True)
     file = root / "experiments" / "engine" / "records.py"
     file.write_text("1\n")
-    monkeypatch.setattr(records, "__file__", str(file))
+    monkeypatch.setattr(environment, "__file__", str(file))
     return root
 
 
@@ -270,29 +270,29 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 def test_the_commit_of_a_checkout_and_whether_code_differs_from_it(checkout):
     git(checkout, "init", "-q")
-    assert records._commit() == "unknown"  # no commit yet
+    assert environment._commit() == "unknown"  # no commit yet
     git(checkout, "add", ".")
     git(checkout, "commit", "-qm", "first")
     commit = git(checkout, "rev-parse", "HEAD")
     assert re.fullmatch("[0-9a-f]{40}", commit)
-    assert records._commit() == commit
+    assert environment._commit() == commit
     (checkout / "README.md").write_text("prose and results do not change a run")
-    assert records._commit() == commit
+    assert environment._commit() == commit
     (checkout / "experiments" / "new.py").write_text("")
-    assert records._commit() == f"{commit}+changes"
+    assert environment._commit() == f"{commit}+changes"
     (checkout / "experiments" / "new.py").unlink()
     (checkout / "experiments" / "engine" / "records.py").write_text("2\n")
-    assert records._commit() == f"{commit}+changes"
+    assert environment._commit() == f"{commit}+changes"
 
 
 def test_the_commit_is_unknown_outside_a_checkout_and_without_git(checkout, monkeypatch):
-    assert records._commit() == "unknown"
+    assert environment._commit() == "unknown"
     git(checkout, "init", "-q")
     git(checkout, "add", ".")
     git(checkout, "commit", "-qm", "first")
-    assert records._commit() != "unknown"
+    assert environment._commit() != "unknown"
     monkeypatch.setenv("PATH", "")
-    assert records._commit() == "unknown"
+    assert environment._commit() == "unknown"
 
 
 HOLDER = """
