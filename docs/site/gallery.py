@@ -39,7 +39,8 @@ def files() -> dict[str, str]:
     fixed = {name: link for name, link in links.items() if isinstance(link, Link)}
     page = PAGE.format(version=linked_jax.__version__, jax=jax.__version__)
     page += "".join(entry(name, link) for name, link in fixed.items())
-    page += f"Slopes that are learned start as they are drawn elsewhere: {', '.join(links.keys() - fixed.keys())}.\n"
+    learned = " and ".join(name for name in links if name not in fixed)
+    page += f"{learned} are modules with slopes that are learned: [Links](api/links.md).\n"
     return {"gallery.md": page, **{f"gallery/{name}.svg": picture(link) for name, link in fixed.items()}}
 
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,9 @@ def read_record(folder: Path, place: str) -> StoredRecord:
         lines = records.read_lines(folder)
     if not lines:
         raise UsageError("metrics.jsonl has no lines: no epoch is finished")
-    for number, line in enumerate(lines, start=1):
-        with _explained(f"metrics.jsonl, line {number}"):
+    number = 0
+    with _explained(lambda: f"metrics.jsonl, line {number}"):
+        for number, line in enumerate(lines, start=1):  # noqa: B007, the explanation has it
             _add(line, runs, axes, config["settings"]["epochs"])
     with _explained("times.json"):
         times = records.read_times(folder)
@@ -142,16 +143,20 @@ def _key(net: Mapping[str, Any], axes: Iterable[str]) -> NetKey:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str | Callable[[], str]) -> Iterator[None]:
     """Turn what a garbled file raises into one line that names it."""
+
+    def name() -> str:
+        return what if isinstance(what, str) else what()
+
     try:
         yield
     except UsageError:
         raise
     except KeyError as error:
-        raise UsageError(f"{what} has no {error.args[0]}") from error
+        raise UsageError(f"{name()} has no {error.args[0]}") from error
     except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise UsageError(f"{what} is garbled ({error})") from error
+        raise UsageError(f"{name()} is garbled ({error})") from error
 
 
 def _check(value: Any, kind: Any, name: str = "it") -> None:
@@ -163,7 +168,8 @@ def _check(value: Any, kind: Any, name: str = "it") -> None:
             _check(value[key], inner, key)
     elif isinstance(kind, list):
         for item in value:
-            _check(item, kind[0], name)
+            if not (kind[0] is float is type(item) and math.isfinite(item)):  # as nearly all are, and there are many
+                _check(item, kind[0], name)
 
 
 def _is(value: Any, kind: type) -> bool:
