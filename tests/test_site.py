@@ -2,15 +2,19 @@
 
 import functools
 import http.server
+import importlib
 import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
+
+import linked_jax
 
 ROOT = Path(__file__).parents[1]
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -18,7 +22,20 @@ OFFLINE = "--disable-background-networking --disable-component-update --disable-
 WIDE, PHONE = 1280, 390
 PAGES = sorted(ROOT.glob("docs/**/*.md"))
 WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("package", ["", ".linen", ".probe", ".remedies", ".revive", ".plasticity"])
+def test_every_public_name_is_on_a_page_of_the_api(package):
+    pages = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/api/*.md"))
+    shown = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
+    module = importlib.import_module(f"linked_jax{package}")
+    for name in getattr(module, "__all__", []):
+        thing = getattr(module, name)
+        if isinstance(thing, linked_jax.Link | types.ModuleType | tuple):
+            continue  # the gallery has the links, and a page its module
+        ways = {f"linked_jax{package}.{name}", f"{thing.__module__}.{thing.__name__}", thing.__module__}
+        assert ways & shown, f"no page of docs/api has {name}"
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +49,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@slow
 def test_every_page_is_built_and_every_formula_is_mathml(site):
     for page in PAGES:
         name = page.relative_to(ROOT / "docs").with_suffix("").as_posix()
@@ -54,6 +72,7 @@ def address(site):
         server.shutdown()
 
 
+@slow
 @pytest.mark.skipif(BROWSER is None, reason="no browser: install Debian's chromium")
 @pytest.mark.parametrize("width", [WIDE, PHONE])
 def test_a_browser_shows_every_page_without_an_error(width, site, address):
@@ -78,6 +97,7 @@ def test_a_browser_shows_every_page_without_an_error(width, site, address):
     assert not found, "\n".join(found)
 
 
+@slow
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
