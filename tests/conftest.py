@@ -51,6 +51,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.exhaustive)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Add what the mark `fault` says to the report, for `python -m tests.faults`: no items come back from workers."""
+    report = yield
+    mark = item.get_closest_marker("fault")
+    if mark:
+        report.user_properties.append(("fault", list(mark.args)))
+    return report
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """XLA ends with a segmentation fault where a process has no memory maps left for one more program."""

@@ -90,6 +90,15 @@ def test_the_front_page_shows_the_ratios_of_the_benchmark():
             assert f"| {mode} | {name} | {time:.2f} | {memory:.2f} |" in page
 
 
+def test_the_front_page_quotes_the_record_of_faults():
+    rows = json.loads((RESULTS / "faults" / "faults.json").read_text(encoding="utf-8"))["rows"]
+    total, kills = rows[-1], [row for row in rows if row["area"] == "kills"]
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{total['tried']} faults tried, {total['lost']} lost" in page
+    assert f"{sum(int(row['tried']) for row in kills)} SIGKILLs" in page
+    assert tables.markdown(rows) + "\n" == (RESULTS / "faults" / "table.md").read_text(encoding="utf-8")
+
+
 def test_a_linked_layer_meets_its_memory_goal():
     nets = json.loads((ROOT / "results" / "benchmarks" / "linked_layer.json").read_text(encoding="utf-8"))["results"]
     linked, plain, naive = (nets["scanned"][name]["temporary_bytes"] for name in ("lax", "plain", "naive"))

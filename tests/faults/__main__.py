@@ -23,19 +23,10 @@ from experiments.engine.tables import markdown
 
 
 class Faults:
-    """A plugin that counts, of each area and kind of fault, what was tried and what was lost."""
+    """A plugin that counts, of each area and kind of fault, what was tried and what was lost; see tests/conftest.py."""
 
     def __init__(self):
         self.tried, self.lost = collections.Counter(), collections.Counter()
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item, call):
-        """Add to a report what the mark says: reports come back from the workers, items do not."""
-        report = yield
-        mark = item.get_closest_marker("fault")
-        if mark:
-            report.user_properties.append(("fault", list(mark.args)))
-        return report
 
     def pytest_runtest_logreport(self, report):
         """Count a test when it ends."""
