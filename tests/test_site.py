@@ -1,6 +1,7 @@
 """The documentation: built strictly with its notebooks run, and every page looked at in a browser, wide and narrow."""
 
 import functools
+import html.parser
 import http.server
 import importlib
 import importlib.util
@@ -53,11 +54,34 @@ def site(tmp_path_factory):
 def test_every_page_is_built_and_every_formula_is_mathml(site):
     for page in PAGES:
         name = page.relative_to(ROOT / "docs").with_suffix("").as_posix()
-        html = site / ("index.html" if name == "index" else f"{name}/index.html")
-        text = html.read_text(encoding="utf-8")
+        built = site / ("index.html" if name == "index" else f"{name}/index.html")
+        text = built.read_text(encoding="utf-8")
         formulas = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL).count("$`")
         assert text.count("<math") >= formulas
         assert "formula:" not in text
+
+
+class Links(html.parser.HTMLParser):
+    """Where a page's links lead, as they are written."""
+
+    def __init__(self):
+        super().__init__()
+        self.targets = []
+
+    def handle_starttag(self, tag, attributes):
+        target = dict(attributes).get("href") if tag == "a" else None
+        if target and "://" not in target and not target.startswith(("#", "mailto:")):
+            self.targets.append(target.partition("#")[0])
+
+
+@slow
+def test_every_link_leads_to_a_page_or_a_file(site):
+    for page in site.rglob("index.html"):
+        reader = Links()
+        reader.feed(page.read_text(encoding="utf-8"))
+        for target in reader.targets:
+            found = page.parent / target
+            assert found.is_file() or (found / "index.html").is_file(), f"{page.relative_to(site)} links to {target}"
 
 
 @pytest.fixture(scope="module")

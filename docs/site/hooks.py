@@ -10,6 +10,7 @@ import sys
 from pathlib import Path, PurePosixPath
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +68,20 @@ def _formulas(text, page):
 
 
 def on_page_content(html, page, config, files):
-    """Put the formulas where their marks are."""
+    """Put the formulas where their marks are; and MkDocs does not see the links of notebooks."""
     formulas = page.meta.get("formulas", [])
-    return re.sub(r"formula:(\d+):", lambda match: formulas[int(match[1])], html)
+    html = re.sub(r"formula:(\d+):", lambda match: formulas[int(match[1])], html)
+    return _notebook_links(html, page, files) if page.file.src_uri.endswith(".ipynb") else html
+
+
+def _notebook_links(html, page, files):
+    """A link to a page's file becomes one to the page."""
+
+    def moved(match):
+        path = PurePosixPath(os.path.normpath(f"docs/{PurePosixPath(page.file.src_uri).parent}/{match[1]}"))
+        file = files.get_file_from_path(str(path.relative_to("docs") if path.parts[0] == "docs" else path))
+        if file is None:
+            raise PluginError(f"{page.file.src_uri} links to {match[1]}, which is no page")
+        return f'href="{file.url_relative_to(page.file)}"'
+
+    return re.sub(r'href="([^":#]+\.(?:md|ipynb))"', moved, html)
