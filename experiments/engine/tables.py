@@ -159,15 +159,17 @@ def spread(values: Sequence[float]) -> str:
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows with the same keys as a Markdown table.
+    r"""Rows with the same keys as a Markdown table.
 
     >>> from experiments.engine.tables import markdown
-    >>> print(markdown([{"act": "relu", "best": "0.1"}]))
+    >>> print(markdown([{"act": "relu", "best": "0.1"}, {"act": "a | b", "best": "0.2"}]))
     | act | best |
     | --- | --- |
     | relu | 0.1 |
+    | a \| b | 0.2 |
     """
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    cells = ([cell.replace("|", r"\|") for cell in row.values()] for row in rows)
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
