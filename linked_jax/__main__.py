@@ -10,6 +10,9 @@ def main(arguments: list[str]) -> int:
     command, *rest = arguments or ["none"]
     if command == "certify":
         return certificates.main(rest)
+    if command in ("-h", "--help"):
+        print("The command is certify: python -m linked_jax certify lk_swish; python -m linked_jax certify --help")
+        return 0
     print(f"error: the command is certify, got {command}; try python -m linked_jax certify lk_swish", file=sys.stderr)
     return 2
 

@@ -228,8 +228,7 @@ def test_local_links_of_the_pages_exist():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("results/*.md")]:
         text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         for target in re.findall(r"\]\(([^)#]+)\)", text):
-            there = "://" in target or (page.parent / target).exists()
-            assert there or target.endswith("gallery.md"), f"{page.name} links to {target}"  # the gallery is generated
+            assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ def on_files(files, config):
     paths = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("results/**/*")) if path.is_file()]
     for path in [*BESIDE, *(path for path in paths if not path.startswith(UNFINISHED))]:
         files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
+    files.remove(files.get_file_from_path("gallery.md"))  # it stands for the page in the repository
     for path, content in gallery.files().items():
         files.append(File.generated(config, path, content=content))
     return files

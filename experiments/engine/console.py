@@ -50,11 +50,27 @@ class Console:
             yield lambda done: bar.advance(task, done)
 
     def table(self, title: str, rows: list[dict[str, str]]) -> None:
-        """Rows with the same keys, as a table below a title."""
-        self.say(f"\n{title}")
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in rows[0]:
-            table.add_column(name)
-        for row in rows:
-            table.add_row(*row.values())
-        self._console.print(table)
+        """Rows with the same keys, as a table below a title; columns that do not fit beside others stand below them."""
+        self._console.print(f"\n{title}", soft_wrap=not self._console.is_terminal, markup=False)
+        for names in _fitting(rows, self._console.width):
+            table = rich.table.Table(*names, box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+            for row in rows:
+                table.add_row(*(row[name] for name in names))
+            self._console.print(table)
+
+
+def _fitting(rows: list[dict[str, str]], width: int) -> list[list[str]]:
+    """The columns in groups that fit; each group begins with the first column, which tells what a row is of.
+
+    >>> from experiments.engine.console import _fitting
+    >>> _fitting([{"act": "relu", "last epoch": "0.1028 ± 0.0000", "time": "13 s"}], 28)
+    [['act', 'last epoch'], ['act', 'time']]
+    """
+    first, *others = rows[0]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) + 2 for name in rows[0]}
+    groups = [[first]]
+    for name in others:
+        if len(groups[-1]) > 1 and sum(widths[each] for each in [*groups[-1], name]) + 1 > width:
+            groups.append([first])
+        groups[-1].append(name)
+    return groups

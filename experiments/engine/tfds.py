@@ -80,7 +80,10 @@ def builder_of(name: str, folder: Path, splits: tuple[str, ...] = BOTH) -> Any:
       UsageError: as `arrays_of`.
     """
     if not folder.is_dir():
-        raise UsageError(f"the data folder {folder} does not exist; pass --data-dir, or use --dataset digits")
+        raise UsageError(
+            f"no data set {name!r}: the data folder {folder} does not exist; use --dataset digits, which is embedded, "
+            f"or {how_to_prepare(name)} with --data-dir"
+        )
     try:
         builder = tensorflow_datasets().builder(name, data_dir=str(folder), file_format="array_record")
     except Exception as error:
