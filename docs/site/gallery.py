@@ -85,9 +85,8 @@ def picture(link: Link) -> str:
         axes.axhline(0, color="0.7", linewidth=0.8)
         for member, colour in zip(link.members, COLOURS, strict=False):
             values, slopes = jax.vmap(jax.value_and_grad(lambda z, g=member: g(z).astype(jnp.float32)))(z)
-            axes.plot(
-                z, np.clip(values, -2.2, SPAN), color=colour, label=formula(member).lstrip("_")
-            )  # or matplotlib hides it
+            label = formula(member).lstrip("_")  # Matplotlib hides a label with an underscore in front
+            axes.plot(z, np.clip(values, -2.2, SPAN), color=colour, label=label)
             axes.plot(z, slopes, color=colour, linestyle="--", linewidth=1)
         axes.set(xlabel="z", xlim=(-SPAN, SPAN), ylim=(-2.2, SPAN))
         axes.spines[["top", "right"]].set_visible(False)

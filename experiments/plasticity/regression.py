@@ -43,6 +43,8 @@ SLOW, RANDOM, UNITS, HIDDEN, BETA = 15, 5, 100, 5, 0.7
 FLIP_AFTER, BIN, MOST = 10_000, 40_000, 10_000
 """Examples from flip to flip, of a bin; the most flips."""
 RATES = (0.01, 0.003, 0.001)
+DIVERGED = 1e6
+"""A squared error."""
 ROWS = (
     "relu", "leaky_relu", "fourier", "lk_relu", "lk_swish", "lk_leaky_0.7",
     "relu_ours", "lk_relu_ours", "lk_swish_ours", "lk_leaky_0.7_ours",
@@ -119,7 +121,17 @@ def learn(
         on_stretch(1)
     wide = BIN // FLIP_AFTER
     bins = np.stack(errors)[: stretches // wide * wide].reshape(-1, wide, len(runs)).mean(axis=1)
-    return [{"error": [round(float(e), 5) for e in bins[:, place]]} for place in range(len(runs))]
+    return [{"error": [_known(error) for error in bins[:, place]]} for place in range(len(runs))]
+
+
+def _known(error: float) -> float | None:
+    """None where the learner has diverged: no error, or one that tells nothing; targets are of size 10."""
+    return round(float(error), 5) if error < DIVERGED else None
+
+
+def whole(runs: Sequence[Line]) -> list[Sequence[float]]:
+    """The errors of those that have not diverged."""
+    return [run["error"] for run in runs if None not in run["error"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +186,10 @@ def main() -> None:
             def make(missing: list[int], row: str = row, runs: Sequence[tuple[int, float]] = runs) -> Any:
                 return learn(row, [runs[i] for i in missing], stretches, bar)
 
-            errors = [line["error"] for line in record.once_each(keys, make)]
-            first, last = (statistics.fmean(error[place] for error in errors) for place in (0, -1))
-            console.say(f"{row}: error of the first bin {first:.3f}, of the last {last:.3f}, mean over rates")
+            errors = whole(lines := record.once_each(keys, make))
+            first, last = (f"{np.mean([error[i] for error in errors]):.3f}" if errors else "-" for i in (0, -1))
+            diverged = f"; {len(lines) - len(errors)} of {len(lines)} diverged" * (len(lines) > len(errors))
+            console.say(f"{row}: error of the first bin {first}, of the last {last}, mean over rates{diverged}")
         console.table("Slowly changing regression: squared error, last tenth of the bins", table(record.lines))
         write_whole(record.folder / "table.md", page(record.config, record.lines))
         console.say(f"picture  {picture(record.lines, record.folder / 'regression.png')}\nrecord   {record.folder}")
@@ -190,8 +203,9 @@ def table(lines: Sequence[Line], *, first: bool = False) -> list[dict[str, str]]
     for row in dict.fromkeys(row for row, _ in found):
         texts = {"method": row}
         for rate in rates:
-            runs = found.get((row, rate), [])
-            texts[f"rate {rate:g}"] = spread([_end(run["error"], first) for run in runs]) if runs else "-"
+            errors = whole(runs := found.get((row, rate), []))
+            diverged = f" ({len(runs) - len(errors)} of {len(runs)} diverged)" * (len(runs) > len(errors))
+            texts[f"rate {rate:g}"] = (spread([_end(error, first) for error in errors]) if errors else "-") + diverged
         texts["seeds"] = str(max(len(runs) for (of, _), runs in found.items() if of == row))
         rows.append(texts)
     return rows
@@ -202,7 +216,7 @@ def page(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
     parts = [
         "# Slowly changing regression",
         f"{config['protocol']['regression']['examples']:,} examples, one by one, SGD; squared error before learning, "
-        "mean ± standard deviation over seeds; all rates that were tried.",
+        "mean ± standard deviation over the seeds that have not diverged; all rates that were tried.",
         "Last tenth of the bins:",
         markdown(table(lines)),
         "First tenth:",
@@ -221,8 +235,8 @@ def picture(lines: Sequence[Line], path: Path) -> Path:
     rows = list(dict.fromkeys(row for row, _ in found))
     for panel, rate in zip(panels, rates, strict=True):
         for place, row in enumerate(rows):
-            if runs := found.get((row, rate)):
-                values = np.array([run["error"] for run in runs])
+            if errors := whole(found.get((row, rate), [])):
+                values = np.array(errors)
                 dash = "-" if place < len(COLOURS) else "--"
                 mean_band(panel, np.arange(1, values.shape[1] + 1), values, COLOURS[place % len(COLOURS)], dash, row)
         panel.set(title=f"rate {rate:g}", xlabel=f"bin of {BIN:,} examples", ylim=(0, None))

@@ -113,3 +113,15 @@ def test_the_command_leaves_a_record_that_resumes(monkeypatch, tmp_path):
     again = [json.loads(text) for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for one, other in zip(again, lines, strict=True):
         np.testing.assert_allclose(one["error"], other["error"], rtol=1e-3)
+
+
+def test_a_learner_that_diverges_is_counted_and_is_in_no_mean():
+    errors = [np.array([1.0, 2.0]), np.array([3.0, np.inf]), np.array([np.nan, 1e9])]
+    lines = [
+        {"row": "relu", "rate": 0.01, "seed": seed, "error": [regression._known(error) for error in of_seed]}
+        for seed, of_seed in enumerate(errors)
+    ]
+    assert [line["error"] for line in lines] == [[1.0, 2.0], [3.0, None], [None, None]]
+    (row,) = regression.table(lines)
+    assert row == {"method": "relu", "rate 0.01": "2.0000 (2 of 3 diverged)", "seeds": "3"}
+    assert regression.table(lines[1:])[0]["rate 0.01"] == "- (2 of 2 diverged)"
