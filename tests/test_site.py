@@ -27,12 +27,12 @@ WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="u
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("package", ["", ".linen", ".probe", ".remedies", ".revive", ".plasticity"])
+@pytest.mark.parametrize("package", ["", ".probe", ".remedies", ".revive", ".plasticity"])
 def test_every_public_name_is_on_a_page_of_the_api(package):
     pages = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/api/*.md"))
     shown = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
     module = importlib.import_module(f"linked_jax{package}")
-    for name in getattr(module, "__all__", []):
+    for name in module.__all__:
         thing = getattr(module, name)
         if isinstance(thing, linked_jax.Link | types.ModuleType | tuple):
             continue  # the gallery has the links, and a page its module

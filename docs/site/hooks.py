@@ -41,6 +41,12 @@ def on_page_markdown(markdown, page, config, files):
     return "".join(part if part.startswith("```") else _formulas(_links(part, source, here), page) for part in parts)
 
 
+def _on_site(source, target):
+    """Where a file of the repository is on the site, given as a link from another one: docs/ is left out."""
+    path = PurePosixPath(os.path.normpath(PurePosixPath(source).parent / target))
+    return path.relative_to("docs") if path.parts[0] == "docs" else path
+
+
 def _links(text, source, here):
     """docs/a.md -> ../results/b.md is, on the site, a.md -> results/b.md."""
 
@@ -48,9 +54,7 @@ def _links(text, source, here):
         target, _, anchor = match[1].partition("#")
         if not target or "://" in target or target.startswith("mailto:"):
             return match[0]
-        path = PurePosixPath(os.path.normpath(PurePosixPath(source).parent / target))
-        on_site = path.relative_to("docs") if path.parts[0] == "docs" else path
-        relative = os.path.relpath(on_site, PurePosixPath(here).parent)
+        relative = os.path.relpath(_on_site(source, target), PurePosixPath(here).parent)
         return f"]({relative}{'#' * bool(anchor)}{anchor})"
 
     return re.sub(r"\]\(([^)\s]+)\)", moved, text)
@@ -79,8 +83,7 @@ def _notebook_links(html, page, files):
     """A link to a page's file becomes one to the page."""
 
     def moved(match):
-        path = PurePosixPath(os.path.normpath(f"docs/{PurePosixPath(page.file.src_uri).parent}/{match[1]}"))
-        file = files.get_file_from_path(str(path.relative_to("docs") if path.parts[0] == "docs" else path))
+        file = files.get_file_from_path(str(_on_site(f"docs/{page.file.src_uri}", match[1])))
         if file is None:
             raise PluginError(f"{page.file.src_uri} links to {match[1]}, which is no page")
         return f'href="{file.url_relative_to(page.file)}"'

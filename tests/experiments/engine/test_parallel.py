@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +15,10 @@ from experiments.engine.errors import UsageError
 from experiments.engine.loop import step
 from experiments.engine.optimizers import adam, sgd
 from experiments.engine.parallel import check_devices, placement
+from tests.children import finish, start
 
 ADAM = adam(3e-3)
 SEEDS = (3, 4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Nothing here runs long enough to be worth optimising."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -149,15 +138,10 @@ def test_four_devices_by_command(tmp_path):
     """Batches of 480, 480 and 477, the last of which 4 does not divide; batch norm; seeds in all ways."""
 
     def run(name, *options):
-        environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-        environment |= {"JAX_PLATFORMS": "cpu", "TERM": "dumb", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         tiny = "--preset quick --act relu_bn lk_relu --depth 3 --epochs 2 --batch-size 480 --seeds 4 --augment"
-        command = [sys.executable, "-m", "experiments.depth", *tiny.split(), *options, "--out", str(tmp_path / name)]
-        done = subprocess.run(
-            command, cwd=Path(__file__).parents[3], env=environment, capture_output=True, text=True, check=False
-        )
-        assert (done.returncode, done.stderr) == (0, "")
-        said.append(done.stdout)
+        code, out, error = finish(start("-m", "experiments.depth", *tiny.split(), *options, "--out", tmp_path / name))
+        assert (code, error) == (0, "")
+        said.append(out)
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         return {(line["act"], line["seed"], line["epoch"]): line for line in lines}
 

@@ -62,14 +62,6 @@ def parameter_count(module, act, **changes):
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Nothing here runs long enough to be worth optimising."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def resnet_by_hand(arity):
     """Convs and their biases on 32x32: arity multiplies the inputs of the two convs behind an inner activation."""
     stages = ((16, 64, 3), (16, 64, 4), (32, 128, 6), (32, 128, 3))
