@@ -88,7 +88,8 @@ def certify(
     """Try every finite value of a dtype and tell where a link is dead, and how small its gradient gets.
 
     The derivatives are those that the link itself gives under `jax.jit`, the rule at z = 0 included; a custom_vjp is
-    pulled back. The values tried include NaN, so jax_debug_nans and jax_debug_infs are off meanwhile.
+    pulled back. The values tried include NaN, so jax_debug_nans and jax_debug_infs are off meanwhile. A certificate
+    holds for the platform that made it: XLA's tanh is flat beyond 7.9988 on CPUs with AVX2, beyond 20 on others.
 
     Args:
       link: a `Link`, an elementwise function, or any function of z (N, 1) to (N, d).

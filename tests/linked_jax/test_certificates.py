@@ -330,7 +330,12 @@ EVERY_FLOAT32 = 4_278_190_080
 FLOAT32_MAX = float(jnp.finfo(jnp.float32).max)
 
 
-@pytest.mark.slow
+def tries_every_float32(test):
+    """Compiled as users compile: some minutes become one."""
+    return pytest.mark.slow(pytest.mark.optimised(test))
+
+
+@tries_every_float32
 @over_linked
 def test_linked_link_holds_its_certificate_in_float32(name):
     certificate = certify(LINKED[name])
@@ -339,31 +344,34 @@ def test_linked_link_holds_its_certificate_in_float32(name):
     assert certificate.num_inputs == EVERY_FLOAT32
 
 
-@pytest.mark.slow
+@tries_every_float32
 def test_mirror_of_relu6_is_dead_exactly_beyond_its_clip_in_float32():
     assert certify(linked(jax.nn.relu6)).dead_intervals == ((-FLOAT32_MAX, -6.0), (6.0, FLOAT32_MAX))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "flat_from"), first_fast([("lk_tanh", 8), ("lk_sigmoid", 87)]))
+@tries_every_float32
+@pytest.mark.parametrize(("name", "flat_from"), first_fast([("lk_tanh", 7.999), ("lk_sigmoid", 87.3)]))
 def test_saturating_mirrors_are_not_linked_in_float32(name, flat_from):
+    """Beyond a point all is flat; XLA's tanh for CPUs without AVX2 goes on to 20, with single flat values from 8 on."""
     certificate = certify(LINKS[name])
-    (left, right) = certificate.dead_intervals
+    (low, high), *others = [interval for interval in certificate.dead_intervals if interval[1] < 0]
     assert not certificate.linked
-    assert left == (-FLOAT32_MAX, -right[0])
-    assert right == (pytest.approx(flat_from, rel=0.02), FLOAT32_MAX)
+    assert low == -FLOAT32_MAX
+    assert -2.6 * flat_from < high < -0.99 * flat_from
+    assert all(high < low <= last < -0.99 * flat_from for low, last in others)
+    assert certificate.dead_interval_count % 2 == 0  # what is dead on the left is dead on the right
     edge = {"lk_tanh": np.arctanh(0.999**0.5), "lk_sigmoid": 2 * np.arctanh(0.996**0.5)}[name]  # of g' = 0.001
     assert certificate.dead_band == pytest.approx(1 - edge / 10, rel=1e-4)  # float32 rounds 1 - tanh² so much
 
 
-@pytest.mark.slow
+@tries_every_float32
 def test_jax_gelu_breaks_in_float32():
     certificate = certify(linked(jax.nn.gelu))
     assert not certificate.linked
     assert abs(certificate.first_nonfinite) == pytest.approx(1.8e19, rel=0.05)
 
 
-@pytest.mark.slow
+@tries_every_float32
 @pytest.mark.parametrize("g", first_fast([jnp.square, jnp.cos]))
 def test_smooth_flat_mirrors_are_dead_at_zero_in_float32(g):
     certificate = certify(linked(g))
