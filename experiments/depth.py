@@ -34,8 +34,7 @@ class Settings(settings_lib.Settings):
     width: int = 4
     """Units in every layer."""
     scan_layers: Literal["auto", "yes", "no"] = "auto"
-    """Loop over the layers: fast to compile. auto: no for up to 100 layers of more than 4 units on more than 10,000
-    images, else yes."""
+    """Loop over the layers, which compiles fast. auto: yes, but for the wide nets of few layers on large sets."""
 
 
 PAPER = Settings(

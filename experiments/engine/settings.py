@@ -23,11 +23,9 @@ class Settings:
     """The options that all tables share; a table's own Settings adds to them and changes defaults."""
 
     preset: Preset = "auto"
-    """quick: minutes on 2 cores, embedded digits. paper: the paper's protocol on CIFAR-10 (hours). auto: quick, but on
-    CIFAR-10 where it is prepared. Explicit options win over all of them."""
+    """quick: minutes, digits. paper: as printed, hours. auto: quick, on CIFAR-10 if prepared. Other options override."""
     act: tuple[str, ...] = ("lk_relu",)
-    """One or several rows: relu, lk_relu (linked), relu_sqrt2 (as many parameters as linked), relu_bn (batch norm);
-    all: the rows of the paper's table. A wrong name lists the activations."""
+    """Rows: relu, lk_relu (linked), relu_sqrt2 (equal parameters), relu_bn (batch norm), all. A wrong name lists them."""
     norm: Norm = "none"
     """batch: batch norm before every activation, as if each row ended in _bn."""
     match_params: bool = False
@@ -35,7 +33,7 @@ class Settings:
     init: tuple[InitName, ...] = ("auto",)
     """One or several. auto: looks_linear where the link allows it, else orthogonal at its gain. glorot: the paper's."""
     lr: tuple[float, ...] = ()
-    """One or several learning rates; by default the table's."""
+    """One or several learning rates; where none is given, the table's."""
     dataset: str = "auto"
     """digits (embedded), or a TFDS name such as cifar10. auto: cifar10 where it is prepared, else digits."""
     data_dir: str | None = None
@@ -57,8 +55,7 @@ class Settings:
     shuffle: bool = True
     """Draw a new order of the examples for each epoch; the paper did not."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """Where a loss, gradient or parameter is NaN or infinite: stop ends the net's run there, and says in which step and
-    where in the net; skip leaves such updates out, and counts them."""
+    """Where a loss, gradient or parameter is NaN or infinite: stop the net and say where, or skip and count updates."""
     seed: int = 0
     """The first seed."""
     seeds: int = 1
@@ -66,15 +63,13 @@ class Settings:
     seeds_mode: SeedsMode = "auto"
     """sequential: one after another. vmap: all in one program. spread: over the devices. auto: sequential."""
     devices: int = 1
-    """Split each batch over that many devices; on a CPU they are virtual. With --distributed: those of all
-    processes together, by default all that there are."""
+    """Split batches over that many; on a CPU they are virtual. With --distributed: of all processes, by default all."""
     time_steps: int = 0
     """After the training, time that many steps of each net, in turns; 0 does not."""
     out: str | None = None
     """The folder for the record; by default a new one in runs/."""
     resume: str | None = None
-    """Go on with this record; its settings hold, so no other option is taken but --data-dir, --checkpoint-every and
-    those of --distributed."""
+    """Go on with this record and its settings; takes --data-dir, --checkpoint-every and those of --distributed."""
     checkpoint_every: float = 30.0
     """Seconds between checkpoints."""
     distributed: bool = False

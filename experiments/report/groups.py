@@ -95,12 +95,16 @@ def _identity(record: StoredRecord) -> dict[str, str]:
 
 
 def _differences(members: list[StoredRecord], namesakes: list[list[StoredRecord]]) -> dict[str, str]:
-    others = [_identity(other[0]) for other in namesakes]
-    own = _identity(members[0])
-    differs = {what: text for what, text in own.items() if any(other.get(what) != text for other in others)}
-    if "commit" in differs:
-        differs["commit"] = re.sub(r"^([0-9a-f]{7})[0-9a-f]+", r"\1", differs["commit"])
-    return differs
+    """What tells a group from its namesakes: the settings; if they don't, what computed; then what others know not."""
+    own, *others = (_identity(each[0]) for each in [members, *(each for each in namesakes if each is not members)])
+
+    def of(names: Iterable[str]) -> list[set[str]]:
+        return [{name for name in names if name in other and other[name] != own[name]} for other in others]
+
+    settings, computed = of(own.keys() - {"commit", *_CODE}), of(own)
+    lacking = [{name for name in own if other.get(name) != own[name]} for other in others]
+    told = set().union(*next((sets for sets in (settings, computed) if all(sets)), lacking))
+    return {name: text[:7] + text[40:] if name == "commit" else text for name, text in own.items() if name in told}
 
 
 def _folder_name(members: list[StoredRecord]) -> str:

@@ -197,6 +197,15 @@ def test_what_differs_stands_in_tables_of_its_own_that_say_so(tmp_path, changes,
     assert f"# {two.heading}\n" in report.markdown_of(two)
 
 
+def test_a_heading_names_settings_before_code_and_before_what_an_older_record_lacks(tmp_path):
+    write_record(tmp_path / "one")
+    write_record(tmp_path / "two", commit="b" * 40, protocol={"batch_size": 64, "held_out": None})
+    write_record(tmp_path / "three", commit="c" * 40, protocol={"batch_size": 64, "held_out": None, "epochs": 9})
+    assert [group.differs for group in the_groups(tmp_path)] == [
+        {"epochs": "2", "batch size": "32"}, {"epochs": "9", "batch size": "64"}, {"epochs": "2", "batch size": "64"},
+    ]  # fmt: skip
+
+
 def test_time_hardware_numpy_and_command_may_differ_and_are_all_named(tmp_path):
     write_record(tmp_path / "one")
     changes = {"command": "python -m experiments.depth --seed 3", "hardware": {"device": "H200"}}

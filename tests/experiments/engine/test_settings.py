@@ -204,5 +204,6 @@ def test_every_option_is_explained(module):
         fields, docs = settings.body[1::2], settings.body[2::2]
         assert [type(node) for node in fields] == [ast.AnnAssign] * len(docs)
         assert all(doc.value.value.endswith(".") for doc in docs)
+        assert not [doc.value.value for doc in docs if "\n" in doc.value.value]  # tyro breaks the line there
         explained |= {field.target.id for field in fields}
     assert explained == {field.name for field in dataclasses.fields(module.Settings)}
