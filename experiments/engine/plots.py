@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments.engine.files import write_whole
-from experiments.engine.tables import HEADINGS, Run, by_net, numbers, text, varying
+from experiments.engine.tables import HEADINGS, Nets, Run, text, varying
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 """Okabe and Ito's, which colour-blind readers can tell apart; then black and grey."""
@@ -87,33 +87,31 @@ def save(figure: Any, path: Path, dpi: int = _DPI) -> Path:
     return path
 
 
-def accuracy_picture(lines: Sequence[Mapping[str, Any]], axes: Sequence[str], path: Path, *, title: str) -> Path:
+def accuracy_picture(nets: Nets, path: Path, *, title: str) -> Path:
     """Accuracy and dead units by epoch, dead units and signal by layer after the last; many nets in several rows.
 
     Args:
-      lines: of metrics.jsonl, with the axes, seed, epoch, test_accuracy, units, dead_units, dead_by_layer and
-        signal_by_layer.
-      axes: what tells nets apart.
+      nets: of `by_net`; lines have epoch, test_accuracy, units, dead_units, dead_by_layer and signal_by_layer.
       path: of the PNG to write.
       title: stands above.
 
     Returns:
       The path.
     """
-    facets = _facets(lines, axes)
+    facets = _facets(nets)
     whole = figure(15, 0.8 + 2.9 * len(facets))
     grid = whole.subplots(len(facets), len(_PANELS), squeeze=False)
     for row, (named, curves) in zip(grid, facets, strict=True):
         for panel, (name, what) in zip(row, _PANELS.items(), strict=True):
             _draw(panel, curves, what, ": ".join(filter(None, (name, named))))
     _legend(whole, grid[:, 0], "outside right center", columns=1)
-    whole.suptitle("; ".join(filter(None, (title, caption(lines, axes)))), fontsize=11)
+    whole.suptitle("; ".join(filter(None, (title, caption(nets)))), fontsize=11)
     return save(whole, path)
 
 
-def panel_pictures(lines: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> dict[str, bytes]:
+def panel_pictures(nets: Nets) -> dict[str, bytes]:
     """The panels of `accuracy_picture`, each as a PNG that a phone can show; many nets one below the other."""
-    facets = _facets(lines, axes)
+    facets = _facets(nets)
     labels = {curve.style["label"] for _, curves in facets for curve in curves}
     columns = max(1, min(3, 56 // max(10 + len(label) for label in labels)))
     pictures = {}
@@ -127,26 +125,25 @@ def panel_pictures(lines: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> d
     return pictures
 
 
-def caption(lines: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> str:
+def caption(nets: Nets) -> str:
     """What the lines of the pictures are, where it needs saying."""
-    seeds = len({line["seed"] for line in lines})
-    bands = any(curve.band for _, curves in _facets(lines, axes) for curve in curves)
+    runs = [run for _, runs in nets for run in runs]
+    seeds = len({run[0]["seed"] for run in runs})
+    bands = any(curve.band for _, curves in _facets(nets) for curve in curves)
     said = [f"lines are means over {seeds} seeds" + ", bands span them" * bands] if seeds > 1 else []
-    if any("diverged" in line for line in lines):
+    if any("diverged" in run[-1] for run in runs):
         said.append("runs that diverged are not drawn")
     return "; ".join(said)
 
 
-def table_picture(experiment: str, lines: Sequence[Mapping[str, Any]], axes: Sequence[str], *, title: str) -> bytes:
+def table_picture(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], *, title: str) -> bytes:
     """The table as a PNG: a line for each net, with each seed, mean ± deviation, best epoch, and what was printed.
 
     Args:
-      experiment: the table's name.
-      lines: of metrics.jsonl.
+      rows: of `numbers`.
       axes: what tells nets apart.
       title: stands above.
     """
-    rows = numbers(experiment, lines, axes)
     shown, y = varying(rows, axes), np.arange(len(rows))
     whole = figure(5.6, 1.6 + 0.24 * len(rows))
     panel = whole.subplots()
@@ -179,14 +176,13 @@ def mean_band(panel: Any, x: np.ndarray, values: np.ndarray, colour: str, line: 
     panel.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.13, lw=0)
 
 
-def _facets(lines: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[Facet]:
+def _facets(nets: Nets) -> list[Facet]:
     """The nets in rows of panels that stay legible.
 
     Up to eight activations have a colour each, and the other axes dashes. With more of them, the base activation has
     the colour, its variants (linked, sqrt2, bn) the dashes. The axes with most values become rows until it fits.
     """
-    nets = by_net(lines, axes)
-    shown = varying([net for net, _ in nets], axes)
+    shown = varying([net for net, _ in nets], list(nets[0][0]))
 
     def distinct(axes: Sequence[str]) -> list[tuple[Any, ...]]:
         return list(dict.fromkeys(tuple(net[axis] for axis in axes) for net, _ in nets))

@@ -289,10 +289,11 @@ class _Run:
         )  # fmt: skip
 
     def _show(self) -> None:
-        lines, axes = self.record.lines, self.experiment.all_axes
-        rows = tables.summary(self.experiment.name, lines, axes)
+        axes = self.experiment.all_axes
+        nets = tables.by_net(self.record.lines, axes)
+        rows = tables.summary(tables.numbers(self.experiment.name, self.data.name, nets), axes)
         self.console.table(f"{self.experiment.title}, {self.data.name}. {tables.legend(rows)}", rows)
-        picture = plots.accuracy_picture(lines, axes, self.folder / f"{self.experiment.name}.png", title=str(self.data))
+        picture = plots.accuracy_picture(nets, self.folder / f"{self.experiment.name}.png", title=str(self.data))
         self.console.say(f"record   {self.folder}\npicture  {picture}")
         times = records.read_times(self.folder)
         if times:

@@ -23,9 +23,9 @@ class Settings:
     """The options that all tables share; a table's own Settings adds to them and changes defaults."""
 
     preset: Preset = "auto"
-    """quick: minutes, digits. paper: as printed, hours. auto: quick, on CIFAR-10 if prepared. Other options override."""
+    """quick: minutes, digits. paper: as printed, hours. auto: quick, CIFAR-10 if prepared. Other options override."""
     act: tuple[str, ...] = ("lk_relu",)
-    """Rows: relu, lk_relu (linked), relu_sqrt2 (equal parameters), relu_bn (batch norm), all. A wrong name lists them."""
+    """Rows: relu, lk_relu (linked), relu_sqrt2 (equal parameters), relu_bn (batch norm); all. Wrong names list them."""
     norm: Norm = "none"
     """batch: batch norm before every activation, as if each row ended in _bn."""
     match_params: bool = False

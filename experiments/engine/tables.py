@@ -12,23 +12,20 @@ CHANCE = 0.1  # of the ten classes that every set of the paper has; a run that d
 FEW = 3  # seeds; a row with fewer is marked, its deviation says little
 Net = dict[str, Any]
 Run = list[Mapping[str, Any]]
+Nets = Sequence[tuple[Net, list[Run]]]
+"""Of `by_net`."""
 
 
-def summary(
-    experiment: str, lines: Sequence[Mapping[str, Any]], axes: Sequence[str], nets: Sequence[Mapping[str, Any]] = ()
-) -> list[dict[str, str]]:
+def summary(found: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[dict[str, str]]:
     """A row for each net: mean and standard deviation over its seeds, last epoch first. `legend` explains it.
 
     Args:
-      experiment: the table's name, for what the paper and its later edition printed.
-      lines: of metrics.jsonl, with the axes, seed and epoch, in rising order of epochs.
-      axes: what tells nets apart; those with one value are not shown, but for act.
-      nets: of config.json, for the columns of parameters and costs.
+      found: of `numbers`.
+      axes: what tells nets apart; those with one value are not shown, but for act and init.
 
     Returns:
       Rows of column name to text.
     """
-    found = numbers(experiment, lines, axes, nets)
     shown = varying(found, axes)
     printed = any(row[edition] is not None for row in found for edition in EDITIONS)
     rows = []
@@ -65,16 +62,24 @@ def legend(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def numbers(
-    experiment: str, lines: Sequence[Mapping[str, Any]], axes: Sequence[str], nets: Sequence[Mapping[str, Any]] = ()
+    experiment: str, dataset: str, nets: Nets, configured: Sequence[Mapping[str, Any]] = ()
 ) -> list[dict[str, Any]]:
     """What `summary` shows, as numbers: a row for each net, with the values of each seed.
 
+    Args:
+      experiment: the table's name, for what the paper and its later edition printed.
+      dataset: they printed accuracies on cifar10.
+      nets: of `by_net`.
+      configured: the nets of config.json, for parameters and costs.
+
     Returns:
-      Rows with all axes; parameters, flops and activation_bytes where `nets` has them; seeds, last and best (lists,
-      one value a seed); paper and later (or None); diverged; dead (mean), units, dead_from (a layer from 1, or None),
-      first_signal, last_signal and seconds (means). The last five are None if no epoch was evaluated.
+      Rows with all axes; parameters, flops and activation_bytes where `configured` has them; seeds, last and best
+      (lists, one value a seed); paper and later (None where they have none); diverged; dead (mean), units, dead_from (a
+      layer from 1, or None), first_signal, last_signal and seconds (means). The last six are None if no epoch was
+      evaluated.
     """
-    counts = {tuple(net[axis] for axis in axes): {k: v for k, v in net.items() if k not in axes} for net in nets}
+    axes = list(nets[0][0]) if nets else []
+    counts = {tuple(net[axis] for axis in axes): {k: v for k, v in net.items() if k not in axes} for net in configured}
     return [
         {
             **net,
@@ -82,11 +87,11 @@ def numbers(
             "seeds": [run[0]["seed"] for run in runs],
             "last": [last_accuracy(run) for run in runs],
             "best": [best_accuracy(run) for run in runs],
-            **published(experiment, net),
+            **(published(experiment, net) if dataset == "cifar10" else dict.fromkeys(EDITIONS)),
             "diverged": sum("diverged" in run[-1] for run in runs),
             **_layers(runs),
         }
-        for net, runs in by_net(lines, axes)
+        for net, runs in nets
     ]
 
 
@@ -118,7 +123,12 @@ def _health(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def by_net(lines: Iterable[Mapping[str, Any]], axes: Sequence[str]) -> list[tuple[Net, list[Run]]]:
-    """The nets in the order of their first lines, each with its runs: the lines of one seed."""
+    """The nets in the order of their first lines, each with its runs: the lines of one seed.
+
+    Args:
+      lines: of metrics.jsonl, with the axes, seed and epoch, in rising order of epochs.
+      axes: what tells nets apart.
+    """
     nets: dict[tuple[Any, ...], dict[int, Run]] = {}
     for line in lines:
         nets.setdefault(tuple(line[axis] for axis in axes), {}).setdefault(line["seed"], []).append(line)

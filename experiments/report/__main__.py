@@ -110,11 +110,11 @@ def _write_table(folder: Path, group: Group) -> dict[str, bytes]:
     (folder / f"{group.name}.csv").write_text(csv_of(group), encoding="utf-8")
     if not group.lines:
         return {}
-    table = plots.table_picture(group.experiment, group.lines, group.axes, title=group.heading)
+    table = plots.table_picture(group.numbers, group.axes, title=group.heading)
     (folder / f"{group.name}.png").write_bytes(table)
-    plots.accuracy_picture(group.lines, group.axes, folder / f"{group.name}-curves.png", title=group.heading)
-    about = plots.caption(group.lines, group.axes)
-    panels = plots.panel_pictures(group.lines, group.axes)
+    plots.accuracy_picture(group.by_net, folder / f"{group.name}-curves.png", title=group.heading)
+    about = plots.caption(group.by_net)
+    panels = plots.panel_pictures(group.by_net)
     captions = {f"{name}{'; ' if about else ''}{about}": png for name, png in panels.items()}
     return {"The table as a picture": table, **captions}
 

@@ -1,6 +1,7 @@
 """Which records may be averaged together. Pure functions of records."""
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,6 +9,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from experiments import allcnn, covariate_shift, depth, parameters, resnet50, width
+from experiments.engine import tables
+from experiments.engine.tables import Nets
 from experiments.report.stored import Line, Run, StoredRecord
 
 TABLES = {module.TABLE.name: module.TABLE for module in (width, depth, parameters, allcnn, resnet50, covariate_shift)}
@@ -45,6 +48,16 @@ class Group:
     def config(self) -> dict[str, Any]:
         """Of the first record: experiment, data, commit and protocol are the same in all."""
         return self.records[0].config
+
+    @functools.cached_property
+    def by_net(self) -> Nets:
+        """The lines of `lines`, sorted by net and seed."""
+        return tables.by_net(self.lines, self.axes)
+
+    @functools.cached_property
+    def numbers(self) -> list[dict[str, Any]]:
+        """The table, as numbers."""
+        return tables.numbers(self.experiment, self.config["data"]["name"], self.by_net, self.nets)
 
     @property
     def heading(self) -> str:

@@ -12,7 +12,7 @@ from experiments.report.stored import StoredRecord
 
 def table_of(group: Group) -> list[dict[str, str]]:
     """The rows of a group's table, as texts; none if no run is finished."""
-    return tables.summary(group.experiment, group.lines, group.axes, group.nets) if group.lines else []
+    return tables.summary(group.numbers, group.axes) if group.lines else []
 
 
 def times_of(group: Group) -> list[tuple[str, list[dict[str, str]]]]:
@@ -44,7 +44,7 @@ def csv_of(group: Group) -> str:
     data = group.config["data"]
     same = {"experiment": group.experiment, "dataset": data["name"], "fingerprint": data["fingerprint"]}
     rows: list[dict[str, Any]] = []
-    for row in tables.numbers(group.experiment, group.lines, group.axes, group.nets):
+    for row in group.numbers:
         found: dict[str, Any] = {**same, **{axis: row[axis] for axis in group.axes}, "seeds": len(row["seeds"])}
         for key in ("last", "best"):
             found[f"{key}_mean"] = statistics.fmean(row[key])

@@ -106,14 +106,22 @@ def test_means_and_deviations_are_those_of_the_lines(tmp_path):
         best = by_seed.max(axis=1)
         assert row["best"] == f"{best.mean():.4f} ± {best.std(ddof=1):.4f}"
     assert list(rows[0])[:5] == ["act", "init", "last epoch", "best", "seeds"]
-    shown = [{key: row[key] for key in ("paper (best)", "later (best)", "parameters", "dead", "from")} for row in rows]
+    shown = [{key: row[key] for key in ("parameters", "dead", "from")} for row in rows]
     assert shown == [
-        {"paper (best)": "0.1", "later (best)": "0.1", "parameters": "1,590", "dead": "2/12", "from": "layer 1"},
-        {"paper (best)": "0.2014", "later (best)": "0.5667", "parameters": "1,590", "dead": "0/12", "from": "none"},
+        {"parameters": "1,590", "dead": "2/12", "from": "layer 1"},
+        {"parameters": "1,590", "dead": "0/12", "from": "none"},
     ]
     assert rows[0]["signal"] == "1 to 0.5"
     assert rows[0]["time"] == "3 s"
     assert rows[0]["seeds"] == "3"
+
+
+def test_what_the_paper_printed_stands_beside_its_own_data_only(tmp_path):
+    write_record(tmp_path / "digits")
+    write_record(tmp_path / "cifar", data={"name": "cifar10", "fingerprint": "beef"})
+    cifar, digits = (report.table_of(group) for group in the_groups(tmp_path))
+    assert [(row["paper (best)"], row["later (best)"]) for row in cifar] == [("0.1", "0.1"), ("0.2014", "0.5667")]
+    assert not any("paper" in column or "later" in column for column in digits[0])
 
 
 def test_nets_of_several_records_stand_in_one_table(tmp_path):
@@ -153,7 +161,7 @@ def test_a_run_that_diverged_counts_as_chance_and_is_counted(tmp_path):
     net = CONFIG["nets"][1]
     assert relu["last epoch"].startswith(f"{np.mean([accuracy(net, 0, 2), tables.CHANCE, accuracy(net, 2, 2)]):.4f} ")
     assert group.notes == []  # it is finished
-    assert "runs that diverged are not drawn" in plots.caption(group.lines, group.axes)
+    assert "runs that diverged are not drawn" in plots.caption(group.by_net)
 
 
 def test_a_net_whose_runs_all_diverge_in_the_first_epoch(tmp_path):
@@ -250,7 +258,7 @@ def test_of_a_run_that_is_there_twice_the_first_counts(tmp_path, same):
     (note,) = group.notes
     assert re.fullmatch(r"b: runs that a has too, .*: lk_relu 50 auto 0.001 seed 2; relu 50 auto 0.001 seed 2\.", note)
     assert ("the same numbers" if same else "OTHER numbers") in note
-    (row, _) = tables.numbers("depth", group.lines, group.axes)
+    (row, _) = group.numbers
     assert row["seeds"] == [0, 1, 2, 3, 4]
     assert row["last"][2] == accuracy({"act": "relu"}, 2, 2)
     assert alone[0]["seeds"] == "3"
@@ -417,7 +425,7 @@ def test_csv_has_ten_digits(tmp_path):
     assert float(relu["last_deviation"]) == pytest.approx(np.std(values, ddof=1), rel=1e-9)
     assert [float(value) for value in relu["last_by_seed"].split()] == pytest.approx(values, rel=1e-9)
     assert (relu["seeds"], relu["seed_numbers"], relu["depth"], relu["fingerprint"]) == ("3", "0 1 2", "50", "feed")
-    assert (lk_relu["dead"], lk_relu["dead_from"], lk_relu["later"]) == ("0", "", "0.5667")
+    assert (lk_relu["dead"], lk_relu["dead_from"], lk_relu["later"]) == ("0", "", "")
 
 
 class _Page(HTMLParser):
@@ -570,7 +578,7 @@ def many(acts, **axes):
 )
 def test_many_nets_are_drawn_in_rows_that_tell_them_apart(acts, axes, rows):
     lines, names = many(acts, **axes)
-    facets = plots._facets(lines, names)
+    facets = plots._facets(tables.by_net(lines, names))
     assert len(facets) == rows
     assert len({title for title, _ in facets}) == rows
     assert sum(len(curves) for _, curves in facets) == len(lines)
@@ -583,7 +591,7 @@ def test_many_nets_are_drawn_in_rows_that_tell_them_apart(acts, axes, rows):
 
 def test_dead_units_of_a_later_net_are_not_cut_off():
     lines = [{**line, "dead_by_layer": [0, 0, 3 * number]} for number, line in enumerate(many(["relu", "selu"])[0])]
-    ((_, curves),) = plots._facets(lines, ["act"])
+    ((_, curves),) = plots._facets(tables.by_net(lines, ["act"]))
     panel = plots.figure(4, 3).subplots()
     plots._draw(panel, curves, plots._PANELS["Dead units by layer, after training"], "")
     assert panel.get_ylim()[1] >= 3
