@@ -122,10 +122,21 @@ def test_a_browser_shows_every_page_without_an_error(width, site, address):
     assert not found, "\n".join(found)
 
 
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
 @slow
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch, capsys):
+    """The same words; numbers, which differ between machines, up to a factor of 2."""
     monkeypatch.chdir(tmp_path)
     names = {}
-    for code in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
-        exec(compile(code, page.name, "exec"), names)
+    page = page.read_text(encoding="utf-8")
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        Path("net.py").write_text(code, encoding="utf-8")
+        exec(compile(code, tmp_path / "net.py", "exec"), names)
+    printed = capsys.readouterr().out
+    for shown in re.findall(r"^```text\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        assert NUMBER.sub("#", printed) == NUMBER.sub("#", shown)
+        numbers, expected = ([float(number) for number in NUMBER.findall(text)] for text in (printed, shown))
+        assert numbers == pytest.approx(expected, rel=1, abs=0.05)

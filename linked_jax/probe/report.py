@@ -106,12 +106,11 @@ class LayerReport:
 class Report:
     """What `probe` measured, layer by layer in order of execution. `str(report)` is a table.
 
-    Its columns count units that are dead, have no gradient (no grad: `dead_link`), had NaN or infinity (NaN/inf), are
-    dormant, never change the sign of z (linear: `linearised`) and are saturated (satur.); and show the shift
-    (`activation_shift`), the mean squares of z (z²) and of the gradient for it (grad²), the effective rank of the
-    outputs (rank) and their stable rank (stable), the effective negative slope of the steepest member (slope<0) and the
-    share of the data in the dead band (flat). An activation that is a lambda has no better name: make a `Link` of a
-    function with a name.
+    Its columns count units that are dead, have no gradient (no grad: `dead_link`), are dormant, never change the sign
+    of z (linear: `linearised`) and are saturated (satur.), or had NaN or infinity (NaN/inf, where a unit had); and show
+    the shift (`activation_shift`), the mean squares of z (z²) and of the gradient for it (grad², with a loss) and the
+    effective rank of the outputs (rank). An activation that is a lambda has no better name: make a `Link` of a function
+    with a name.
 
     Attributes:
       layers: the activations.
@@ -137,14 +136,23 @@ class Report:
     not_finite_first: Origin | None = None
 
     def __str__(self) -> str:
-        rows = [_COLUMNS, *map(_row, self.layers)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        adjusts = [str.ljust] * 2 + [str.rjust] * (len(_COLUMNS) - 2)
-        lines = ["  ".join(f(x, n) for f, x, n in zip(adjusts, row, widths, strict=True)) for row in rows]
+        columns = self._columns()
+        adjusts = [str.ljust] * 2 + [str.rjust] * (len(columns) - 2)
+        widths = [max(map(len, column)) for column in columns]
+        lines = [
+            "  ".join(f(x, n) for f, x, n in zip(adjusts, row, widths, strict=True))
+            for row in zip(*columns, strict=True)
+        ]
         return "\n".join([*lines, *self._remarks()])
 
+    def _columns(self) -> list[tuple[str, ...]]:
+        """The columns of the table, each with its head; without gradients, ranks and NaN where there are none."""
+        columns = zip(_COLUMNS, *map(_row, self.layers), strict=True)
+        return [(head, *cells) for head, *cells in columns if set(cells) - {"0" if head == "NaN/inf" else ""}]
+
     def _remarks(self) -> list[str]:
-        found = [] if self.not_finite_first is None else [f"not finite: {self.not_finite_first}"]
+        found = [_LEGEND]
+        found += [] if self.not_finite_first is None else [f"not finite: {self.not_finite_first}"]
         return [*found, *(f"not seen: {what}" for what in self.not_seen)]
 
     def print(self) -> None:
@@ -155,12 +163,13 @@ class Report:
         except ImportError as error:
             raise ImportError("Report.print needs rich; pip install linked_jax[probe], or print(report)") from error
         table = Table(box=None)
-        for i, column in enumerate(_COLUMNS):
-            table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
-        for layer in self.layers:
+        heads, *rows = zip(*self._columns(), strict=True)
+        for i, head in enumerate(heads):
+            table.add_column(head, justify="left" if i < 2 else "right", no_wrap=True)
+        for layer, row in zip(self.layers, rows, strict=True):
             sick = (layer.dead | layer.dead_link | layer.not_finite).any()
-            table.add_row(*_row(layer), style="red" if sick else "yellow" if layer.dormant.any() else None)
-        needed = max(map(len, str(self).splitlines())) + 2 * len(_COLUMNS)
+            table.add_row(*row, style="red" if sick else "yellow" if layer.dormant.any() else None)
+        needed = max(map(len, str(self).splitlines())) + 2 * len(heads)
         console = Console(width=max(needed, Console().width))  # rich would cut names to fit
         console.print(table)
         for remark in self._remarks():
@@ -209,15 +218,15 @@ class Report:
 
 _COLUMNS = (
     "name", "activation", "units", "dead", "no grad", "NaN/inf", "dormant", "linear", "satur.", "shift", "z²", "grad²",
-    "rank", "stable", "slope<0", "flat",
+    "rank",
 )  # fmt: skip
+_LEGEND = "dead to satur.: of the units; z²: mean square before the activation; rank: effective, of the outputs"
 _SCALARS = ("activation_shift", "mean_square", "gradient_mean_square", "effective_rank", "stable_rank")
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
     counts = (layer.dead, layer.dead_link, layer.not_finite, layer.dormant, layer.linearised, layer.saturated)
-    scalars = _scalars(layer)
-    shown = (scalars[name] for name in (*_SCALARS, "negative_slope", "dead_band"))
+    shown = (layer.activation_shift, layer.mean_square, layer.gradient_mean_square, layer.effective_rank)
     cells = ("" if x is None else f"{x:.3g}" for x in shown)
     return (layer.name, layer.activation, str(layer.units), *(str(int(x.sum())) for x in counts), *cells)
 
