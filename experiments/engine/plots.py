@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 
 from experiments.engine.files import write_whole
-from experiments.engine.tables import HEADINGS, Nets, Run, text, varying
+from experiments.engine.tables import CHANCE, HEADINGS, Nets, Run, text, varying
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 """Okabe and Ito's, which colour-blind readers can tell apart; then black and grey."""
-_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (8, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
-_NETS_IN_A_PANEL = 12
-_BANDS_IN_A_PANEL = 6  # with more they hide the lines
+_NETS_IN_A_PANEL = 5
 _TINY = 1e-30  # a log axis has no zero
 _DPI = 140
 
@@ -29,8 +27,8 @@ class _Curve:
     """A net in a panel."""
 
     runs: list[Run]  # those that did not diverge
-    style: dict[str, Any]
-    band: bool
+    colour: str
+    label: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +38,7 @@ class _Panel:
     values: Callable[[Run], Sequence[float]]
     axes: dict[str, Any]
     least_top: float | None = None  # of an axis whose greatest value may be 0
+    chance: bool = False  # is drawn
 
 
 Facet = tuple[str, list[_Curve]]
@@ -47,6 +46,7 @@ _PANELS = {
     "Test accuracy by epoch": _Panel(
         lambda run: [line["test_accuracy"] for line in run],
         {"xlabel": "epoch", "ylabel": "test accuracy", "ylim": (0, 1)},
+        chance=True,
     ),
     "Dead units by epoch": _Panel(
         lambda run: [100 * line["dead_units"] / max(line["units"], 1) for line in run],
@@ -88,7 +88,7 @@ def save(figure: Any, path: Path, dpi: int = _DPI) -> Path:
 
 
 def accuracy_picture(nets: Nets, path: Path, *, title: str) -> Path:
-    """Accuracy and dead units by epoch, dead units and signal by layer after the last; many nets in several rows.
+    """Accuracy and dead units by epoch, dead units and signal by layer after the last; at most five nets in a row.
 
     Args:
       nets: of `by_net`; lines have epoch, test_accuracy, units, dead_units, dead_by_layer and signal_by_layer.
@@ -99,28 +99,28 @@ def accuracy_picture(nets: Nets, path: Path, *, title: str) -> Path:
       The path.
     """
     facets = _facets(nets)
-    whole = figure(15, 0.8 + 2.9 * len(facets))
+    whole = figure(15, 0.8 + 2.7 * len(facets))
     grid = whole.subplots(len(facets), len(_PANELS), squeeze=False)
     for row, (named, curves) in zip(grid, facets, strict=True):
-        for panel, (name, what) in zip(row, _PANELS.items(), strict=True):
-            _draw(panel, curves, what, ": ".join(filter(None, (name, named))))
-    _legend(whole, grid[:, 0], "outside right center", columns=1)
+        for panel, what in zip(row, _PANELS.values(), strict=True):
+            _draw(panel, curves, what, "")
+        _label(row[0])
+        row[0].set_title(named, fontsize=9, loc="left", weight="bold")
+    for panel, name in zip(grid[0], _PANELS, strict=True):
+        panel.set_title(name, fontsize=9, loc="right")
     whole.suptitle("; ".join(filter(None, (title, caption(nets)))), fontsize=11)
-    return save(whole, path)
+    return save(whole, path, dpi=100)
 
 
 def panel_pictures(nets: Nets) -> dict[str, bytes]:
     """The panels of `accuracy_picture`, each as a PNG that a phone can show; many nets one below the other."""
-    facets = _facets(nets)
-    labels = {curve.style["label"] for _, curves in facets for curve in curves}
-    columns = max(1, min(3, 56 // max(10 + len(label) for label in labels)))
-    pictures = {}
+    facets, pictures = _facets(nets), {}
     for name, what in _PANELS.items():
-        one = figure(4.4, 2.4 * len(facets) + 0.4 + 0.19 * -(-len(labels) // columns))
+        one = figure(4.6, 0.2 + 2.4 * len(facets))
         panels = one.subplots(len(facets), squeeze=False)[:, 0]
         for panel, (named, curves) in zip(panels, facets, strict=True):
             _draw(panel, curves, what, named)
-        _legend(one, panels, "outside lower center", columns=columns)
+            _label(panel)
         pictures[name] = png(one)
     return pictures
 
@@ -129,8 +129,7 @@ def caption(nets: Nets) -> str:
     """What the lines of the pictures are, where it needs saying."""
     runs = [run for _, runs in nets for run in runs]
     seeds = len({run[0]["seed"] for run in runs})
-    bands = any(curve.band for _, curves in _facets(nets) for curve in curves)
-    said = [f"lines are means over {seeds} seeds" + ", bands span them" * bands] if seeds > 1 else []
+    said = [f"lines are means over {seeds} seeds, bands span them"] if seeds > 1 else []
     if any("diverged" in run[-1] for run in runs):
         said.append("runs that diverged are not drawn")
     return "; ".join(said)
@@ -177,45 +176,54 @@ def mean_band(panel: Any, x: np.ndarray, values: np.ndarray, colour: str, line: 
 
 
 def _facets(nets: Nets) -> list[Facet]:
-    """The nets in rows of panels that stay legible.
+    """The nets in as few rows of panels as have at most five each; the nets of a row share the values of some axes.
 
-    Up to eight activations have a colour each, and the other axes dashes. With more of them, the base activation has
-    the colour, its variants (linked, sqrt2, bn) the dashes. The axes with most values become rows until it fits.
+    Among these are the base activation, such as relu of relu, lk_relu, relu_sqrt2 and relu_bn, and the family: some
+    bases with at most five activations. In all rows a colour has one meaning: a variant of the base activation where
+    that is shared, else an activation; with the axes that are not shared.
     """
-    shown = varying([net for net, _ in nets], list(nets[0][0]))
+    axes = varying([net for net, _ in nets], list(nets[0][0]))
+    families = _families([net["act"] for net, _ in nets])
+    tagged = [({**net, "base": _base(net["act"]), "family": families[_base(net["act"])]}, runs) for net, runs in nets]
+    ways = [way for n in range(len(axes) + 3) for way in itertools.combinations(["base", "family", *axes], n)]
 
-    def distinct(axes: Sequence[str]) -> list[tuple[Any, ...]]:
-        return list(dict.fromkeys(tuple(net[axis] for axis in axes) for net, _ in nets))
+    def rows(way: Sequence[str]) -> collections.Counter[tuple[Any, ...]]:
+        return collections.Counter(tuple(net[axis] for axis in way) for net, _ in tagged)
 
-    def largest(rows: Sequence[str]) -> int:
-        return max(collections.Counter(tuple(net[axis] for axis in rows) for net, _ in nets).values())
+    shared = min((way for way in ways if max(rows(way).values()) <= _NETS_IN_A_PANEL), key=lambda way: len(rows(way)))
+    own = [axis for axis in axes if axis == "act" or axis not in shared]
+    meanings: dict[str, int] = {}
+    facets: dict[tuple[Any, ...], Facet] = {}
+    for net, runs in tagged:
+        variant = net["act"].replace(net["base"], "") if "base" in shared else net["act"]
+        colour = meanings.setdefault(_name(net | {"act": variant}, own), len(meanings))
+        curve = _Curve(
+            [run for run in runs if "diverged" not in run[-1]], COLOURS[colour % len(COLOURS)], _name(net, own)
+        )
+        says = {axis: f"{HEADINGS.get(axis, axis)} {text(net[axis])}" for axis in axes} | {"base": net["base"]}
+        title = ", ".join(says[axis] for axis in shared if axis in says)
+        facets.setdefault(tuple(net[axis] for axis in shared), (title, []))[1].append(curve)
+    return list(facets.values())
 
-    by_base = len(distinct(["act"])) > len(COLOURS)
-    inside, rows = [axis for axis in shown if axis != "act"], []
-    while inside and (len(distinct(inside)) > (1 if by_base else len(_DASHES)) or largest(rows) > _NETS_IN_A_PANEL):
-        inside.remove(max(inside, key=lambda axis: len(distinct([axis]))))
-        rows = [axis for axis in shown if axis not in ("act", *inside)]
 
-    def kinds(net: Mapping[str, Any]) -> tuple[Any, Any]:
-        """What the colour tells, and what the dashes tell."""
-        base = net["act"].removeprefix("lk_").removesuffix("_bn").removesuffix("_sqrt2")
-        others = tuple(net[axis] for axis in inside)
-        return (base, net["act"].replace(base, "")) if by_base else (net["act"], others)
+def _families(acts: Sequence[str]) -> dict[str, int]:
+    """The base of each activation -> the number of its family, in order.
 
-    colours, dashes = (list(dict.fromkeys(found)) for found in zip(*(kinds(net) for net, _ in nets), strict=True))
-    facets: dict[str, list[_Curve]] = {}
-    for net, runs in nets:
-        colour, dash = kinds(net)
-        style = {
-            "color": COLOURS[colours.index(colour) % len(COLOURS)],
-            "linestyle": _DASHES[dashes.index(dash) % len(_DASHES)],
-            "label": _name(net, ["act", *inside]),
-        }
-        whole = [run for run in runs if "diverged" not in run[-1]]
-        band = largest(rows) <= _BANDS_IN_A_PANEL and len(whole) > 1
-        facet = ", ".join(f"{HEADINGS.get(axis, axis)} {text(net[axis])}" for axis in rows)
-        facets.setdefault(facet, []).append(_Curve(whole, style, band))
-    return list(facets.items())
+    >>> from experiments.engine.plots import _families
+    >>> _families(["relu", "lk_relu", "relu_bn", "elu", "lk_elu", "selu"])
+    {'relu': 0, 'elu': 0, 'selu': 1}
+    """
+    sizes = collections.Counter(map(_base, dict.fromkeys(acts)))
+    families, family, size = {}, 0, 0
+    for base, count in sizes.items():
+        if size and size + count > _NETS_IN_A_PANEL:
+            family, size = family + 1, 0
+        families[base], size = family, size + count
+    return families
+
+
+def _base(act: str) -> str:
+    return act.removeprefix("lk_").removesuffix("_bn").removesuffix("_sqrt2")
 
 
 def _name(net: Mapping[str, Any], axes: Sequence[str]) -> str:
@@ -227,17 +235,22 @@ def _draw(panel: Any, curves: Sequence[_Curve], what: _Panel, title: str) -> Non
     for curve in curves:
         runs = [what.values(run) for run in curve.runs]
         length = min(map(len, runs), default=0)  # all may have diverged
+        if not length:
+            continue
         x, values = range(1, length + 1), np.array([run[:length] for run in runs], np.float64)
-        panel.plot(x, values.mean(axis=0) if length else [], lw=1.4, marker="." if len(x) == 1 else "",
-                   **curve.style)  # fmt: skip
-        if len(x) == 1:
+        panel.plot(x, values.mean(axis=0), lw=1.4, marker="." if length == 1 else "", color=curve.colour,
+                   label=curve.label)  # fmt: skip
+        panel.fill_between(x, values.min(axis=0), values.max(axis=0), color=curve.colour, alpha=0.13, lw=0)
+        if length == 1:
             panel.set_xlim(0.5, 1.5)
-        if curve.band and length:
-            colour = curve.style["color"]
-            panel.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, lw=0)
     panel.set(**what.axes)
     if what.least_top is not None:
         panel.set_ylim(-0.1, max(what.least_top, panel.get_ylim()[1]))
+    if what.chance:
+        panel.axhline(CHANCE, color="0.5", lw=1, ls=":")
+        panel.text(
+            0.01, CHANCE - 0.01, "chance", color="0.4", fontsize=7, va="top", transform=panel.get_yaxis_transform()
+        )
     panel.set_title(title, fontsize=9)
     panel.xaxis.label.set_size(8.5)
     panel.yaxis.label.set_size(8.5)
@@ -245,15 +258,33 @@ def _draw(panel: Any, curves: Sequence[_Curve], what: _Panel, title: str) -> Non
     _plain(panel)
 
 
+def _label(panel: Any) -> None:
+    """Write each line's name beside its end, in its colour."""
+    lines = [line for line in panel.get_lines() if not line.get_label().startswith("_")]
+    to_panel = panel.transScale + panel.transLimits
+    ends = [to_panel.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1] for line in lines]
+    for place, line in zip(_apart(ends, 0.09), lines, strict=True):
+        panel.text(1.02, place, line.get_label(), color=line.get_color(), fontsize=8, va="center",
+                   transform=panel.transAxes)  # fmt: skip
+
+
+def _apart(places: Sequence[float], gap: float) -> list[float]:
+    """Places between 0 and 1 that are a gap apart, in the same order, near the given ones.
+
+    >>> from experiments.engine.plots import _apart
+    >>> [round(place, 2) for place in _apart([0.5, 0.98, 0.97, 1.0], 0.1)]
+    [0.5, 0.9, 0.8, 1.0]
+    """
+    order = np.argsort(places, kind="stable")
+    found = np.clip(np.asarray(places, np.float64)[order], 0, 1)
+    for i in range(1, len(found)):
+        found[i] = max(found[i], found[i - 1] + gap)
+    for i in reversed(range(len(found))):
+        found[i] = min(found[i], 1 - gap * (len(found) - 1 - i))
+    return found[np.argsort(order)].tolist()
+
+
 def _plain(panel: Any) -> None:
     panel.grid(alpha=0.25)
     panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def _legend(figure: Any, panels: Sequence[Any], place: str, *, columns: int) -> None:
-    """One for all rows: each label once."""
-    found = (zip(*panel.get_legend_handles_labels(), strict=True) for panel in panels)
-    handles = {label: handle for handle, label in itertools.chain.from_iterable(found)}
-    figure.legend(list(handles.values()), list(handles), frameon=False, loc=place, fontsize=7.5, ncols=columns,
-                  handlelength=3.2)  # fmt: skip
