@@ -17,7 +17,8 @@ from experiments.engine.tables import CHANCE, HEADINGS, Nets, Run, text, varying
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 """Okabe and Ito's, which colour-blind readers can tell apart; then black and grey."""
-_NETS_IN_A_PANEL = 5
+IN_A_PANEL = 5
+"""Lines, at most."""
 _TINY = 1e-30  # a log axis has no zero
 _DPI = 140
 
@@ -104,7 +105,7 @@ def accuracy_picture(nets: Nets, path: Path, *, title: str) -> Path:
     for row, (named, curves) in zip(grid, facets, strict=True):
         for panel, what in zip(row, _PANELS.values(), strict=True):
             _draw(panel, curves, what, "")
-        _label(row[0])
+        label_ends(row[0])
         row[0].set_title(named, fontsize=9, loc="left", weight="bold")
     for panel, name in zip(grid[0], _PANELS, strict=True):
         panel.set_title(name, fontsize=9, loc="right")
@@ -120,7 +121,7 @@ def panel_pictures(nets: Nets) -> dict[str, bytes]:
         panels = one.subplots(len(facets), squeeze=False)[:, 0]
         for panel, (named, curves) in zip(panels, facets, strict=True):
             _draw(panel, curves, what, named)
-            _label(panel)
+            label_ends(panel)
         pictures[name] = png(one)
     return pictures
 
@@ -175,6 +176,17 @@ def mean_band(panel: Any, x: np.ndarray, values: np.ndarray, colour: str, line: 
     panel.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.13, lw=0)
 
 
+def label_ends(panel: Any) -> None:
+    """Write the name of each line that has one beside its end, in its colour; once the axes' limits are set."""
+    lines = [line for line in panel.get_lines() if len(line.get_xdata()) and not line.get_label().startswith("_")]
+    to_panel = panel.transScale + panel.transLimits
+    ends = [to_panel.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1] for line in lines]
+    inches = 0.8 * panel.figure.get_figheight() / panel.get_subplotspec().get_gridspec().nrows
+    for place, line in zip(_apart(ends, 0.17 / inches), lines, strict=True):
+        panel.text(1.02, place, line.get_label(), color=line.get_color(), fontsize=8, va="center",
+                   transform=panel.transAxes)  # fmt: skip
+
+
 def _facets(nets: Nets) -> list[Facet]:
     """The nets in as few rows of panels as have at most five each; the nets of a row share the values of some axes.
 
@@ -190,7 +202,7 @@ def _facets(nets: Nets) -> list[Facet]:
     def rows(way: Sequence[str]) -> collections.Counter[tuple[Any, ...]]:
         return collections.Counter(tuple(net[axis] for axis in way) for net, _ in tagged)
 
-    shared = min((way for way in ways if max(rows(way).values()) <= _NETS_IN_A_PANEL), key=lambda way: len(rows(way)))
+    shared = min((way for way in ways if max(rows(way).values()) <= IN_A_PANEL), key=lambda way: len(rows(way)))
     own = [axis for axis in axes if axis == "act" or axis not in shared]
     meanings: dict[str, int] = {}
     facets: dict[tuple[Any, ...], Facet] = {}
@@ -216,7 +228,7 @@ def _families(acts: Sequence[str]) -> dict[str, int]:
     sizes = collections.Counter(map(_base, dict.fromkeys(acts)))
     families, family, size = {}, 0, 0
     for base, count in sizes.items():
-        if size and size + count > _NETS_IN_A_PANEL:
+        if size and size + count > IN_A_PANEL:
             family, size = family + 1, 0
         families[base], size = family, size + count
     return families
@@ -256,16 +268,6 @@ def _draw(panel: Any, curves: Sequence[_Curve], what: _Panel, title: str) -> Non
     panel.yaxis.label.set_size(8.5)
     panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     _plain(panel)
-
-
-def _label(panel: Any) -> None:
-    """Write each line's name beside its end, in its colour."""
-    lines = [line for line in panel.get_lines() if not line.get_label().startswith("_")]
-    to_panel = panel.transScale + panel.transLimits
-    ends = [to_panel.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1] for line in lines]
-    for place, line in zip(_apart(ends, 0.09), lines, strict=True):
-        panel.text(1.02, place, line.get_label(), color=line.get_color(), fontsize=8, va="center",
-                   transform=panel.transAxes)  # fmt: skip
 
 
 def _apart(places: Sequence[float], gap: float) -> list[float]:

@@ -289,8 +289,7 @@ class _Run:
         )  # fmt: skip
 
     def _show(self) -> None:
-        axes = self.experiment.all_axes
-        nets = tables.by_net(self.record.lines, axes)
+        nets = tables.by_net(self.record.lines, axes := self.experiment.all_axes)
         rows = tables.summary(tables.numbers(self.experiment.name, self.data.name, nets), axes)
         self.console.table(f"{self.experiment.title}, {self.data.name}. {tables.legend(rows)}", rows)
         picture = plots.accuracy_picture(nets, self.folder / f"{self.experiment.name}.png", title=str(self.data))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.engine import tables
-from experiments.engine.plots import figure, save
+from experiments.engine.plots import figure, label_ends, save
 from experiments.load_forecast.forecast import BASELINES
 from experiments.load_forecast.series import HORIZON
 
@@ -40,7 +40,7 @@ def picture(lines: Sequence[Line], path: Path, *, title: str) -> Path:
     axes.set_title(title, fontsize=8)
     axes.set_xticks([1, *range(3, HORIZON + 1, 3)])
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    label_ends(axes)
     return save(sheet, path, 110)
 
 

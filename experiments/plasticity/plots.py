@@ -7,23 +7,25 @@ from typing import Any
 
 import numpy as np
 
-from experiments.engine.plots import figure, mean_band, save
+from experiments.engine.plots import figure, label_ends, mean_band, save
 from experiments.engine.study import at_best_rate
 from experiments.engine.tables import markdown as markdown_table
 from experiments.engine.tables import provenance, spread
 
 Line = Mapping[str, Any]
 
-_STYLES = {
-    "relu": ("black", "-"),
-    "leaky_relu": ("#777777", "--"),
-    "layer_norm": ("#E69F00", "-"),
-    "redo": ("#D55E00", "--"),
-    "revived": ("#CC79A7", "-"),
-    "lk_relu": ("#0072B2", "-"),
-    "lk_swish": ("#56B4E9", "--"),
-    "fourier": ("#009E73", "-."),
+_COLOURS = {
+    "relu": "black",
+    "leaky_relu": "#8C8C8C",
+    "layer_norm": "#E69F00",
+    "redo": "#D55E00",
+    "revived": "#CC79A7",
+    "lk_relu": "#0072B2",
+    "lk_swish": "#56B4E9",
+    "fourier": "#009E73",
 }
+_TOGETHER = (("relu", "leaky_relu", "layer_norm", "redo", "revived"), ("relu", "lk_relu", "lk_swish", "fourier"))
+"""In a row of panels."""
 _PANELS = {"accuracy": "accuracy after the task", "dormant": "dormant share of units", "rank": "effective rank"}
 _SMOOTHED = {"permuted": 5, "random_labels": 1}
 """How many tasks are averaged for a point of the accuracy's line."""
@@ -136,25 +138,26 @@ def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
 
 
 def picture(column: str, config: Mapping[str, Any], lines: Sequence[Line], path: Path) -> Path:
-    """Accuracy, dormant share and effective rank by task, a row a stream; bands are one standard deviation."""
-    streams = config["protocol"]["streams"]
-    sheet = figure(15, 4.2 * len(streams) + 0.6)
-    panels = sheet.subplots(len(streams), len(_PANELS), squeeze=False)
-    for stream, row in zip(streams, panels, strict=True):
+    """Accuracy, dormant share and effective rank by task, two rows a stream; bands are one standard deviation."""
+    nets = {net["row"]: net for net in _nets(column, config)}
+    kinds = [(stream, [net for net in together if net in nets])
+             for stream in config["protocol"]["streams"] for together in _TOGETHER]  # fmt: skip
+    sheet = figure(15, 3.4 * len(kinds) + 0.6)
+    panels = sheet.subplots(len(kinds), len(_PANELS), squeeze=False)
+    for (stream, together), row in zip(kinds, panels, strict=True):
         for (measure, title), panel in zip(_PANELS.items(), row, strict=True):
             most = max(1, config["protocol"]["tasks"] // 2)  # so that a line is left
             wide = min(_SMOOTHED[stream], most) if measure == "accuracy" else 1
-            for net in _nets(column, config):
-                runs = chosen(of_net(stream, net["row"], net["width"], lines))
+            for net in together:
+                runs = chosen(of_net(stream, net, nets[net]["width"], lines))
                 values = np.array([np.convolve(run[measure], np.ones(wide) / wide, "valid") for run in runs])
                 number = np.arange(wide, wide + values.shape[1])
-                label = f"{net['row']} (rate {runs[0]['rate']:g})"
-                mean_band(panel, number, values, *_STYLES[net["row"]], label)
+                mean_band(panel, number, values, _COLOURS[net], "-", f"{net}, rate {runs[0]['rate']:g}")
             title += f", mean of {wide} tasks" if wide > 1 else ""
             panel.set(title=f"{stream}: {title}", xlabel="task", xlim=(1, None))
             if measure != "accuracy":
                 panel.set_ylim(bottom=0)
             panel.grid(alpha=0.25)
-        row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
+        label_ends(row[-1])
     sheet.suptitle(f"{config['data']['name']}, {column.replace('_', ' ')}: mean over seeds and one standard deviation")
     return save(sheet, path, 100)

@@ -16,6 +16,7 @@ Reference: Dohare et al., Loss of plasticity in deep continual learning, 2024. S
 
 import dataclasses
 import functools
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from experiments.engine.console import Console
 from experiments.engine.files import write_whole
 from experiments.engine.loop import Loop, advance
 from experiments.engine.parallel import Placement
-from experiments.engine.plots import COLOURS, figure, mean_band, save
+from experiments.engine.plots import COLOURS, IN_A_PANEL, figure, label_ends, mean_band, save
 from experiments.engine.study import open_record
 from experiments.engine.tables import markdown, provenance, spread
 from experiments.plasticity.kumar.methods import METHODS
@@ -227,22 +228,22 @@ def page(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
 
 
 def picture(lines: Sequence[Line], path: Path) -> Path:
-    """The error by bins, a panel a rate."""
+    """The error by bins, a column a rate, at most five rows in a panel."""
     found = _by_net(lines)
     rates = sorted({rate for _, rate in found}, reverse=True)
-    sheet = figure(4.2 * len(rates) + 1.5, 4)
-    panels = sheet.subplots(1, len(rates), squeeze=False, sharey=True)[0]
-    rows = list(dict.fromkeys(row for row, _ in found))
-    for panel, rate in zip(panels, rates, strict=True):
-        for place, row in enumerate(rows):
+    names = list(dict.fromkeys(row for row, _ in found))
+    together = [names[i : i + IN_A_PANEL] for i in range(0, len(names), IN_A_PANEL)]
+    sheet = figure(4.2 * len(rates) + 1.5, 3.4 * len(together))
+    grid = sheet.subplots(len(together), len(rates), squeeze=False, sharey=True)
+    for panel, (rows, rate) in zip(grid.flat, itertools.product(together, rates), strict=True):
+        for colour, row in zip(COLOURS, rows, strict=False):
             if errors := whole(found.get((row, rate), [])):
                 values = np.array(errors)
-                dash = "-" if place < len(COLOURS) else "--"
-                mean_band(panel, np.arange(1, values.shape[1] + 1), values, COLOURS[place % len(COLOURS)], dash, row)
-        panel.set(title=f"rate {rate:g}", xlabel=f"bin of {BIN:,} examples", ylim=(0, None))
+                mean_band(panel, np.arange(1, values.shape[1] + 1), values, colour, "-", row)
+        panel.set(title=f"rate {rate:g}", xlabel=f"bin of {BIN:,} examples", ylabel="squared error", ylim=(0, None))
         panel.grid(alpha=0.25)
-    panels[0].set_ylabel("squared error")
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    for panel in grid.flat:  # once they share their limits
+        label_ends(panel)
     return save(sheet, path, 110)
 
 

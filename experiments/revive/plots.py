@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from experiments.engine.plots import figure, mean_band, save
+from experiments.engine.plots import figure, label_ends, mean_band, save
 from experiments.engine.tables import markdown as markdown_table
 from experiments.engine.tables import provenance, spread
 
 Line = Mapping[str, Any]
 
 LEGEND = "test accuracy, mean ± standard deviation over seeds, and dead units by layer, means over seeds"
-_STYLES = {
-    "harmed": ("black", "-"),
-    "continued": ("#777777", "--"),
-    "redo": ("#D55E00", "--"),
-    "revived": ("#CC79A7", "-"),
-    "fresh": ("#009E73", ":"),
-    "fresh_linked": ("#0072B2", ":"),
+_COLOURS = {
+    "harmed": "black",
+    "continued": "#8C8C8C",
+    "redo": "#D55E00",
+    "revived": "#CC79A7",
+    "fresh": "#009E73",
+    "fresh_linked": "#0072B2",
 }
 
 
@@ -84,16 +84,16 @@ def picture(config: Mapping[str, Any], lines: Sequence[Line], path: Path) -> Pat
     harms, turn = config["protocol"]["harmful_rates"], config["protocol"]["harmful_epochs"]
     sheet = figure(13, 4.2 * len(harms) + 0.6)
     for (harm, rate), (left, right) in zip(harms.items(), sheet.subplots(len(harms), 2, squeeze=False), strict=True):
-        for way, style in _STYLES.items():
+        for way, colour in _COLOURS.items():
             runs = of_way(harm, way, lines)
             shares = np.array([run["dead"] for run in runs]).sum(axis=2) / (3 * config["protocol"]["units"])
             for panel, values in ((left, np.array([run["accuracy"] for run in runs])), (right, shares)):
                 epoch = np.arange(values.shape[1]) + (0 if way == "harmed" else turn)
-                mean_band(panel, epoch, values, *style, way)
+                mean_band(panel, epoch, values, colour, "-", way if way != "harmed" else "_")
         for panel, title in ((left, "test accuracy"), (right, "dead share of hidden units")):
             panel.axvline(turn, color="0.6", lw=0.8)
             panel.set(title=f"{harm} (rate {rate:g} up to the line): {title}", xlabel="epoch", xlim=(0, None))
             panel.set_ylim(-0.02, 1.02)
             panel.grid(alpha=0.25)
-        right.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
+            label_ends(panel)
     return save(sheet, path, 100)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.engine.plots import COLOURS, figure, mean_band, save
+from experiments.engine.plots import COLOURS, IN_A_PANEL, figure, label_ends, mean_band, save
 from experiments.engine.tables import markdown as markdown_table
 from experiments.engine.tables import provenance
 from experiments.plasticity.kumar.methods import METHODS
@@ -20,9 +20,6 @@ Line = Mapping[str, Any]
 FIRST_SEED = 3
 """Seeds below it choose the rate; those from it on are the result."""
 _SMOOTHED = {"permuted_mnist": 10}
-_DRAWN = (
-    "relu", "lk_relu", "leaky_relu", "fourier", "relu_ours", "lk_relu_ours", "lk_swish_ours", "random_smooth_leaky",
-)  # fmt: skip
 
 
 @functools.cache
@@ -156,21 +153,21 @@ def by_row(problem: str, tasks: int, lines: Sequence[Line]) -> dict[str, list[Li
 def picture(problem: str, tasks: int, lines: Sequence[Line], path: Path) -> Path:
     """Online accuracy by task, of the tasks that count; bands are one standard deviation over seeds."""
     rows, what = by_row(problem, tasks, lines), PROBLEMS[problem]
-    drawn = [row for row in _DRAWN if row in rows] if len(rows) > len(COLOURS) else list(rows)
-    sheet = figure(9, 4.6)
-    panel = sheet.subplots()
-    for colour, row in zip(COLOURS, drawn or list(rows)[: len(COLOURS)], strict=False):
-        runs = result(rows[row])
-        values = 100 * np.array([_of_hard(problem, run) for run in runs])
-        wide = min(_SMOOTHED.get(problem, 1), max(1, values.shape[1] // 2))
-        means = np.array([np.convolve(run, np.ones(wide) / wide, "valid") for run in values])
-        label = f"{row} (rate {runs[0]['rate']:g}): {values.mean():.1f}"
-        mean_band(panel, np.arange(wide, wide + means.shape[1]), means, colour, "-" if row in METHODS else "--", label)
+    best_first = sorted(rows, key=lambda row: -statistics.fmean(run["score"] for run in result(rows[row])))
+    together = [best_first[i : i + IN_A_PANEL] for i in range(0, len(rows), IN_A_PANEL)]
     kind = "hard task" if what.kind == "classes" else "task"
     smoothed = f", mean of {_SMOOTHED[problem]} tasks" if problem in _SMOOTHED else ""
-    panel.set(xlabel=f"{kind}{smoothed}", ylabel=f"online accuracy in the {kind}, %", ylim=(0, 100))
-    panel.grid(alpha=0.25)
-    panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
+    sheet = figure(6.5, 3.4 * len(together) + 0.4)
+    for panel, drawn in zip(sheet.subplots(len(together), squeeze=False)[:, 0], together, strict=True):
+        for colour, row in zip(COLOURS, drawn, strict=False):
+            values = 100 * np.array([_of_hard(problem, run) for run in result(rows[row])])
+            wide = min(_SMOOTHED.get(problem, 1), max(1, values.shape[1] // 2))
+            means = np.array([np.convolve(run, np.ones(wide) / wide, "valid") for run in values])
+            number = np.arange(wide, wide + means.shape[1])
+            mean_band(panel, number, means, colour, "-", f"{row} {values.mean():.1f}")
+        panel.set(xlabel=f"{kind}{smoothed}", ylabel=f"online accuracy in the {kind}, %", ylim=(0, 100))
+        panel.grid(alpha=0.25)
+        label_ends(panel)
     sheet.suptitle(f"{what.says}: accuracy before learning, by task, at equal parameters")
     return save(sheet, path, 110)
 
