@@ -31,6 +31,7 @@ import tyro
 from PIL import Image
 from rich.progress import DownloadColumn
 
+from experiments.engine.checks import command_line
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, first_line, run_command
 from experiments.engine.tfds import tensorflow_datasets, tfds_folder
@@ -69,7 +70,7 @@ class Archive(NamedTuple):
 
 def main() -> None:
     """Read the command line and prepare the set."""
-    settings = tyro.cli(Settings, prog="python -m experiments.prepare")
+    settings = command_line(Settings, "python -m experiments.prepare")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave as after Ctrl-C: with nothing half-written
     prepare(settings.name, settings.data_dir, settings.url)
 

@@ -24,6 +24,7 @@ import tyro
 from filelock import FileLock, Timeout
 
 from experiments.engine import records
+from experiments.engine.checks import command_line
 from experiments.engine.console import Console
 from experiments.engine.errors import InterruptedRunError, UsageError, run_command
 from experiments.engine.experiment import Experiment
@@ -83,7 +84,7 @@ class Job:
 def main() -> None:
     """Read the command line and run the sweep; exit code 1 if a command failed."""
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    sweep, passed_on = tyro.cli(Sweep, args=sys.argv[1:end], prog="python -m experiments.sweep"), sys.argv[end + 1 :]
+    sweep, passed_on = command_line(Sweep, "python -m experiments.sweep", sys.argv[1:end]), sys.argv[end + 1 :]
     out = Path(sweep.out or f"runs/sweep-{sweep.name}")
     jobs, console = plan(sweep, passed_on, out), Console()
     if sweep.dry_run:

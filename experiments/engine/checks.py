@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, get_origin
@@ -17,6 +18,8 @@ def command_line(
     kind: type[S], prog: str, arguments: Sequence[str] | None = None, *, before: Sequence[str] = (), **options: Any
 ) -> S:
     """The settings of a command line, which loses no value in silence: a list is given once.
+
+    `--help` shows the first line of the class's docstring, and the commands at the top of its module.
 
     Args:
       kind: a dataclass of settings.
@@ -34,7 +37,9 @@ def command_line(
         option = f"--{field.name.replace('_', '-')}"
         if get_origin(field.type) is tuple and given.count(option) > 1:
             raise UsageError(f"{option} is given twice, and only the last would count; give it once: {option} A B")
-    return tyro.cli(kind, args=[*before, *arguments], prog=prog, **options)
+    examples = re.findall(r"^ {4}python -m .*$", sys.modules[kind.__module__].__doc__ or "", re.MULTILINE)
+    says = "\n".join([f"{(kind.__doc__ or '').splitlines()[0]} For example:", *examples])
+    return tyro.cli(kind, args=[*before, *arguments], prog=prog, description=says, **options)
 
 
 def in_range(settings: Any, ranges: Mapping[str, tuple[float, float]]) -> None:

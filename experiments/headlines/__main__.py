@@ -17,7 +17,7 @@ import tyro
 
 from experiments.engine import data as data_lib
 from experiments.engine import study
-from experiments.engine.checks import in_range
+from experiments.engine.checks import command_line, in_range
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
 from experiments.engine.files import write_whole
@@ -43,7 +43,7 @@ class Settings:
 
 def main() -> None:
     """Run each claim and print its table."""
-    settings = tyro.cli(Settings, prog="python -m experiments.headlines")
+    settings = command_line(Settings, "python -m experiments.headlines")
     names = tuple(CLAIMS) if "all" in settings.claims else tuple(dict.fromkeys(settings.claims))
     for name in names or ("",):
         if name not in CLAIMS:

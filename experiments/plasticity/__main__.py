@@ -47,7 +47,7 @@ _ROUNDS, _BATCH_SIZE = 2, 16
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Nets that learn one task after the other: do they go on learning."""
+    """Nets that learn one task after the other, and whether they go on learning."""
 
     protocol: Literal["streams"] = "streams"
     """streams: what this help is about. kumar, regression: other problems and options, see --protocol kumar --help."""

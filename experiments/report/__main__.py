@@ -18,6 +18,7 @@ from typing import Annotated
 import tyro
 
 from experiments.engine import plots
+from experiments.engine.checks import command_line
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
 from experiments.report.groups import Group, groups
@@ -44,7 +45,7 @@ class Settings:
 
 def main() -> None:
     """Read the command line and make the report."""
-    settings = tyro.cli(Settings, prog="python -m experiments.report")
+    settings = command_line(Settings, "python -m experiments.report")
     out = Path(settings.out)
     _check_out(out)
     found, problems = read_records(settings.runs)

@@ -1,11 +1,13 @@
 """`python -m experiments`: every command with a line, the data, the runs."""
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 
 from experiments import __main__ as overview
+from experiments.engine.checks import command_line
 from experiments.engine.records import Record
 
 HERE = Path(overview.__file__).parent
@@ -21,6 +23,18 @@ def commands():
 def test_every_command_has_a_line():
     assert set(overview._ORDER) == commands()
     assert all(re.match(r"\S.*[.?]", overview.first_line(name)) for name in overview._ORDER)
+
+
+@pytest.mark.parametrize("name", overview._ORDER)
+def test_the_help_of_every_command_begins_with_what_it_is_and_an_example(name, capsys):
+    package = (HERE / name / "__main__.py").exists()
+    module = importlib.import_module(f"experiments.{name}" + ".__main__" * package)
+    with pytest.raises(SystemExit):
+        command_line(getattr(module, "Settings", None) or module.Sweep, f"python -m experiments.{name}", ["--help"])
+    usage, _, what, example, *_ = capsys.readouterr().out.splitlines()
+    assert usage.startswith(f"usage: python -m experiments.{name} [-h]")
+    assert what.endswith(". For example:")
+    assert example.startswith(f"    python -m experiments.{name}")
 
 
 def test_what_is_there_is_said_in_80_columns(tmp_path):

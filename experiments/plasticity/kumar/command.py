@@ -39,7 +39,7 @@ Run = tuple[int, float]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The four problems of Kumar et al.: does a net that is scored online go on learning."""
+    """The four problems of Kumar et al., and whether a net that is scored online goes on learning."""
 
     protocol: Literal["kumar"] = "kumar"
     """These problems; streams: those of `python -m experiments.plasticity` without this option."""
