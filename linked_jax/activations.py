@@ -122,6 +122,7 @@ def _gelu(z: Array) -> Array:
     return jnp.where(inside, jax.nn.gelu(jnp.where(inside, z, 0)), jnp.where(z > 0, z, 0))
 
 
+_gelu.__name__ = "gelu"  # as a link and a report show it
 relu = Link((jax.nn.relu,))
 leaky_relu = Link((jax.nn.leaky_relu,))
 elu = Link((jax.nn.elu,))

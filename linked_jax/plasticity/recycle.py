@@ -41,7 +41,7 @@ def recycle_dormant(
 
     Returns:
       An Optax transformation. Its update takes params, and magnitudes: mean |h| over the batch, positions and members,
-      (C,) for each layer of `units`.
+      (C,) for each layer of `units`; `tap.stats.magnitude / tap.stats.count` of `linked_jax.probe.observe`.
 
     Raises:
       ValueError: if a number is out of its range; by init, if a path is not there; by update, if params or magnitudes

@@ -273,8 +273,8 @@ def _units(leaves: Mapping[Names, Any], pair: Pair) -> int:
     if left or (window and positions != 1) or (pair.positions or positions) not in one_of:
         raise ValueError(
             f"{'/'.join(pair.after)} has a kernel of shape {kernel.shape}, which does not take {pair.positions or 1} "
-            f"positions of {whose}; positions is height * width where a flatten stands between the activation and a "
-            "dense layer, else 1"
+            f"positions of {whose}; before is the layer in front of the activation, after the one behind it, and "
+            "positions is height * width where a flatten stands between them, else 1"
         )
     if pair.positions is None and positions != 1:
         raise ValueError(

@@ -167,5 +167,5 @@ def test_a_name_is_the_same_in_every_process():
 
 
 def test_the_named_links_have_readable_names():
-    assert repr(activations.lk_gelu) == "Link(_gelu(z), _gelu(-z))"
-    assert member_name(activations.lk_gelu) == "Link(_gelu(z), _gelu(-z))"
+    assert repr(activations.lk_gelu) == "Link(gelu(z), gelu(-z))"
+    assert member_name(activations.lk_gelu) == "Link(gelu(z), gelu(-z))"
