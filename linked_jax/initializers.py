@@ -18,10 +18,11 @@ average over kernels; correlations grow with depth. Depthwise is grouped with C_
 So square layers at stride 1 keep both. Widening (C_out > C_in) keeps the forward signal and enlarges gradients;
 narrowing and read-outs keep the forward signal (for white inputs) and shrink gradients. At a stride the linear kernel
 covers s x s pixels in blocks that tile the image, so no pixel is dropped; one pixel of each block, the usual delta
-kernel, would throw away three quarters at s = 2. A transposed conv writes its s x s output pixels in the same blocks.
-With a dilated kernel the blocks tile only where dilation and stride share no factor; a window smaller than the stride
-leaves the other pixels out. With VALID padding, border pixels take no part in the gradient. A stem has no link before
-it: give it the link of one member `Link((lambda z: z,))`, for which variance_preserving is orthogonal initialisation.
+kernel, would throw away three quarters at s = 2. Where they lie in the window follows from the padding. A transposed
+conv writes its s x s output pixels in the same blocks. With a dilated kernel the blocks tile only where dilation and
+stride share no factor; a window smaller than the stride leaves the other pixels out. With VALID padding, border pixels
+take no part in the gradient. A stem has no link before it: give it the link of one member `Link((lambda z: z,))`, for
+which variance_preserving is orthogonal initialisation.
 
 A function here takes a link, or a module such as `LinkedPReLU` for the link that it starts as; anything else is a
 TypeError. Those for kernels return an init(key, shape, dtype) for the whole kernel of the layer, as Flax wants it.
@@ -34,6 +35,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from linked_jax.linking import Activation, join, link_of
@@ -41,6 +43,8 @@ from linked_jax.members import as_array, weights_of_z
 from linked_jax.moments import mean_square
 
 Initializer = Callable[..., Array]
+Padding = str | int | np.integer | Sequence[Any]
+"""As Flax' convolutions take it: a name, rows, or rows or (low, high) for each axis."""
 
 _READ_OUT_TOLERANCE = 1e-6
 
@@ -150,7 +154,12 @@ _weights_of_z = functools.lru_cache(maxsize=1024)(weights_of_z)
 
 
 def looks_linear(
-    link: Activation, *, strides: int | Sequence[int] = 1, feature_group_count: int = 1, transpose: bool = False
+    link: Activation,
+    *,
+    strides: int | Sequence[int] = 1,
+    feature_group_count: int = 1,
+    transpose: bool = False,
+    padding: Padding = "SAME",
 ) -> Initializer:
     """A kernel that undoes its link: the layer starts linear and, at C_in = C_out and stride 1, isometric.
 
@@ -165,6 +174,7 @@ def looks_linear(
       strides: those of the convolution, an integer or one per spatial axis.
       feature_group_count: the number of groups G that the convolution splits the channels into.
       transpose: whether the kernel is that of a transposed convolution.
+      padding: the convolution's; rows in numbers, as `padding=1`, move the blocks by as many at a stride.
 
     Returns:
       init(key, shape, dtype) for a kernel of shape (*window, d*C_in / G, C_out).
@@ -202,6 +212,10 @@ def looks_linear(
         # SAME padding puts (size - stride) / 2 rows before the first one, rounded down, or up in a transposed conv:
         # there the blocks tile the image.
         before = [(size - width + transpose) // 2 for size, width in zip(window, block, strict=True)]
+        if pixels > 1 and not transpose and not isinstance(padding, str):
+            pads = [padding] * len(window) if np.ndim(padding) == 0 else padding
+            lows = [int(np.ravel(pad)[0]) for pad in pads]
+            before = [max(0, min(low, size - width)) for low, size, width in zip(lows, window, block, strict=True)]
         after = [size - width - low for size, width, low in zip(window, block, before, strict=True)]
         orthogonal = jnp.pad(core, [*zip(before, after, strict=True), (0, 0), (0, 0)])
         return join([jnp.asarray(a, dtype) * orthogonal for a in coefficients], -2, link.layout)
@@ -210,7 +224,12 @@ def looks_linear(
 
 
 def default_kernel_init(
-    link: Activation, *, strides: int | Sequence[int] = 1, feature_group_count: int = 1, transpose: bool = False
+    link: Activation,
+    *,
+    strides: int | Sequence[int] = 1,
+    feature_group_count: int = 1,
+    transpose: bool = False,
+    padding: Padding = "SAME",
 ) -> Initializer:
     """`looks_linear` where the link has a read-out, else `variance_preserving`.
 
@@ -219,6 +238,7 @@ def default_kernel_init(
       strides: those of the convolution, see `looks_linear`.
       feature_group_count: the number of groups G that the convolution splits the channels into.
       transpose: whether the kernel is that of a transposed convolution.
+      padding: the convolution's, see `looks_linear`.
 
     Returns:
       init(key, shape, dtype) for a kernel of shape (*window, d*C_in / G, C_out).
@@ -232,10 +252,11 @@ def default_kernel_init(
       >>> default_kernel_init(selu)(jax.random.key(0), (3, 3, 4, 4)).shape
       (3, 3, 4, 4)
     """
+    options: dict[str, Any] = {"strides": strides, "feature_group_count": feature_group_count, "transpose": transpose}
     try:
-        return looks_linear(link, strides=strides, feature_group_count=feature_group_count, transpose=transpose)
+        return looks_linear(link, padding=padding, **options)
     except ValueError:
-        return variance_preserving(link, strides=strides, feature_group_count=feature_group_count, transpose=transpose)
+        return variance_preserving(link, **options)
 
 
 def embed_plain_kernel(

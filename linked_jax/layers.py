@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from linked_jax.activations import ACTIVATIONS, SYNONYMS, lk_relu
 from linked_jax.convolution import conv_general_dilated
-from linked_jax.initializers import Initializer, check_groups, default_kernel_init
+from linked_jax.initializers import Initializer, Padding, check_groups, default_kernel_init
 from linked_jax.learned import ChannelPReLU, LinkedPReLU
 from linked_jax.linking import Activation, Link, floating
 from linked_jax.members import brief, whole_numbers
@@ -165,7 +165,7 @@ class LinkedConv(nnx.Module):
             out_features,
             kernel_size,
             strides=strides,
-            kernel_init=kernel_init or conv_start(link, strides, options.get("input_dilation"), groups),
+            kernel_init=kernel_init or conv_start(link, strides, options.get("input_dilation"), groups, padding),
             rngs=rngs,
             **{"conv_general_dilated": conv_general_dilated, **options},
         )
@@ -300,13 +300,21 @@ def _known(name: str) -> str:
 
 
 def conv_start(
-    link: Activation, strides: int | Sequence[int], input_dilation: int | Sequence[int] | None, groups: int
+    link: Activation,
+    strides: int | Sequence[int],
+    input_dilation: int | Sequence[int] | None,
+    groups: int,
+    padding: Padding,
 ) -> Initializer:
     """The default kernel_init of a convolution; one that dilates its input is a transposed one."""
     steps = 1 if input_dilation is None else input_dilation
     transpose = bool(np.max(steps) > 1)
     return default_kernel_init(
-        link, strides=steps if transpose else strides, feature_group_count=groups, transpose=transpose
+        link,
+        strides=steps if transpose else strides,
+        feature_group_count=groups,
+        transpose=transpose,
+        padding=padding,
     )
 
 

@@ -93,7 +93,9 @@ class LinkedConv(nn.Conv):
         check_link(self.link)
         check_groups(self.link, self.feature_group_count)
         if self.kernel_init is None:
-            self.kernel_init = conv_start(self.link, self.strides or 1, self.input_dilation, self.feature_group_count)
+            self.kernel_init = conv_start(
+                self.link, self.strides or 1, self.input_dilation, self.feature_group_count, self.padding
+            )
         super().__post_init__()
 
     @nn.remat

@@ -11,6 +11,7 @@ import orbax.checkpoint
 import pytest
 from flax import nnx
 
+import linked_jax.linen
 from linked_jax.activations import ACTIVATIONS, lk_relu, lk_swish, relu
 from linked_jax.convolution import conv_general_dilated
 from linked_jax.initializers import variance_preserving
@@ -291,6 +292,26 @@ def test_a_layer_that_enlarges_an_image_starts_as_an_isometry_up_to_its_scale(di
     assert y.shape == (3, 8, 8, 4)
     close(y[2], y[0] + y[1], 1e-5)
     np.testing.assert_allclose(jnp.square(y).sum((1, 2, 3)), 4 * jnp.square(z).sum((1, 2, 3)), rtol=1e-5)
+
+
+PADDINGS = {
+    "SAME": ((3, 3), "SAME"),
+    "1": ((3, 3), 1),
+    "(1, 1)": ((3, 3), (1, 1)),
+    "pairs": ((3, 4), [(1, 0), (2, 0)]),
+    "VALID": ((2, 2), "VALID"),
+}
+
+
+@pytest.mark.parametrize("name", first_fast(PADDINGS))
+def test_a_layer_with_a_stride_starts_as_an_isometry_whatever_the_padding(name):
+    window, padding = PADDINGS[name]
+    options, z = {"strides": 2, "padding": padding}, white(3, 8, 8, 2)
+    theirs = linked_jax.linen.LinkedConv(8, window, **options)
+    theirs = theirs.apply(theirs.init(jax.random.key(0), z), z)
+    for y in (LinkedConv(2, 8, window, **options, rngs=nnx.Rngs(0))(z), theirs):
+        assert y.shape == (3, 4, 4, 8)
+        np.testing.assert_allclose(jnp.square(y).sum((1, 2, 3)), jnp.square(z).sum((1, 2, 3)), rtol=1e-5)
 
 
 @pytest.mark.slow
