@@ -213,7 +213,7 @@ def looks_linear(
         # there the blocks tile the image.
         before = [(size - width + transpose) // 2 for size, width in zip(window, block, strict=True)]
         if pixels > 1 and not transpose and not isinstance(padding, str):
-            pads = [padding] * len(window) if np.ndim(padding) == 0 else padding
+            pads = padding if isinstance(padding, Sequence) else [padding] * len(window)
             lows = [int(np.ravel(pad)[0]) for pad in pads]
             before = [max(0, min(low, size - width)) for low, size, width in zip(lows, window, block, strict=True)]
         after = [size - width - low for size, width, low in zip(window, block, before, strict=True)]
