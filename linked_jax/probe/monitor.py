@@ -30,8 +30,9 @@ class Monitor:
         of a layer it has its name and `LayerReport.scalars`. `linked_jax.probe.overview` makes a table of it.
       report: the last `Report`; None before the first. Its layers have a `drift` and the times for which units were
         dead, `dead_checks` and `dead_share`.
-      not_finite_first: the step of the first report with NaN or infinity in an activation, and where they come from, an
-        `Origin`. It is sought once, when they appear, and slowly: operation by operation. None while all are finite.
+      not_finite_first: the step of the first report with NaN or infinity in an activation, or NaN or inf in the outputs
+        of the model, and where they come from, an `Origin`. It is sought once, when they appear, and slowly: operation
+        by operation. None while all are finite.
 
     Raises:
       ValueError: if every is no integer or below 1, batches is an iterator, which could be read only once, or writers

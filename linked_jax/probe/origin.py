@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend.core import Literal
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, inner_jaxprs, open_jaxpr, scan_parts
 from linked_jax.probe.interpret import Trace, has_activation, scanned_data, step_masks
@@ -18,10 +18,12 @@ from linked_jax.probe.recognise import activations, evaluate_op, name_of
 from linked_jax.probe.regions import Region
 from linked_jax.probe.taps import kept
 
+OUTPUTS = "the outputs of the model"
+
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where the values come from by which an activation was the first to be not finite.
+    """Where the values come from by which an activation, or else the model's outputs, were the first to be not finite.
 
     Attributes:
       kind: "operation", which made them from finite values; or "input", "parameter" and "constant", which had them; or
@@ -30,7 +32,7 @@ class Origin:
       layer: of an operation, the module that it is in.
       source: of an operation, the file and line.
       value: "NaN", "inf" or "-inf", the gravest of them.
-      seen_by: the first activation that had them, and its file and line.
+      seen_by: the first activation that had them, and its file and line; or the outputs.
     """
 
     kind: str
@@ -62,7 +64,7 @@ class _Seen(Exception):
 
 
 def origin_of(trace: Trace, names: list[tuple[str, str]], mask: Array | None) -> Origin | None:
-    """What the first activation that is not finite has that from; None if all are finite.
+    """What the first activation that is not finite has that from, else an output of the model; None if all are finite.
 
     Every operation is evaluated by itself, loops one iteration after the other. What is not finite is followed from
     where it was made, and forgotten where it ends: exp(-inf) is 0.
@@ -70,7 +72,7 @@ def origin_of(trace: Trace, names: list[tuple[str, str]], mask: Array | None) ->
     Args:
       trace: of the model and its inputs.
       names: kind and name of each argument of the trace.
-      mask: as for `observe`; the others may be not finite.
+      mask: as for `observe`; the others may be not finite, and so may outputs, which can have any shape.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -90,10 +92,16 @@ def origin_of(trace: Trace, names: list[tuple[str, str]], mask: Array | None) ->
         triples = zip(trace.arguments, names, trace.graph.inputs, strict=True)
         arguments = [argument(x, *name, value) for x, name, value in triples]
         try:
-            _walk(trace.graph, arguments, mask, "")
+            outputs = _walk(trace.graph, arguments, mask, "")
         except _Seen as seen:
             return seen.origin
-    return None
+    made = next((origin for x, origin in outputs if origin and mask is None and not is_sound(x)), None)
+    return made and dataclasses.replace(made, seen_by=OUTPUTS)
+
+
+def is_sound(x: Any) -> Bool[Array, ""]:
+    """No NaN and no inf; -inf is how logits are masked."""
+    return ~(jnp.isnan(x) | jnp.isposinf(jnp.real(x))).any()
 
 
 def _not_finite(x: Any, value: Value | None, mask: Array | None) -> str:

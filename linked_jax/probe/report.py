@@ -116,8 +116,8 @@ class Report:
       layers: the activations.
       tau: the threshold of dormancy.
       not_seen: operations with activations inside that were not looked into, and where they are.
-      not_finite_first: where the first NaN or infinity in an activation comes from: see `Origin`. None if all are
-        finite, or the batches could be read only once.
+      not_finite_first: where the first NaN or infinity in an activation comes from, else NaN or inf in the outputs: see
+        `Origin`. None if there is none, or the batches could be read only once.
 
     Examples:
       >>> import jax, jax.numpy as jnp

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from linked_jax.diagnostics import not_finite_units
 from linked_jax.probe.interpret import Gradients, NotSeen, Taps, Trace, with_gradients
 from linked_jax.probe.models import check_model, is_key, kind_of, merge, split
-from linked_jax.probe.origin import Origin, origin_of
+from linked_jax.probe.origin import OUTPUTS, Origin, is_sound, origin_of
 from linked_jax.probe.report import Report, make_report
 from linked_jax.probe.taps import is_tap, together, unstack
 
@@ -117,9 +117,10 @@ class Probe:
             hash(static)
         except TypeError as error:
             raise ValueError(f"what is no array in a model is hashable, got {error}; close over it in call") from None
-        total = None
+        total, all_sound = None, True
         for batch in _checked(batches, self.has_loss):
-            taps = self.taps(static, arrays, batch)
+            taps, sound = self.taps(static, arrays, batch)
+            all_sound &= sound
             if total is not None and _shapes(total) != _shapes(taps):
                 raise ValueError(
                     "the layers of two batches have other numbers of units, or the model has other layers for them; "
@@ -136,17 +137,20 @@ class Probe:
                 "; an activation is an elementwise function of the inputs that is not affine"
             )
         report = make_report(taps, not_seen, self.tau)
-        if explain and any(layer.not_finite.any() for layer in report.layers) and not isinstance(batches, Iterator):
-            origin = self._origin(static, arrays, batches)
-            return dataclasses.replace(report, not_finite_first=origin)
-        return report
+        if not explain or isinstance(batches, Iterator):
+            return report
+        if all_sound and not any(layer.not_finite.any() for layer in report.layers):
+            return report
+        return dataclasses.replace(report, not_finite_first=self._origin(static, arrays, batches))
 
     def _origin(self, static: Any, arrays: Any, batches: Iterable[Any]) -> Origin | None:
-        """Of the first batch that makes an activation not finite."""
+        """Of the first batch that makes an activation, or the outputs, not finite."""
         for number, batch in enumerate(batches):
-            taps = [tap for tap in self.taps(static, arrays, batch).values() if is_tap(tap)]
-            seen_by = next((tap for tap in unstack(taps) if not_finite_units(tap.stats).any()), None)
-            if seen_by is None:
+            entries, sound = self.taps(static, arrays, batch)
+            taps = unstack([tap for tap in entries.values() if is_tap(tap)])
+            bad = (f"{tap.name} at {tap.source}" for tap in taps if not_finite_units(tap.stats).any())
+            seen_by = next(bad, OUTPUTS)
+            if seen_by == OUTPUTS and sound:
                 continue
             inputs = batch[0] if self.has_loss else batch
             trace = Trace.of(self.apply, merge(static, arrays), inputs)
@@ -158,7 +162,7 @@ class Probe:
             except Exception as error:  # a training run goes on where an operation cannot be evaluated by itself
                 origin, found = None, f"not found ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
             if origin is None:
-                origin = Origin("unknown", found, "", "", "", f"{seen_by.name} at {seen_by.source}")
+                origin = Origin("unknown", found, "", "", "", seen_by)
             name = f"{origin.name} of batch {number}".strip() if origin.kind == "input" else origin.name
             return dataclasses.replace(origin, name=name)
         return None
@@ -170,12 +174,13 @@ def _name(path: Any) -> str:
     return ".".join(keys).removesuffix(".value")
 
 
-def _taps_of_batch(call: Any, loss_fn: Any, mask: Any, static: Any, arrays: Any, batch: Any) -> Taps:
-    """The taps of one batch; with a loss they have its gradients, of each sample's own loss."""
+def _taps_of_batch(call: Any, loss_fn: Any, mask: Any, static: Any, arrays: Any, batch: Any) -> tuple[Taps, Any]:
+    """The taps of one batch; with a loss they have its gradients, of each sample's own. And if outputs are sound."""
     inputs, labels = batch if loss_fn else (batch, None)
     trace, where = Trace.of(call, merge(static, arrays), inputs), _checked_mask(mask, inputs)
     if loss_fn is None:
-        return with_gradients(trace.evaluate(mask=where)[1], {})
+        outputs, taps = trace.evaluate(mask=where)
+        return with_gradients(taps, {}), _sound(outputs, where)
 
     n = next(x.shape[0] for x in jax.tree.leaves(inputs) if not is_key(x))
 
@@ -184,13 +189,20 @@ def _taps_of_batch(call: Any, loss_fn: Any, mask: Any, static: Any, arrays: Any,
         value = loss_fn(outputs, labels)
         if not jax.tree.all(jax.tree.map(lambda x: not jnp.shape(x), value)) or isinstance(value, (tuple, list, dict)):
             raise ValueError(f"loss_fn returns a scalar, the mean over the batch, got {kind_of(value)}")
-        return value, taps
+        return value, (taps, _sound(outputs, where))
 
     silent = jax.eval_shape(lambda: trace.evaluate(mask=where)[1])
     taps = {key: tap for key, tap in silent.items() if is_tap(tap) and tap.gradient_square_sum is not None}
     shapes = {key: Gradients(tap.gradient_square_sum, tap.gradient_histogram) for key, tap in taps.items()}
-    gradients, taps = jax.grad(loss, has_aux=True)(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
-    return with_gradients(taps, gradients)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    gradients, (taps, sound) = jax.grad(loss, has_aux=True)(zeros)
+    return with_gradients(taps, gradients), sound
+
+
+def _sound(outputs: Any, mask: Any) -> Any:
+    """No NaN and no inf. Under a mask nothing is said of outputs: they can have any shape."""
+    arrays = [x for x in jax.tree.leaves(outputs) if not is_key(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    return jnp.array([is_sound(x) for x in arrays if mask is None]).all()
 
 
 def _checked_mask(mask: Any, inputs: Any) -> Any:

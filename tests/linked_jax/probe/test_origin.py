@@ -76,7 +76,12 @@ def recomputed(w, x):
     return lk_relu(jnp.sqrt(-jnp.abs(x) - 1) @ w)
 
 
+def behind_the_last_activation(w, x):
+    return {"logits": jnp.log(jax.nn.relu(x @ w) - 1)}
+
+
 MADE = {
+    "behind the last activation": (behind_the_last_activation, "log", "NaN", 1),
     "log of nothing": (log_of_nothing, "log", "-inf", 2),
     "too large": (too_large, "dot_general", "inf", 1),
     "inside an activation": (inside_an_activation, "exp", "inf", 1),
@@ -100,6 +105,28 @@ def test_the_operation_that_made_it_is_named_with_its_line(name):
     assert (origin.kind, origin.name, origin.value) == ("operation", operation, value)
     assert origin.source == f"test_origin.py:{code.co_firstlineno + line}"
     assert f"{operation} in" in str(report)
+
+
+@pytest.mark.slow
+def test_what_only_the_outputs_have_is_seen_by_them_with_and_without_a_loss():
+    batches = [(X, jnp.zeros(8)), (X.at[5, 1].set(jnp.nan), jnp.zeros(8))]
+
+    def call(w, x):
+        return jax.nn.relu(jnp.nan_to_num(x) @ w) @ w + x
+
+    plain = probe(W, [x for x, _ in batches], call=call).not_finite_first
+    assert plain == probe(W, batches, call=call, loss_fn=lambda y, _: y.mean()).not_finite_first
+    assert str(plain) == "the input of batch 1 has NaN, first seen by the outputs of the model"
+
+
+@pytest.mark.slow
+def test_masked_logits_and_outputs_under_a_mask_are_no_fault():
+    def logits(w, x):
+        return jnp.where(jnp.arange(4) < 2, jax.nn.relu(x @ w), -jnp.inf)
+
+    assert probe(W, [X], call=logits).not_finite_first is None
+    padded = probe(W, [X], call=lambda w, x: jax.nn.relu(x @ w) @ w / 0, mask=lambda x: x[:, 0] > 0)
+    assert padded.not_finite_first is None
 
 
 @pytest.mark.slow
