@@ -40,9 +40,11 @@ def pytest_unconfigure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of each law's slow cases all but a few are `exhaustive`; which ones, a hash of the name decides."""
+    """Docstrings are slow. Of each law's slow cases all but a few are `exhaustive`, chosen by a hash of their names."""
     laws = collections.defaultdict(list)
     for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow") and not item.get_closest_marker("fault"):
             laws[item.nodeid.partition("[")[0]].append(item)
     for cases in laws.values():

@@ -49,6 +49,7 @@ def test_the_steps_in_whole_epochs_are_as_the_paper_tells_them():
     assert float(schedule(2**31 - 1)) == np.float32(0.05)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(updates=st.integers(12, 8_000_000))
 def test_a_stretched_schedule_has_the_papers_factor_at_the_same_fraction_of_training(updates):

@@ -41,6 +41,7 @@ def codes(count, vocabulary=9, seed=0):
 # --- nets ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", first_fast(ROWS))
 def test_a_logit_depends_on_the_characters_up_to_its_own_and_on_all_of_them(row):
     model, seen = net(row), codes((1, 12))
@@ -52,6 +53,7 @@ def test_a_logit_depends_on_the_characters_up_to_its_own_and_on_all_of_them(row)
         assert (np.abs(other - logits)[0, changed:].max(axis=1) > 1e-6).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", first_fast(["lk_gelu", "lk_relu"]))
 def test_a_linked_net_starts_with_linear_mlps_and_embeddings_of_mean_square_one(row):
     model, x = net(row, vocabulary=1000), jax.random.normal(jax.random.key(0), (2, 3, WIDTH))
@@ -80,6 +82,7 @@ def layer_norm(x, gain):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * gain
 
 
+@pytest.mark.slow
 def test_the_layer_norm_net_is_nano_gpts():
     """Written out in NumPy, in float64."""
     model, seen = net("layer_norm", 2), codes((2, 5))
@@ -116,6 +119,7 @@ def test_matrices_decay_and_the_rate_warms_up_and_falls():
     np.testing.assert_allclose(factors[5:], wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_windows_targets_are_the_characters_after_it():
     seen = []
     text = codes(200)

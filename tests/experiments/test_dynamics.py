@@ -284,6 +284,7 @@ def test_a_record_takes_more_runs_and_none_of_another_protocol(a_run, in_process
     assert (code, error.count("\n"), "is a record with another protocol" in error) == (2, 1, True)
 
 
+@pytest.mark.slow
 def test_the_committed_record_can_be_read():
     folder = ROOT / "results" / "records" / "dynamics"
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
@@ -382,6 +383,7 @@ def test_the_units_are_those_of_any_activation(act):
     assert int(found["one_sided_units"]) == int(((z > 0).all(axis=0) | (z < 0).all(axis=0)).sum())
 
 
+@pytest.mark.slow
 def test_a_dead_relu_net_cannot_move_its_units():
     lines = trained("relu", steps=500)
     assert all(line["gradient_norms"] == [0.0] * 8 for line in lines)
@@ -402,6 +404,7 @@ def test_a_linked_net_learns_from_the_same_start(act):
     assert lines[-1]["accuracy"] >= 0.97
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers():
     once = trained("lk_relu", steps=20, seed=5)
     assert once == trained("lk_relu", steps=20, seed=5)

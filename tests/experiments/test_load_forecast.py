@@ -293,6 +293,7 @@ NUMPY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", first_fast(NUMPY))
 def test_the_net_is_the_loop(cell):
     x = np.random.default_rng(0).normal(size=(3, 6, 4))

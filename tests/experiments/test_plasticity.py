@@ -143,6 +143,7 @@ def test_the_units_of_a_net_are_those_of_its_links(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), tap.features, features)
 
 
+@pytest.mark.slow
 def test_half_way_the_net_is_linked_and_computes_the_same():
     model = small("revived")
     net = model, RULE.init(nnx.state(model, nnx.Param))

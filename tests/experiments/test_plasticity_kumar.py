@@ -128,6 +128,7 @@ def test_parameters_are_those_of_the_net(name, row):
     assert method.shape(problem).parameters(method.act.arity) == count
 
 
+@pytest.mark.slow
 def test_a_product_of_patches_is_the_convolution_and_so_are_its_gradients():
     x, kernel = jax.random.normal(KEY, (3, 9, 8, 4)), jax.random.normal(KEY, (5, 5, 4, 6))
     numbers = ("NHWC", "HWIO", "NHWC")
@@ -144,6 +145,7 @@ def test_pools_and_flattening():
     np.testing.assert_array_equal(flat(x, 2), np.concatenate([x[..., :3], x[..., 3:]], axis=1).reshape(2, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", first_fast([lk_relu, lk_swish]))
 def test_our_start_reads_a_flattened_link_as_its_pre_activations(link):
     kernel = STARTS["ours"](link, False)[0](KEY, (2 * 2 * 2 * 3, 7), jnp.float32)
@@ -153,6 +155,7 @@ def test_our_start_reads_a_flattened_link_as_its_pre_activations(link):
     np.testing.assert_allclose(k.T @ k, np.eye(7), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_pytorchs_start_is_uniform_within_one_over_the_root_of_the_fan_in():
     net = METHODS["relu"].net(PROBLEMS["cifar_5plus1"], KEY)
     for layer, fan_in in zip(net.layers, (75, 400, 400, 100, 100), strict=True):
@@ -171,6 +174,7 @@ def test_the_shuffled_start_has_the_kernels_of_ours_but_for_signs_of_mirrored_ro
     np.testing.assert_allclose(plain.sum(axis=(0, 1)).T @ plain.sum(axis=(0, 1)), np.eye(6), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scales_of_the_ablation():
     kernels = {name: STARTS[name](lk_relu, False)[0](KEY, (64, 16), jnp.float32) for name in STARTS}
     squares = {name: float(jnp.square(kernel).sum() / 16) for name, kernel in kernels.items()}
@@ -191,6 +195,7 @@ def test_the_random_slope_is_drawn_once_a_pass_and_its_mean_is_the_links():
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_batch_is_scored_by_the_logits_of_its_loss():
     net = METHODS["relu"].net(PROBLEMS["permuted_mnist"], KEY)
     graph, parameters, state = nnx.split(net, nnx.Param, ...)
@@ -315,6 +320,7 @@ def test_a_run_that_was_cut_off_goes_on_and_is_the_same(row, tmp_path):
     assert not (tmp_path / "unfinished" / "run").exists()
 
 
+@pytest.mark.slow
 def test_units_are_those_between_two_layers():
     net = METHODS["lk_relu"].net(small("cifar_5plus1"), KEY)
     names = {f"layers/{i}" for i in range(5)}

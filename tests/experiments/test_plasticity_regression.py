@@ -15,6 +15,7 @@ from experiments.plasticity import regression
 from experiments.plasticity.regression import BIN, FLIP_AFTER, SLOW, build, examples
 
 
+@pytest.mark.slow
 def test_one_slow_bit_flips_from_stretch_to_stretch_and_the_others_are_random():
     stretches = [np.asarray(examples(0, number, 200).inputs) for number in range(12)]
     assert all((x[:, :SLOW] == x[0, :SLOW]).all() for x in stretches)
@@ -27,6 +28,7 @@ def test_one_slow_bit_flips_from_stretch_to_stretch_and_the_others_are_random():
     assert (examples(1, 0, 200).inputs != stretches[0]).any()
 
 
+@pytest.mark.slow
 def test_targets_are_those_of_a_fixed_net_of_threshold_units():
     of_units, of_outputs, *_ = jax.random.split(jax.random.key(3), 5)
     v = np.asarray(jax.random.rademacher(of_units, (100, 21), jnp.float32), np.float64)
@@ -88,6 +90,7 @@ def test_bad_options_are_refused(options, said):
         regression.check(regression.Settings(**options))
 
 
+@pytest.mark.slow
 def test_every_row_has_a_learner_of_five_units():
     for row in regression.ROWS:
         sizes = [

@@ -164,6 +164,7 @@ def test_a_run_that_diverged_counts_as_chance_and_is_counted(tmp_path):
     assert "runs that diverged are not drawn" in plots.caption(group.by_net)
 
 
+@pytest.mark.slow
 def test_a_net_whose_runs_all_diverge_in_the_first_epoch(tmp_path):
     def diverge(lines):
         first = [line for line in lines if line["epoch"] == 1]
@@ -459,6 +460,7 @@ def a_report(tmp_path_factory):
     return folder / "out", found
 
 
+@pytest.mark.slow
 def test_each_table_has_its_files(a_report):
     folder, found = a_report
     tables_ = [f"{name}{end}" for name in ("one", "two") for end in (".csv", ".md", ".png", "-curves.png")]

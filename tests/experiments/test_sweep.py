@@ -144,6 +144,7 @@ def test_learning_rates(command):
     assert "glorot" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [

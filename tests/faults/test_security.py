@@ -47,6 +47,7 @@ def test_a_pickle_is_never_loaded(tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.slow
 @fault("security", "code that runs what it reads: pickle, eval, exec, shell=True, a tar file without a filter")
 def test_no_code_runs_what_it_reads():
     """Of the library, the experiments and the benchmarks, by their syntax trees."""

@@ -241,6 +241,7 @@ def test_prelu_gradient_of_the_slopes():
     np.testing.assert_array_equal(gradient, np.minimum(z, 0).sum(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slope", [0.0, 0.3, 0.7])
 def test_smooth_leaky_is_its_formula_and_its_mirror_reads_z_back(slope):
     z = np.linspace(-30, 30, 61)

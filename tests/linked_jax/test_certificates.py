@@ -74,6 +74,7 @@ def runs(z, mask):
     return tuple((run[0], run[-1]) for run in members)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     first_fast(
@@ -113,6 +114,7 @@ def test_linked_link_holds_its_certificate(name, dtype):
     assert certificate.min_gradient > 0
 
 
+@pytest.mark.slow
 @half_precision
 def test_mirror_of_relu6_is_dead_exactly_beyond_its_clip(dtype):
     below, largest = -6.0, float(jnp.finfo(dtype).max)
@@ -135,6 +137,7 @@ def test_jax_gelu_breaks_in_float16_and_lk_gelu_does_not():
     assert certificate_of("lk_gelu", jnp.float16).nonfinite_count == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("g", first_fast([jnp.square, jnp.cos]))
 def test_smooth_flat_mirrors_are_dead_at_exactly_zero(g):
     assert repr(certify(linked(g), jnp.float16).dead_intervals) == "((-0.0, 0.0),)"
@@ -156,6 +159,7 @@ def test_many_dead_intervals_are_all_counted_and_the_first_64_kept():
     assert certificate.dead_intervals == tuple(sorted(certificate.dead_intervals))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     first_fast(
@@ -236,6 +240,7 @@ def steep_relu(z):
 steep_relu.defvjp(lambda z: (steep_relu(z), z), lambda z, g: (2 * g * (z > 0),))
 
 
+@pytest.mark.slow
 def test_a_custom_vjp_is_pulled_back():
     certificate = certify(linked(steep_relu), jnp.bfloat16)
     assert certificate.linked
@@ -247,6 +252,7 @@ def test_a_custom_vjp_is_pulled_back():
     assert certify(LinkedPReLU(1), jnp.bfloat16).linked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", [jax.debug_nans, jax.debug_infs])
 def test_the_verdict_is_the_same_while_someone_hunts_nan(switch):
     with switch(True):
@@ -257,6 +263,7 @@ def test_the_verdict_is_the_same_while_someone_hunts_nan(switch):
     assert not jax.config.jax_debug_nans
 
 
+@pytest.mark.slow
 def test_the_dead_band_of_relu_is_the_half_line_and_its_mirror_has_none():
     assert certificate_of("relu", jnp.bfloat16).dead_band == pytest.approx(0.5)
     assert certificate_of("relu6", jnp.bfloat16).dead_band == 0.4  # mirrored: beyond 6 on both sides
@@ -394,6 +401,7 @@ def test_memory_stays_below_one_gibibyte():
     assert kibibytes < 2**20
 
 
+@pytest.mark.slow
 @half_precision
 def test_the_least_gradient_of_a_mirror_with_slopes_is_1(dtype):
     """One member is on its steep side everywhere, also at the smallest normal numbers beside the denormals."""

@@ -124,6 +124,7 @@ forms = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @forms
 @pytest.mark.parametrize("name", first_fast(TRANSFORMATIONS))
 def test_under_a_transformation_it_is_jaxs(name, channels, strides):
@@ -152,6 +153,7 @@ def test_half_precision(dtype, channels, strides):
     close(half.astype(jnp.float32), jax.grad(lambda k: theirs(x, k).sum())(kernel), 0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strides", [1, 2, (3, 1)])
 def test_a_window_of_one_pixel_is_a_product(strides):
     ours = LinkedConv(4, 5, (1, 1), strides=strides, rngs=nnx.Rngs(0))
@@ -181,6 +183,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_convolutions_are_handed_to_jax(name):
     sizes = {"in_features": 4, "kernel_size": (3, 3), **OTHERS[name]}
@@ -204,6 +207,7 @@ def test_where_images_may_be_split_it_is_jaxs(monkeypatch):
     assert "fast_convolution" not in str(jax.make_jaxpr(layer)(z))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", first_fast(["SAME", "VALID", "CIRCULAR", "REFLECT"]))
 @pytest.mark.parametrize("channels", [4, 300])
 def test_both_kinds_of_layers_have_it(padding, channels):
@@ -232,6 +236,7 @@ def test_on_other_platforms_it_is_jaxs(monkeypatch):
     assert "fast_convolution" not in str(jax.make_jaxpr(LinkedConv(4, 4, (3, 3), rngs=nnx.Rngs(0)))(z))
 
 
+@pytest.mark.slow
 def test_rounding_is_of_the_size_of_the_direct_sums_own():
     at = Geometry((16, 16), winograd.WINDOW, (1, 1), ((1, 1), (1, 1)))
     rng = np.random.default_rng(0)

@@ -58,6 +58,7 @@ def link_outputs(draw):
     return draw(hnp.arrays(np.float32, shape, elements=VALUES)), arity
 
 
+@pytest.mark.slow
 @layouts
 @hypothesis.settings(max_examples=6)
 @hypothesis.given(link_outputs())
@@ -97,6 +98,7 @@ def test_units_count_pre_activations_for_every_link(link):
     assert live.tolist() == [True] * 5
 
 
+@pytest.mark.slow
 @layouts
 def test_batches_combine_with_a_logical_or(layout):
     h = (jax.random.uniform(jax.random.key(1), (6, 12)) < 0.1).astype(jnp.float32)
@@ -291,6 +293,7 @@ def test_verdicts_need_all_batches():
     assert linearised_units(both).tolist() == [False, False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", first_fast([0.01, 0.5, 0.0]))
 def test_saturated_is_flat_on_all_data(epsilon):
     z = jnp.linspace(0.0, 12.0, 50)[None]
@@ -327,6 +330,7 @@ def test_every_unit_of_a_silent_layer_is_dormant(tau):
     assert dormant_units(stats, tau).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", first_fast([float("nan"), float("inf"), -float("inf")]))
 def test_a_unit_that_is_not_finite_leaves_the_others_their_scores(bad):
     z = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.float32)
@@ -336,6 +340,7 @@ def test_a_unit_that_is_not_finite_leaves_the_others_their_scores(bad):
     np.testing.assert_allclose(dormancy(spoilt)[others], dormancy(statistics(lk_relu, z[:, others])), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_output_alone_may_not_be_finite():
     z = jnp.zeros((2, 1))
     assert not_finite_units(unit_statistics(z, jnp.array([[0.0], [jnp.inf]]), z)).all()

@@ -63,6 +63,7 @@ def check_on_mesh(f, x, split):
             np.testing.assert_allclose(how(jax.grad(loss))(x), gradient, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "split"), first_fast(CASES), ids=[f"{name}, {split}" for name, split in CASES])
 def test_functions_of_rows(name, split):
     check_on_mesh(FUNCTIONS[name](), rows(4, 4), split)
@@ -103,6 +104,7 @@ def test_a_transposed_convolution_with_a_split_batch():
     check_on_mesh(layers.LinkedConvTranspose(4, 6, (3, 3), strides=2, rngs=nnx.Rngs(0)), rows(4, 6, 6, 4), BATCH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [BATCH, CHANNELS])
 def test_statistics(split):
     z = rows(6, 4).at[:, 1].set(-1)

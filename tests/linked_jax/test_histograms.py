@@ -31,6 +31,7 @@ def by_counting(x):
     return counts
 
 
+@pytest.mark.slow
 @hypothesis.given(x=hnp.arrays(np.float32, hnp.array_shapes(max_dims=2, max_side=4), elements=st.sampled_from(VALUES)))
 def test_every_value_is_in_its_bin(x):
     np.testing.assert_array_equal(COUNT(x), by_counting(x))
@@ -45,6 +46,7 @@ def test_counts_of_other_floats_are_exact(dtype):
         np.testing.assert_array_equal(counts, by_counting(x.astype(jnp.float64 if dtype == jnp.float64 else None)))
 
 
+@pytest.mark.slow
 def test_counts_of_two_batches_are_added_and_a_mask_leaves_out():
     x = jnp.asarray(np.random.default_rng(1).normal(size=(30, 4)), jnp.float32)
     np.testing.assert_array_equal(COUNT(x), COUNT(x[:7]) + COUNT(x[7:]))

@@ -232,6 +232,7 @@ def test_read_out_of_a_non_finite_link_is_refused():
 # --- looks_linear: linear -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @layouts
 @over_linear_links
 def test_dense_layer_is_linear_and_its_half_orthogonal(link, layout):
@@ -256,6 +257,7 @@ def test_conv_layer_is_a_pointwise_rotation(link, layout):
     close(conv(link(z), kernel), z @ half[1, 1])
 
 
+@pytest.mark.slow
 @layouts
 @over_linear_links
 def test_every_member_meets_the_same_half_times_its_coefficient(link, layout):
@@ -265,6 +267,7 @@ def test_every_member_meets_the_same_half_times_its_coefficient(link, layout):
         close(part / a, parts[0] / read_out(link)[0], 1e-6)
 
 
+@pytest.mark.slow
 @layouts
 @pytest.mark.parametrize("strides", first_fast([1, 2]))
 @pytest.mark.parametrize("link", first_fast([lk_relu, min_max]), ids=["lk_relu", "min_max"])
@@ -304,6 +307,7 @@ def test_changing_width_keeps_forward_signals_and_scales_gradients(c_in, c_out):
     assert mean_square_of(back) / mean_square_of(g) == pytest.approx(c_out / c_in, rel=0.06)
 
 
+@pytest.mark.slow
 def test_widening_keeps_the_norm_of_every_input_exactly():
     kernel = looks_linear(lk_relu)(QUICK_KEY, (16, 20))
     z = white(8, 8)
@@ -327,6 +331,7 @@ STRIDES = {
 over_strides = pytest.mark.parametrize("case", first_fast(map(pytest.param, STRIDES.values())), ids=STRIDES)
 
 
+@pytest.mark.slow
 @over_strides
 def test_strided_layer_with_room_for_all_pixels_keeps_the_norm_exactly(case):
     window, strides = case
@@ -350,12 +355,14 @@ def test_strided_layer_gives_every_pixel_a_gradient(window):
     assert (jnp.abs(gradient).max(-1) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_delta_kernel_at_stride_two_would_drop_three_quarters_of_the_pixels():
     kernel = looks_linear(lk_relu)(KEY, (3, 3, 8, 4))
     gradient = jax.jit(jax.grad(lambda z: (conv(lk_relu(z), kernel, 2) ** 2).sum()))(white(1, 8, 8, 4))
     assert (jnp.abs(gradient).max(-1) == 0).mean() == 0.75
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("c_in", "c_out"), first_fast([(4, 4), (4, 32), (8, 4)]))
 def test_strided_layer_keeps_forward_signals_of_white_inputs(c_in, c_out):
     kernel = looks_linear(lk_relu, strides=2)(QUICK_KEY, (3, 3, 2 * c_in, c_out))
@@ -432,6 +439,7 @@ def mean_squares(layer, init, shape, link, z):
     return np.mean([forward_and_back(key) for key in jax.random.split(QUICK_KEY, 4)], axis=0)
 
 
+@pytest.mark.slow
 @over_starts
 @pytest.mark.parametrize("geometry", first_fast(map(pytest.param, GEOMETRY.values())), ids=GEOMETRY)
 def test_every_convolution_keeps_forward_signals_and_scales_gradients_as_the_table_says(start, link, geometry):
@@ -563,6 +571,7 @@ def test_init_may_be_built_inside_jit(link):
     close(inside, default_kernel_init(link)(KEY, shape), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", first_fast([jnp.bfloat16, jnp.float16]))
 @over_inits
 def test_init_in_half_precision_is_orthogonal_to_its_rounding(init, dtype):
@@ -598,6 +607,7 @@ def test_strides_of_the_wrong_length_are_refused(strides):
 # --- embed_plain_kernel -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @layouts
 @pytest.mark.parametrize("member", first_fast([0, 1]))
 @pytest.mark.parametrize("link", first_fast([lk_relu, lk_selu, fourier]), ids=["lk_relu", "lk_selu", "fourier"])
@@ -654,6 +664,7 @@ def test_a_function_where_a_link_is_due_is_refused(unchecked, call, wrong):
     assert len(str(raised.value).splitlines()) == 1
 
 
+@pytest.mark.slow
 @over_given
 def test_a_module_is_taken_for_the_link_that_it_starts_as(unchecked, call):
     module = LinkedPReLU(2, negative_slope=0.5, layout="interleaved")

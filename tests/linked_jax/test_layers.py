@@ -86,6 +86,7 @@ def close(actual, desired, tolerance):
 # --- the layer is Flax' own on the link ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @over_links
 def test_linear_equals_flax_on_the_concatenated_link(link):
     layer = LinkedLinear(3, 5, link=link, rngs=nnx.Rngs(0))
@@ -95,6 +96,7 @@ def test_linear_equals_flax_on_the_concatenated_link(link):
     close(*pulled(white(2, 3), white(2, 5, seed=1)), 1e-6)
 
 
+@pytest.mark.slow
 @layouts
 @precisions
 @over_layers
@@ -131,6 +133,7 @@ def test_conv_takes_any_number_of_spatial_axes(space):
     assert layer(white(2, *(5,) * space, 2)).shape == (2, *(3,) * space, 3)
 
 
+@pytest.mark.slow
 def test_conv_with_an_integer_kernel_size_has_one_spatial_axis():
     assert LinkedConv(2, 3, 3, rngs=nnx.Rngs(0))(white(2, 5, 2)).shape == (2, 5, 3)
 
@@ -238,6 +241,7 @@ def test_an_option_that_flax_does_not_have_is_refused():
             make(3, 5, *size, kernel_dilatation=2, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_a_grouped_layer_is_a_layer_for_each_group():
     link = Link(lk_swish.members, layout="interleaved")
     layer = LinkedConv(4, 6, (3, 3), link=link, feature_group_count=2, rngs=nnx.Rngs(0))
@@ -257,6 +261,7 @@ GROUPABLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", first_fast(GROUPABLE.values()), ids=GROUPABLE)
 def test_groups_fit_links_that_keep_a_unit_together(link):
     layer = LinkedConv(4, 4, (3, 3), link=link, feature_group_count=4, rngs=nnx.Rngs(0))
@@ -364,6 +369,7 @@ def test_nnx_jit_is_eager(link):
     close(nnx.jit(lambda net, z: net(z))(net, z), net(z), 1e-6)
 
 
+@pytest.mark.slow
 def test_second_call_does_not_retrace():
     traces = []
 
@@ -377,6 +383,7 @@ def test_second_call_does_not_retrace():
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", first_fast([lk_relu, LinkedPReLU(4)]), ids=["lk_relu", "lk_prelu"])
 def test_scan_over_stacked_layers_is_a_loop(link):
     @nnx.split_rngs(splits=3)
@@ -426,6 +433,7 @@ def test_orbax_checkpoint_restores_the_net(tmp_path):
     assert (small_net(LinkedPReLU(4), seed=1)(z) != net(z)).any()
 
 
+@pytest.mark.slow
 @over_layers
 @pytest.mark.parametrize("link", first_fast(FEW.values()), ids=FEW)
 def test_hessian_and_jvp_go_through_a_layer(link, make, shape):
@@ -677,6 +685,7 @@ class WithState(nnx.Module):
         return self.dropout(lk_relu(self.norm(z)))
 
 
+@pytest.mark.slow
 @over_layers
 def test_a_link_with_state_is_updated(make, shape):
     layer = make(link=WithState(3, rngs=nnx.Rngs(1)), kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
@@ -749,6 +758,7 @@ def test_link_along_another_axis_is_refused(axis, make, shape):
         make(link=linked(jax.nn.relu, axis=axis), rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 @over_layers
 def test_module_without_a_link_needs_a_kernel_init(make, shape):
     class Doubled(nnx.Module):

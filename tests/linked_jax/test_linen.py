@@ -146,6 +146,7 @@ def test_a_given_kernel_init_is_used():
     assert (layer.init(KEY, white(2, 4))["params"]["kernel"] == 2).all()
 
 
+@pytest.mark.slow
 def test_the_backward_pass_keeps_z_and_nothing_of_its_size_beside_it():
     z = white(64, 3)
     for layer in (linen.LinkedDense(5), linen.LinkedConv(5, 3)):

@@ -171,6 +171,7 @@ def test_a_copy_of_a_link_is_equal(copied):
         assert hash(copied(link)) == hash(link), name
 
 
+@pytest.mark.slow
 @over_copies
 def test_a_copy_of_a_layer_has_the_same_graph(copied):
     rngs = nnx.Rngs(0)
@@ -196,6 +197,7 @@ def test_a_link_of_a_lambda_is_copied_but_not_pickled_by_name():
 # --- shapes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scalar_gives_one_value_a_member():
     for name, (scalar, vector) in for_all(LINKS, lambda link, z: (link(z), link(z[None])), jnp.float32(0.7)).items():
         assert scalar.shape == (LINKS[name].arity,)
@@ -355,6 +357,7 @@ def test_what_may_be_a_member_is_taken(member):
     jax.eval_shape(lambda z: (linked(member), z)[1], 1.0)
 
 
+@pytest.mark.slow
 def test_the_named_links_are_made_without_a_device():
     code = (
         "import linked_jax, linked_jax.linen, jax; linked_jax.linked(jax.nn.mish);"
@@ -467,6 +470,7 @@ def test_plain_relu_keeps_derivative_zero_at_zero():
     assert jax.grad(lambda z: Link((jax.nn.relu,))(z).sum())(0.0) == 0
 
 
+@pytest.mark.slow
 def test_member_that_needs_an_axis():
     gradient = jax.grad(lambda z: linked(jax.vmap(jax.nn.relu))(z)[:2].sum())(ZEROS)
     np.testing.assert_array_equal(gradient, [1, 1])
@@ -551,6 +555,7 @@ def test_gradient_through_a_transformation(transform):
         np.testing.assert_allclose(gradient, expected_gradients()[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 @over_transforms
 @pytest.mark.parametrize("g", first_fast([where_relu, jnp.abs, jax.nn.silu]))
 def test_gradient_inside_a_transformation_of_a_new_member(g, transform):
@@ -559,6 +564,7 @@ def test_gradient_inside_a_transformation_of_a_new_member(g, transform):
     np.testing.assert_allclose(gradient, [expected_gradient(link, z) for z in ROWS], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_jvp_agrees_with_the_gradient():
     tangent = jnp.array([[0.5, -1.5, 2.0], [1.0, 1.0, -3.0]])
 

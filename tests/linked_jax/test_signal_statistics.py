@@ -137,6 +137,7 @@ def test_effective_rank_is_that_of_the_singular_values_of_the_features(dtype, to
     np.testing.assert_allclose(stable, reference_ranks(h)[1], rtol=tolerance / 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "k"), first_fast([(1024, 512), (300, 512), (2048, 2048)]))
 @pytest.mark.parametrize("name", first_fast(["sigmoid", "softplus", "relu", "low rank"]))
 def test_effective_rank_of_wide_layers_is_that_of_float64(name, n, k):
@@ -176,6 +177,7 @@ def test_effective_rank_lies_between_one_and_the_rank():
     assert 1 < RANK(jnp.asarray(h, jnp.float32)) < 5
 
 
+@pytest.mark.slow
 def test_effective_rank_of_silent_features_is_zero_and_of_nan_is_nan():
     assert RANK(jnp.zeros((4, 4))) == STABLE(MOMENTS(jnp.zeros((4, 4)))) == 0
     assert np.isnan(RANK(jnp.full((4, 4), jnp.nan)))

@@ -33,6 +33,7 @@ def tanh_slope(z):
     return 1 - np.tanh(z) ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
 @hypothesis.settings(max_examples=5)
 @hypothesis.given(seed=st.integers(0, 99), shape=st.sampled_from([(6, 3), (6, 2, 3)]), cut=st.integers(0, 6))
@@ -62,6 +63,7 @@ def test_slopes_that_one_can_see(link, negative, flat):
     np.testing.assert_allclose(dead_band(stats), flat, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_masked_may_be_anything():
     z = jnp.concatenate([Z, jnp.full((2, 2), jnp.nan), jnp.full((1, 2), -5.0)])
     stats = statistics(lk_relu, z, jnp.array([True] * 3 + [False] * 3))

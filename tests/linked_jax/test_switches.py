@@ -159,6 +159,7 @@ LAWS = {law.__name__: law for law in LAWS}
 CASES = [(switch, law) for switch in SWITCHES for law in LAWS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("switch", "law"), first_fast(CASES), ids=[f"{law} under {switch}" for switch, law in CASES])
 def test_laws_hold_under(switch, law):
     with SWITCHES[switch]():

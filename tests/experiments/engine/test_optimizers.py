@@ -159,6 +159,7 @@ def test_parameters_and_state_keep_their_dtype(case, kind, dtype, x64):
         assert all(leaf.dtype == wide for leaf in floats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_fast(["adam", "rmsprop", "sgd", "nesterov"]))
 def test_half_precision_follows_float32(name):
     """Gradients from 1e-7, nearly the least of float16, to 1e4; the tolerance is rounding to float16."""

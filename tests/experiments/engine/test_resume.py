@@ -178,6 +178,7 @@ def test_what_cannot_go_on_is_refused_in_one_line(case, folder, command):
     assert not (folder / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_a_record_is_gone_on_with_by_its_own_table_and_as_it_is(folder, command, tmp_path):
     assert "is a run of depth, not of width" in command("--resume", folder, table=width.TABLE)[2]
     for options in (["--epochs", "9"], ["--out", tmp_path / "other"], ["--preset", "quick"], ["--seeds", "2"]):
@@ -218,6 +219,7 @@ def test_a_schedule_that_does_not_fit_leaves_nothing(command, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_signal_that_comes_within_a_finalizer_ends_the_work_too():
     class Signalling:
         def __del__(self):

@@ -230,6 +230,7 @@ def test_an_interleaved_link_is_scored_by_its_own_layout(digits):
 # --- the loop
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_the_model_passed_in_stays(digits):
     model = net()
     before = leaves(model)

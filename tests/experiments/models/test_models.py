@@ -76,6 +76,7 @@ def resnet_by_hand(arity):
     return total + 4 * 4 * 128 * 10 + 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "act", "count"),
     [
@@ -166,6 +167,7 @@ def test_table_3_written_out(act, images):
     close(model, written_out, images, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", first_fast(ACTS))
 def test_table_4_written_out(act, images):
     model, f = net(allcnn, act, width=8), ACTS[act]
@@ -283,6 +285,7 @@ def test_presets(module):
     assert set(NOT_PROTOCOL) <= {field.name for field in dataclasses.fields(paper)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", ["unit", "standardised", "raw", "offset", "x100", "x0.01"])
 def test_the_inputs_of_covariate_shift(inputs):
     data = fake(examples=50)

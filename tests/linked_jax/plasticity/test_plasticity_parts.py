@@ -58,6 +58,7 @@ def close(found, wanted):
 # --- L2 Init --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_l2_init_is_the_gradient_of_its_penalty():
     start, params = draw(KEY), draw(jax.random.key(1))
     tx = l2_init(0.3)
@@ -82,6 +83,7 @@ def test_l2_init_with_descent_is_what_numpy_computes():
 # --- shrink and perturb ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_shrink_and_perturb_is_what_numpy_computes():
     tx = optax.chain(optax.sgd(0.1), shrink_and_perturb(0.2, 0.5, draw, key=KEY))
     params, _ = run(tx, 3)
@@ -137,6 +139,7 @@ def zeros_like(params):
     return jax.tree.map(np.zeros_like, params)
 
 
+@pytest.mark.slow
 def test_continual_backprop_is_what_numpy_computes():
     rate, maturity, decay, steps = 0.06, 5, 0.9, 40
     tx = continual_backprop(
@@ -172,6 +175,7 @@ def test_continual_backprop_is_what_numpy_computes():
     close(list(state.age), age)
 
 
+@pytest.mark.slow
 def test_recycling_is_what_numpy_computes():
     few = [np.array([0.001, 1, 1, 2], np.float32), np.array([1, 1, 0, 0.05, 1], np.float32)]
     tx = recycle_dormant(optax.adam(0.01), UNITS, draw, key=KEY, period=3, tau=0.1)
@@ -186,6 +190,7 @@ def test_recycling_is_what_numpy_computes():
     close(params, wanted)
 
 
+@pytest.mark.slow
 def test_outputs_change_by_what_the_unit_gave_and_a_new_unit_learns():
     rngs = nnx.Rngs(0)
     net = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), lk_relu, nnx.Linear(8, 2, rngs=rngs))

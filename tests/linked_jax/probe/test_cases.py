@@ -18,6 +18,7 @@ from tests.linked_jax.probe.test_forms import surrogate_jvp, surrogate_vjp
 X = white(64, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "f",
     [
@@ -38,6 +39,7 @@ def test_a_part_that_is_dead_is_not_the_whole(f):
 RULES = [surrogate_jvp, surrogate_vjp]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("wrap", [lambda g: g, lambda g: Link((g,))], ids=["bare", "link"])
 def test_a_surrogate_gradient_is_the_gradient(rule, wrap):

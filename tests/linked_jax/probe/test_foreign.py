@@ -367,6 +367,7 @@ MODELS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_fast(MODELS))
 def test_every_activation_is_found_and_nothing_else(name):
     model, inputs, wanted, call = MODELS[name]()

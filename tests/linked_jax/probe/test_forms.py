@@ -169,6 +169,7 @@ def test_there_are_more_than_sixty_forms():
     assert len(FORMS) > 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(FORMS)[::10])
 def test_a_form_is_seen_once_with_its_value_its_derivative_and_its_name(name):
     agrees(*FORMS[name])

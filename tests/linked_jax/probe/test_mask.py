@@ -40,6 +40,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_padded_steps_do_not_count(name):
     call, members = FORMS[name]

@@ -68,6 +68,7 @@ def test_a_gate_is_its_own_activation():
     assert layer.activation == "sigmoid"
 
 
+@pytest.mark.slow
 def test_a_residual_sum_is_the_pre_activation():
     conv = nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0))
     x = white(5, 6, 6, 4)

@@ -25,6 +25,7 @@ def scanned(weights, x):
 STACKED = jnp.stack(WEIGHTS)
 
 
+@pytest.mark.slow
 def test_outputs_are_those_of_the_function_and_taps_are_in_order():
     x = white(8, 4)
     outputs, taps = jax.jit(functools.partial(observe, mlp))(WEIGHTS, x)
@@ -143,6 +144,7 @@ FLATTENED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tail", "members"), first_fast(FLATTENED.values()), ids=FLATTENED)
 def test_a_flatten_keeps_the_channels_as_units(tail, members):
     (layer,) = probe(lambda x: tail(CONV(x)), [IMAGES[:4], IMAGES[4:]]).layers

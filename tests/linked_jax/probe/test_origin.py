@@ -96,6 +96,7 @@ MADE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_fast(MADE))
 def test_the_operation_that_made_it_is_named_with_its_line(name):
     f, operation, value, line = MADE[name]
@@ -216,6 +217,7 @@ def test_what_is_masked_is_no_origin():
     assert probe(W, [x], call=lambda w, x: jax.nn.relu(x @ w), mask=lambda _: mask).not_finite_first is None
 
 
+@pytest.mark.slow
 def test_the_monitor_explains_the_first_time_alone():
     traces = []
 

@@ -93,6 +93,7 @@ def test_a_straight_through_tap_has_a_slope():
         assert not layer.saturated.any()
 
 
+@pytest.mark.slow
 def test_killed_units_are_named_exactly():
     rngs = nnx.Rngs(0)
     net = nnx.Sequential(nnx.Linear(4, 6, rngs=rngs), relu, nnx.Linear(6, 5, rngs=rngs), lk_relu)

@@ -81,6 +81,7 @@ def test_histograms_of_a_scan_over_layers_and_over_time():
     assert layer.histogram.sum() == layer.gradient_histogram.sum() == 6 * 5 * 4
 
 
+@pytest.mark.slow
 def test_json_lines_are_the_history_with_histograms(tmp_path):
     path = tmp_path / "new" / "run.jsonl"
     monitor = run(json_lines_writer(path))

@@ -96,6 +96,7 @@ def pairs(key, x, probability):
     return apr_p(key, x, probability=probability)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", first_fast(range(4)))
 def test_a_mixed_batch_has_the_amplitudes_of_a_permutation_and_its_own_phases(seed):
     x = images(5, seed=seed)
@@ -136,6 +137,7 @@ def test_jit_equals_eager_and_the_key_decides():
 # --- APR of a single image
 
 
+@pytest.mark.slow
 def test_recombined_images_are_clipped_and_the_others_are_the_first_augmentation():
     x = jnp.asarray(images(400, 6, 6, 1), jnp.float32)
     bright, dark = (functools.partial(gained, gain=gain) for gain in (1.0, 0.5))

@@ -108,6 +108,7 @@ def test_a_conv_net_computes_the_same(link, flattened):
         assert sizes[1] < 0.9 * sizes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("c", first_fast([1.0, 1.2]))
 @pytest.mark.parametrize("widths", first_fast((each,) for each in [(3, 5, 4, 2), (1, 1, 3), (2, 7, 1, 4, 3)]))
 @given(seeds)

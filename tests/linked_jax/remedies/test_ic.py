@@ -26,6 +26,7 @@ def fresh(features=4, **options):
     return IndependentComponent(features, rngs=nnx.Rngs(0), **options)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32 - 1), st.floats(0.0, 0.99))
 def test_at_rate_zero_it_is_batch_norm(seed, momentum):
     x = white(5, 3, 2, seed=seed)

@@ -68,6 +68,7 @@ def flax_own(plain, layer, options, given, *sizes):
     return own
 
 
+@pytest.mark.slow
 @over_geometries
 @over_convs
 def test_conv_takes_what_flax_takes_and_folds_to_it(make, given, kernel_size, options, shape):
@@ -80,6 +81,7 @@ def test_conv_takes_what_flax_takes_and_folds_to_it(make, given, kernel_size, op
         np.testing.assert_allclose(found, own(x), atol=2e-5)
 
 
+@pytest.mark.slow
 @over_dense
 def test_dense_takes_what_flax_takes_and_folds_to_it(make, given):
     options = {"dot_general": functools.partial(jax.lax.dot_general), "precision": "highest"}
@@ -145,6 +147,7 @@ def test_bfloat16_parameters_and_computation(make, given):
     assert wanted.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_folding_leaves_the_layer_and_shares_nothing():
     layer = NormPropConv(2, 3, (3, 3), rngs=nnx.Rngs(0))
     before = jax.tree.map(jnp.copy, nnx.state(layer))

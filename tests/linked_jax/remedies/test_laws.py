@@ -110,6 +110,7 @@ def test_vmap_over_seeds_is_each_by_itself(name):
         chex.assert_trees_all_close(_numbers(of_seed), _numbers(alone), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_fast([name for name, case in LAYERS.items() if case.carries]))
 def test_a_scan_over_layers_is_the_layers_in_turn(name):
     graph = nnx.graphdef(build(name))

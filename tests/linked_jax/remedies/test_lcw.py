@@ -52,6 +52,7 @@ def helmert(m):
 # --- the kernel ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(st.sampled_from([2, 12]), seeds)
 def test_the_kernel_is_the_basis_times_v(m, seed):
     v = white(m - 1, 3, seed=seed)

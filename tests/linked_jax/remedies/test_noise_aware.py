@@ -207,6 +207,7 @@ def test_the_key_decides_the_noise():
     assert (one[0][0] != other[0][0]).all()
 
 
+@pytest.mark.slow
 def test_statistics_that_are_not_finite_are_repaired():
     model = Net()
     model.norms[0].mean[...] = jnp.full(3, jnp.nan)

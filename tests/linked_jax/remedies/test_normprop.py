@@ -76,6 +76,7 @@ def test_each_member_has_mean_0_and_variance_1(link):
             np.testing.assert_allclose([integral(1), integral(2)], [0, 1], atol=1e-9)
 
 
+@pytest.mark.slow
 @over_links
 def test_values_and_derivatives_are_those_of_the_link_moved_and_scaled(link):
     with jax.enable_x64(True):
@@ -158,6 +159,7 @@ def test_links_keep_bfloat16_and_are_made_while_tracing():
 # --- the layers ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @over_geometries
 def test_layer_is_flax_own_with_unit_filters(make, plain, shape):
     layer, wanted = make(rngs=nnx.Rngs(0)), plain(rngs=nnx.Rngs(1))

@@ -106,6 +106,7 @@ def test_each_column_goes_as_in_the_paper(make, by_hand, scheduled):
 WALKS = {make: jax.jit(functools.partial(walk, make(0.2))) for make in OPTIMIZERS.values()}
 
 
+@pytest.mark.slow
 @over_optimizers
 @pytest.mark.parametrize("shape", first_fast((each,) for each in SHAPES.values()), ids=SHAPES)
 @given(seeds, st.floats(-6, 3))
@@ -175,6 +176,7 @@ def test_geodesics_are_great_circles(seed):
 jitted_tangent = jax.jit(tangent, static_argnames="clip")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", first_fast([0.1, 3.0]))
 @given(seeds)
 def test_tangents_are_orthogonal_and_clipped(clip, seed):
@@ -270,6 +272,7 @@ def test_the_penalty_is_its_formula_with_its_gradient():
         assert float(orthogonality_penalty({"conv": jnp.asarray(q)}, {"conv": True})) < 1e-20
 
 
+@pytest.mark.slow
 def test_to_sphere_leaves_the_rest():
     params = {"kernel": jnp.asarray(white(5, 3, dtype=np.float32)).at[:, 1].set(0), "bias": jnp.ones(3)}
     found = to_sphere(params, {"kernel": True, "bias": False})

@@ -109,6 +109,7 @@ def test_the_size_of_the_kernel_does_not_matter():
 # --- preserve and fold --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_preserve_computes_the_plain_layer_and_tells_its_moments():
     layer, moments, bias, x = linear(), some_moments(3), white(5, seed=2), white(4, 3)
     out = layer.preserve(moments, bias)

@@ -56,6 +56,7 @@ def test_filters_are_centred_with_unit_deviation_whatever_their_scale_and_shift(
     np.testing.assert_allclose(moved, found, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_gradient_against_differences():
     with jax.enable_x64(True):
         kernel = jnp.asarray(white(3, 2, 4))

@@ -89,6 +89,7 @@ def test_a_whole_model():
     assert isinstance(model.layers[1], nnx.BatchNorm)
 
 
+@pytest.mark.slow
 def test_bad_input(unchecked):
     rngs = nnx.Rngs(0)
     layer, norm = nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)

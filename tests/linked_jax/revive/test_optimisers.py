@@ -304,6 +304,7 @@ def rows(tree):
     return getattr(tree, "fast", tree)["out"]["kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_fast(CASES))
 def test_twenty_updates_after_linking(name):
     case = CASES[name]

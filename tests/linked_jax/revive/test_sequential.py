@@ -98,6 +98,7 @@ def test_the_linked_model_computes_the_same(layers, shape, layout, bits):
         close(revived(x), model(x), 1e-6 if bits == 32 else 1e-12)
 
 
+@pytest.mark.slow
 @layouts
 @pytest.mark.parametrize("name", first_fast(LINKS))
 def test_every_named_link_revives_its_first_member(name, layout):
@@ -177,6 +178,7 @@ def test_the_model_stays_as_it_was_and_shares_nothing():
     assert model.layers[1] is jax.nn.relu
 
 
+@pytest.mark.slow
 @over_architectures
 def test_the_new_model_knows_its_sizes_splits_merges_and_compiles(layers, shape):
     revived, x = link_sequential(build(layers, jax.nn.relu), lk_relu), white(*shape)
@@ -526,6 +528,7 @@ def computed(kind):
     return nnx.Sequential(nnx.Conv(2, 4, (3, 3), rngs=rngs), jax.nn.relu, layers[0], jax.nn.relu, layers[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", first_fast([WSConv, LCWConv, NormPropConv]))
 def test_a_next_layer_that_computes_its_kernel_is_folded(kind):
     model, x = computed(kind), white(2, 5, 6, 2)
@@ -536,6 +539,7 @@ def test_a_next_layer_that_computes_its_kernel_is_folded(kind):
     close(unlink(revived)(x), model(x))
 
 
+@pytest.mark.slow
 def test_a_layer_before_an_activation_stays_what_it_is():
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(LCWLinear(3, 4, rngs=rngs), jax.nn.relu, nnx.Linear(4, 2, rngs=rngs))
