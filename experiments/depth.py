@@ -34,7 +34,7 @@ class Settings(settings_lib.Settings):
     width: int = 4
     """Units in every layer."""
     scan_layers: Literal["auto", "yes", "no"] = "auto"
-    """Loop over the layers, which compiles fast. auto: yes, but for the wide nets of few layers on large sets."""
+    """Loop over the layers: compiles fast. auto: yes, but for <= 100 layers of > 4 units on > 10,000 images."""
 
 
 PAPER = Settings(

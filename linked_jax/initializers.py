@@ -174,7 +174,7 @@ def looks_linear(
       strides: those of the convolution, an integer or one per spatial axis.
       feature_group_count: the number of groups G that the convolution splits the channels into.
       transpose: whether the kernel is that of a transposed convolution.
-      padding: the convolution's; rows in numbers, as `padding=1`, move the blocks by as many at a stride.
+      padding: the convolution's, which says where in the window the first rows of the image are.
 
     Returns:
       init(key, shape, dtype) for a kernel of shape (*window, d*C_in / G, C_out).
@@ -212,9 +212,8 @@ def looks_linear(
         # SAME padding puts (size - stride) / 2 rows before the first one, rounded down, or up in a transposed conv:
         # there the blocks tile the image.
         before = [(size - width + transpose) // 2 for size, width in zip(window, block, strict=True)]
-        if pixels > 1 and not transpose and not isinstance(padding, str):
-            pads = padding if isinstance(padding, Sequence) else [padding] * len(window)
-            lows = [int(np.ravel(pad)[0]) for pad in pads]
+        lows = None if transpose else _rows_before(padding, window)
+        if lows is not None:
             before = [max(0, min(low, size - width)) for low, size, width in zip(lows, window, block, strict=True)]
         after = [size - width - low for size, width, low in zip(window, block, before, strict=True)]
         orthogonal = jnp.pad(core, [*zip(before, after, strict=True), (0, 0), (0, 0)])
@@ -322,6 +321,19 @@ def _block(strides: int | Sequence[int], shape: Sequence[int]) -> tuple[int, ...
     if len(steps) != len(window):
         raise ValueError(f"strides {strides} do not fit a kernel of shape {tuple(shape)}; pass one per spatial axis")
     return tuple(min(step, size) for step, size in zip(steps, window, strict=True))
+
+
+def _rows_before(padding: Padding, window: Sequence[int]) -> list[int] | None:
+    """The rows that a padding puts before the image, in each axis; None for the middle of the window."""
+    if isinstance(padding, str):
+        name = padding.upper()
+        if name == "CAUSAL":
+            return [size - 1 for size in window]
+        return [(size - 1) // 2 for size in window] if name in ("CIRCULAR", "REFLECT") else None
+    pads = [np.ravel(pad) for pad in (padding if isinstance(padding, Sequence) else [padding] * len(window))]
+    if len(pads) != len(window) or not all(map(len, pads)):
+        return None  # Flax will complain
+    return [int(pad[0]) for pad in pads] if any(pad.any() for pad in pads) else None
 
 
 def _check_shape(shape: Sequence[int], link: Activation, groups: int) -> int:

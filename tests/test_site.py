@@ -125,10 +125,14 @@ def test_a_browser_shows_every_page_without_an_error(width, site, address):
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
+def alike(printed, shown):
+    """Numbers differ between machines: up to a factor of 2, or by 0.002, which is rounding here."""
+    return printed * shown >= 0 and abs(shown) / 2 - 0.002 <= abs(printed) <= 2 * abs(shown) + 0.002
+
+
 @slow
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch, capsys):
-    """The same words; numbers, which differ between machines, up to a factor of 2."""
     monkeypatch.chdir(tmp_path)
     names = {}
     page = page.read_text(encoding="utf-8")
@@ -137,6 +141,6 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, 
         exec(compile(code, tmp_path / "net.py", "exec"), names)
     printed = capsys.readouterr().out
     for shown in re.findall(r"^```text\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
-        assert NUMBER.sub("#", printed) == NUMBER.sub("#", shown)
+        assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split()
         numbers, expected = ([float(number) for number in NUMBER.findall(text)] for text in (printed, shown))
-        assert numbers == pytest.approx(expected, rel=1, abs=0.05)
+        assert [pair for pair in zip(numbers, expected, strict=True) if not alike(*pair)] == []

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.engine.plots import figure, label_ends, save
+from experiments.engine.plots import figure, save
 from experiments.engine.study import Line, at_best_rate
 from experiments.engine.tables import markdown as markdown_table
 from experiments.engine.tables import provenance, spread
@@ -152,5 +152,5 @@ def picture(lines: Sequence[Line], path: Path) -> Path:
             panel.plot(*zip(*points, strict=True) if points else ((), ()), dash, color=colour, marker=".", label=row)
         panel.set(xscale="log", xlabel="rate", ylabel="validation loss, nats a character", title=f"depth {depth}")
         panel.grid(alpha=0.25)
-        label_ends(panel)
+        panel.legend(frameon=False, fontsize=9)
     return save(sheet, path)

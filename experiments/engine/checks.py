@@ -38,7 +38,7 @@ def command_line(
         if get_origin(field.type) is tuple and given.count(option) > 1:
             raise UsageError(f"{option} is given twice, and only the last would count; give it once: {option} A B")
     examples = re.findall(r"^ {4}python -m .*$", sys.modules[kind.__module__].__doc__ or "", re.MULTILINE)
-    says = "\n".join([f"{(kind.__doc__ or '').splitlines()[0]} For example:", *examples])
+    says = "\n".join([(kind.__doc__ or "").splitlines()[0] + " For example:" * bool(examples), *examples])
     return tyro.cli(kind, args=[*before, *arguments], prog=prog, description=says, **options)
 
 

@@ -177,7 +177,8 @@ def mean_band(panel: Any, x: np.ndarray, values: np.ndarray, colour: str, line: 
 
 
 def label_ends(panel: Any) -> None:
-    """Write the name of each line that has one beside its end, in its colour; once the axes' limits are set."""
+    """Write the name of each line that has one at the height of its end, in its colour; after all is drawn."""
+    panel.get_ylim()  # scales the axes
     lines = [line for line in panel.get_lines() if len(line.get_xdata()) and not line.get_label().startswith("_")]
     to_panel = panel.transScale + panel.transLimits
     ends = [to_panel.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1] for line in lines]
@@ -192,7 +193,7 @@ def _facets(nets: Nets) -> list[Facet]:
 
     Among these are the base activation, such as relu of relu, lk_relu, relu_sqrt2 and relu_bn, and the family: some
     bases with at most five activations. In all rows a colour has one meaning: a variant of the base activation where
-    that is shared, else an activation; with the axes that are not shared.
+    that is shared, else an activation; with the axes that are not shared. More meanings than colours have none.
     """
     axes = varying([net for net, _ in nets], list(nets[0][0]))
     families = _families([net["act"] for net, _ in nets])
@@ -204,17 +205,19 @@ def _facets(nets: Nets) -> list[Facet]:
 
     shared = min((way for way in ways if max(rows(way).values()) <= IN_A_PANEL), key=lambda way: len(rows(way)))
     own = [axis for axis in axes if axis == "act" or axis not in shared]
-    meanings: dict[str, int] = {}
+
+    def meaning(net: Mapping[str, Any]) -> str:
+        return _name({**net, "act": net["act"].replace(net["base"], "") if "base" in shared else net["act"]}, own)
+
+    meanings = list(dict.fromkeys(meaning(net) for net, _ in tagged))
     facets: dict[tuple[Any, ...], Facet] = {}
     for net, runs in tagged:
-        variant = net["act"].replace(net["base"], "") if "base" in shared else net["act"]
-        colour = meanings.setdefault(_name(net | {"act": variant}, own), len(meanings))
-        curve = _Curve(
-            [run for run in runs if "diverged" not in run[-1]], COLOURS[colour % len(COLOURS)], _name(net, own)
-        )
+        whole = [run for run in runs if "diverged" not in run[-1]]
         says = {axis: f"{HEADINGS.get(axis, axis)} {text(net[axis])}" for axis in axes} | {"base": net["base"]}
         title = ", ".join(says[axis] for axis in shared if axis in says)
-        facets.setdefault(tuple(net[axis] for axis in shared), (title, []))[1].append(curve)
+        _, curves = facets.setdefault(tuple(net[axis] for axis in shared), (title, []))
+        colour = meanings.index(meaning(net)) if len(meanings) <= len(COLOURS) else len(curves)
+        curves.append(_Curve(whole, COLOURS[colour], _name(net, own)))
     return list(facets.values())
 
 
@@ -271,7 +274,7 @@ def _draw(panel: Any, curves: Sequence[_Curve], what: _Panel, title: str) -> Non
 
 
 def _apart(places: Sequence[float], gap: float) -> list[float]:
-    """Places between 0 and 1 that are a gap apart, in the same order, near the given ones.
+    """Places that are a gap apart, in the same order, near the given ones; between 0 and 1 if they fit.
 
     >>> from experiments.engine.plots import _apart
     >>> [round(place, 2) for place in _apart([0.5, 0.98, 0.97, 1.0], 0.1)]

@@ -8,6 +8,9 @@ come from a fixed net of 100 threshold units with weights of +-1:
 The learner has 5 hidden units, too few, so it has to follow what changes: SGD, one example a step. The error of an
 example is squared before it is learnt, and averaged over bins of 40,000. All seeds of a row and rate are one program.
 
+    python -m experiments.plasticity --protocol regression
+    python -m experiments.plasticity --protocol regression --methods relu lk_relu --seeds 5
+
 Expected: ReLU's error rises again from bin to bin at the larger rates; see the record's table. About a minute a row on
 two cores.
 
@@ -34,7 +37,7 @@ from experiments.engine.console import Console
 from experiments.engine.files import write_whole
 from experiments.engine.loop import Loop, advance
 from experiments.engine.parallel import Placement
-from experiments.engine.plots import COLOURS, IN_A_PANEL, figure, label_ends, mean_band, save
+from experiments.engine.plots import COLOURS, figure, label_ends, mean_band, save
 from experiments.engine.study import open_record
 from experiments.engine.tables import markdown, provenance, spread
 from experiments.plasticity.kumar.methods import METHODS
@@ -191,13 +194,13 @@ def main() -> None:
             first, last = (f"{np.mean([error[i] for error in errors]):.3f}" if errors else "-" for i in (0, -1))
             diverged = f"; {len(lines) - len(errors)} of {len(lines)} diverged" * (len(lines) > len(errors))
             console.say(f"{row}: error of the first bin {first}, of the last {last}, mean over rates{diverged}")
-        console.table("Slowly changing regression: squared error, last tenth of the bins", table(record.lines))
+        console.table("Slowly changing regression: squared error, last bins", table(record.lines))
         write_whole(record.folder / "table.md", page(record.config, record.lines))
         console.say(f"picture  {picture(record.lines, record.folder / 'regression.png')}\nrecord   {record.folder}")
 
 
 def table(lines: Sequence[Line], *, first: bool = False) -> list[dict[str, str]]:
-    """The mean squared error of the last tenth of the bins, or of the first, by row and rate."""
+    """The mean squared error of the last bins, or of the first, by row and rate: of a tenth, rounded down."""
     found = _by_net(lines)
     rates = sorted({rate for _, rate in found}, reverse=True)
     rows = []
@@ -214,13 +217,15 @@ def table(lines: Sequence[Line], *, first: bool = False) -> list[dict[str, str]]
 
 def page(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
     """The page of a record."""
+    bins = max(len(errors) for found in _by_net(lines).values() for errors in whole(found) or [[0]])
+    few = _tenth(bins)
     parts = [
         "# Slowly changing regression",
         f"{config['protocol']['regression']['examples']:,} examples, one by one, SGD; squared error before learning, "
         "mean ± standard deviation over the seeds that have not diverged; all rates that were tried.",
-        "Last tenth of the bins:",
+        f"{'The last bin' if few == 1 else f'The last {few} bins'} of {bins}, of {BIN:,} examples each:",
         markdown(table(lines)),
-        "First tenth:",
+        f"{'The first bin' if few == 1 else f'The first {few}'}:",
         markdown(table(lines, first=True)),
         provenance(config, f"; {sum(line['seconds'] for line in lines) / 60:.0f} minutes of training"),
     ]
@@ -228,21 +233,25 @@ def page(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
 
 
 def picture(lines: Sequence[Line], path: Path) -> Path:
-    """The error by bins, a column a rate, at most five rows in a panel."""
+    """The error by bins, a column a rate; single activations, links, and our start each in panels of their own."""
     found = _by_net(lines)
     rates = sorted({rate for _, rate in found}, reverse=True)
     names = list(dict.fromkeys(row for row, _ in found))
-    together = [names[i : i + IN_A_PANEL] for i in range(0, len(names), IN_A_PANEL)]
+    bases = list(dict.fromkeys(row.removesuffix("_ours") for row in names))
+    kinds = {row: (row.endswith("_ours"), row.startswith("lk_") and not row.endswith("_ours")) for row in names}
+    together = [[row for row in names if kinds[row] == kind] for kind in sorted(set(kinds.values()))]
     sheet = figure(4.2 * len(rates) + 1.5, 3.4 * len(together))
     grid = sheet.subplots(len(together), len(rates), squeeze=False, sharey=True)
     for panel, (rows, rate) in zip(grid.flat, itertools.product(together, rates), strict=True):
-        for colour, row in zip(COLOURS, rows, strict=False):
+        for row in rows:
             if errors := whole(found.get((row, rate), [])):
                 values = np.array(errors)
+                colour = COLOURS[bases.index(row.removesuffix("_ours")) % len(COLOURS)]
                 mean_band(panel, np.arange(1, values.shape[1] + 1), values, colour, "-", row)
-        panel.set(title=f"rate {rate:g}", xlabel=f"bin of {BIN:,} examples", ylabel="squared error", ylim=(0, None))
+        panel.set(title=f"rate {rate:g}", xlabel=f"bin of {BIN:,} examples", ylabel="squared error")
         panel.grid(alpha=0.25)
-    for panel in grid.flat:  # once they share their limits
+    grid[0, 0].set_ylim(bottom=0)  # of all, once all is drawn
+    for panel in grid.flat:
         label_ends(panel)
     return save(sheet, path, 110)
 
@@ -255,5 +264,9 @@ def _by_net(lines: Sequence[Line]) -> dict[tuple[str, float], list[Line]]:
 
 
 def _end(errors: Sequence[float], first: bool) -> float:
-    tenth = max(1, round(len(errors) / 10))
-    return statistics.fmean(errors[:tenth] if first else errors[-tenth:])
+    few = _tenth(len(errors))
+    return statistics.fmean(errors[:few] if first else errors[-few:])
+
+
+def _tenth(bins: int) -> int:
+    return max(1, bins // 10)

@@ -108,7 +108,7 @@ def _identity(record: StoredRecord) -> dict[str, str]:
 
 
 def _differences(members: list[StoredRecord], namesakes: list[list[StoredRecord]]) -> dict[str, str]:
-    """What tells a group from its namesakes: the settings; if they don't, what computed; then what others know not."""
+    """What tells a group from its namesakes: settings that both have; else the code too; else settings one lacks."""
     own, *others = (_identity(each[0]) for each in [members, *(each for each in namesakes if each is not members)])
 
     def of(names: Iterable[str]) -> list[set[str]]:

@@ -92,7 +92,7 @@ def picture(config: Mapping[str, Any], lines: Sequence[Line], path: Path) -> Pat
                 mean_band(panel, epoch, values, colour, "-", way if way != "harmed" else "_")
         for panel, title in ((left, "test accuracy"), (right, "dead share of hidden units")):
             panel.axvline(turn, color="0.6", lw=0.8)
-            panel.set(title=f"{harm} (rate {rate:g} up to the line): {title}", xlabel="epoch", xlim=(0, None))
+            panel.set(title=f"{harm} (black: rate {rate:g}, up to the line): {title}", xlabel="epoch", xlim=(0, None))
             panel.set_ylim(-0.02, 1.02)
             panel.grid(alpha=0.25)
             label_ends(panel)

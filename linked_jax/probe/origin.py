@@ -19,6 +19,7 @@ from linked_jax.probe.regions import Region
 from linked_jax.probe.taps import kept
 
 OUTPUTS = "the outputs of the model"
+_GRAVEST = ("NaN", "inf", "-inf")  # first: -inf may be a mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _apply(op: Op, operands: list[Marked], mask: Array | None, index: str) -> li
             return _LOOPS[op.kind](op, operands, mask, index)
         if op.kind in CUSTOM:
             return _walk(op.graphs[0], operands, mask, index)
-    passed = next((origin for _, origin in operands if origin), None)
+    passed = min((origin for _, origin in operands if origin), key=lambda one: _GRAVEST.index(one.value), default=None)
 
     def mark(value: Value, x: Any) -> Marked:
         bad = _not_finite(x, value, mask)

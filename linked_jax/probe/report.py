@@ -151,7 +151,7 @@ class Report:
         return [(head, *cells) for head, *cells in columns if set(cells) - {"0" if head == "NaN/inf" else ""}]
 
     def _remarks(self) -> list[str]:
-        found = [_LEGEND]
+        found = [*_LEGEND]
         found += [] if self.not_finite_first is None else [f"not finite: {self.not_finite_first}"]
         return [*found, *(f"not seen: {what}" for what in self.not_seen)]
 
@@ -169,7 +169,7 @@ class Report:
         for layer, row in zip(self.layers, rows, strict=True):
             sick = (layer.dead | layer.dead_link | layer.not_finite).any()
             table.add_row(*row, style="red" if sick else "yellow" if layer.dormant.any() else None)
-        needed = max(map(len, str(self).splitlines())) + 2 * len(heads)
+        needed = sum(max(map(len, column)) + 2 for column in self._columns())
         console = Console(width=max(needed, Console().width))  # rich would cut names to fit
         console.print(table)
         for remark in self._remarks():
@@ -220,7 +220,10 @@ _COLUMNS = (
     "name", "activation", "units", "dead", "no grad", "NaN/inf", "dormant", "linear", "satur.", "shift", "z²", "grad²",
     "rank",
 )  # fmt: skip
-_LEGEND = "dead to satur.: of the units; z²: mean square before the activation; rank: effective, of the outputs"
+_LEGEND = (
+    "units that are dead, have no gradient, are dormant, never change the sign of z, are saturated",
+    "shift: mean of z; z² and grad²: mean squares of z and of its gradient; rank: effective, of outputs",
+)
 _SCALARS = ("activation_shift", "mean_square", "gradient_mean_square", "effective_rank", "stable_rank")
 
 

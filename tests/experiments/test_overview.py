@@ -25,10 +25,14 @@ def test_every_command_has_a_line():
     assert all(re.match(r"\S.*[.?]", overview.first_line(name)) for name in overview._ORDER)
 
 
-@pytest.mark.parametrize("name", overview._ORDER)
+PROTOCOLS = ("plasticity.regression", "plasticity.kumar.command")
+
+
+@pytest.mark.parametrize("name", [*overview._ORDER, *PROTOCOLS])
 def test_the_help_of_every_command_begins_with_what_it_is_and_an_example(name, capsys):
     package = (HERE / name / "__main__.py").exists()
     module = importlib.import_module(f"experiments.{name}" + ".__main__" * package)
+    name = name.partition(".")[0]
     with pytest.raises(SystemExit):
         command_line(getattr(module, "Settings", None) or module.Sweep, f"python -m experiments.{name}", ["--help"])
     usage, _, what, example, *_ = capsys.readouterr().out.splitlines()

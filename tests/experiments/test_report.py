@@ -580,6 +580,7 @@ def many(acts, **axes):
             16,
         ),
         ([f"{a}" for a in range(13)], {}, 3),
+        (["a", "lk_a", "b", "lk_b", "c", "lk_c", "d", "lk_d", "a_bn"], {}, 2),
     ],
 )
 def test_many_nets_are_drawn_in_rows_of_five_that_tell_them_apart(acts, axes, rows):

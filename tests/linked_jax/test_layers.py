@@ -305,6 +305,8 @@ PADDINGS = {
     "(1, 1)": ((3, 3), (1, 1)),
     "pairs": ((3, 4), [(1, 0), (2, 0)]),
     "VALID": ((2, 2), "VALID"),
+    "CIRCULAR": ((3, 3), "CIRCULAR"),
+    "REFLECT": ((3, 3), "REFLECT"),
 }
 
 
@@ -317,6 +319,12 @@ def test_a_layer_with_a_stride_starts_as_an_isometry_whatever_the_padding(name):
     for y in (LinkedConv(2, 8, window, **options, rngs=nnx.Rngs(0))(z), theirs):
         assert y.shape == (3, 4, 4, 8)
         np.testing.assert_allclose(jnp.square(y).sum((1, 2, 3)), jnp.square(z).sum((1, 2, 3)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("padding", first_fast(["CAUSAL", [(2, 0)], [(0, 2)], 1]), ids=str)
+def test_a_layer_without_a_stride_starts_as_an_isometry_whatever_the_padding(padding):
+    layer, z = LinkedConv(4, 4, (3,), padding=padding, rngs=nnx.Rngs(0)), white(3, 8, 4)
+    np.testing.assert_allclose(jnp.square(layer(z)).sum((1, 2)), jnp.square(z).sum((1, 2)), rtol=1e-5)
 
 
 @pytest.mark.slow

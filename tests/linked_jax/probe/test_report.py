@@ -50,7 +50,7 @@ def test_json_keeps_every_bit(report, tmp_path):
 @pytest.mark.slow
 def test_the_table_has_a_line_for_each_layer(report, capsys):
     lines = str(report).splitlines()
-    assert len(lines) == 1 + len(report.layers) + 2  # what the columns are, and where the first NaN comes from
+    assert len(lines) == 1 + len(report.layers) + 3  # what the columns are, and where the first NaN comes from
     assert lines[0].split()[:4] == ["name", "activation", "units", "dead"]
     assert lines[1].split()[1:4] == ["relu", "6", "1"]
     assert "NaN/inf" in lines[0]  # where a unit had one

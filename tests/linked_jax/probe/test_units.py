@@ -115,9 +115,9 @@ def test_a_unit_that_is_not_finite_is_shown(bad, monkeypatch):
     (clean,) = probe(lambda x: jax.nn.relu(x), [x[:, jnp.array([0, 2, 3])]]).layers
     assert layer.not_finite.tolist() == [False, True, False, False]
     np.testing.assert_allclose(layer.dormancy[[0, 2, 3]], clean.dormancy, rtol=1e-5)
-    head, row, legend, remark = str(report).splitlines()
+    head, row, legend, _, remark = str(report).splitlines()
     assert row[: head.index("NaN/inf") + 7].endswith(" 1")
-    assert legend.startswith("dead to satur.: of the units")
+    assert legend.startswith("units that are dead, ")
     assert remark.startswith("not finite: the input of batch 0 has ")
     assert STATES[unit_states(report.layers)[0, 1]][0] == "not finite"
     console, styles = pytest.importorskip("rich.console").Console, []
