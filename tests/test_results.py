@@ -12,6 +12,7 @@ from experiments.headlines.claims import CLAIMS
 from experiments.load_forecast import table as forecast_table
 from experiments.plasticity import plots as plasticity_plots
 from experiments.plasticity import regression
+from experiments.plasticity.kumar import table as kumar_table
 from experiments.remedies import table as remedies_table
 from experiments.report import __main__ as report
 from experiments.report import front
@@ -123,6 +124,7 @@ def test_the_committed_comparison_of_remedies_is_what_its_record_gives():
 CONTINUAL = {
     "plasticity": plasticity_plots.markdown,
     "plasticity/cifar10": plasticity_plots.markdown,
+    "plasticity/kumar": kumar_table.markdown,
     "plasticity/regression": regression.page,
     "revive": revive_plots.markdown,
 }
@@ -139,7 +141,7 @@ def test_the_committed_tables_of_continual_learning_are_what_their_records_give(
 def test_numbers_of_a_page_are_in_its_tables(name):
     folder = RESULTS / name
     tabled = "".join(path.read_text(encoding="utf-8") for path in folder.rglob("table.md"))
-    numbers = re.findall(r"\d\.\d{4} ± \d\.\d{4}", (folder / "README.md").read_text(encoding="utf-8"))
+    numbers = re.findall(r"\d+\.\d{2,4} ± \d+\.\d{2,4}", (folder / "README.md").read_text(encoding="utf-8"))
     assert numbers
     assert all(number in tabled for number in numbers)
 
