@@ -1,5 +1,6 @@
 """What `experiments.plasticity` found, as tables and as pictures, made from a record's lines alone."""
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.engine.plots import figure, label_ends, mean_band, save
+from experiments.engine.plots import IN_A_PANEL, figure, label_ends, mean_band, save
 from experiments.engine.study import at_best_rate
 from experiments.engine.tables import markdown as markdown_table
 from experiments.engine.tables import provenance, spread
@@ -138,17 +139,18 @@ def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
 
 
 def picture(column: str, config: Mapping[str, Any], lines: Sequence[Line], path: Path) -> Path:
-    """Accuracy, dormant share and effective rank by task, two rows a stream; bands are one standard deviation."""
+    """Accuracy, dormant share and effective rank by task, a row or two a stream; bands are one standard deviation."""
     nets = {net["row"]: net for net in _nets(column, config)}
-    kinds = [(stream, [net for net in together if net in nets])
-             for stream in config["protocol"]["streams"] for together in _TOGETHER]  # fmt: skip
+    groups = _TOGETHER if len(nets) > IN_A_PANEL else [list(nets)]
+    together = [[net for net in names if net in nets] for names in groups]
+    kinds = list(itertools.product(config["protocol"]["streams"], together))
     sheet = figure(15, 3.4 * len(kinds) + 0.6)
     panels = sheet.subplots(len(kinds), len(_PANELS), squeeze=False)
-    for (stream, together), row in zip(kinds, panels, strict=True):
+    for (stream, names), row in zip(kinds, panels, strict=True):
         for (measure, title), panel in zip(_PANELS.items(), row, strict=True):
             most = max(1, config["protocol"]["tasks"] // 2)  # so that a line is left
             wide = min(_SMOOTHED[stream], most) if measure == "accuracy" else 1
-            for net in together:
+            for net in names:
                 runs = chosen(of_net(stream, net, nets[net]["width"], lines))
                 values = np.array([np.convolve(run[measure], np.ones(wide) / wide, "valid") for run in runs])
                 number = np.arange(wide, wide + values.shape[1])

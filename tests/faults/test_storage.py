@@ -45,7 +45,7 @@ def begun(whole, tmp_path):
 def test_a_full_file_system(whole, tmp_path, record_property):
     """A limit on the size of a file ends writes as a full disk does: config, metrics, checkpoints, table, picture."""
     tried = 0
-    for kilobytes in (1, 2, 4, 8, 16, 64):
+    for kilobytes in (1, 2, 4, 8, 16, 32):
         folder = tmp_path / f"run {kilobytes}"
 
         words = [sys.executable, "-m", "experiments.depth", *first_words("depth", folder)]
