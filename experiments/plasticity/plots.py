@@ -143,7 +143,8 @@ def picture(column: str, config: Mapping[str, Any], lines: Sequence[Line], path:
     nets = {net["row"]: net for net in _nets(column, config)}
     groups = _TOGETHER if len(nets) > IN_A_PANEL else [list(nets)]
     together = [[net for net in names if net in nets] for names in groups]
-    kinds = list(itertools.product(config["protocol"]["streams"], together))
+    streams: list[str] = config["protocol"]["streams"]
+    kinds = list(itertools.product(streams, together))
     sheet = figure(15, 3.4 * len(kinds) + 0.6)
     panels = sheet.subplots(len(kinds), len(_PANELS), squeeze=False)
     for (stream, names), row in zip(kinds, panels, strict=True):

@@ -267,6 +267,15 @@ def test_the_table_is_what_numpy_finds_in_the_lines():
     assert tried["rate 0.2"] == "0.0000 (last 0.0000)"
 
 
+@pytest.mark.parametrize("rows", [["relu"], ["relu", "lk_relu"], list(METHODS)], ids=len)
+def test_the_picture_has_no_empty_panel(rows, tmp_path):
+    """Matplotlib warns of one."""
+    config = {"nets": [net(row) for row in rows], "data": {"name": "digits"}}
+    config["protocol"] = {"streams": ["permuted"], "tasks": 20}
+    lines = [line(row, 1e-3, seed, [0.5] * 20) for row in rows for seed in (0, 1)]
+    assert plasticity_plots.picture("equal_width", config, lines, tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_a_net_whose_outputs_are_no_numbers_is_marked():
     bad = line("a", 0.1, 0, [0.1] * 20) | {"finite": [1.0] * 19 + [0.0]}
     (row,) = plasticity_plots.table("permuted", "equal_width", {"nets": [net("a")]}, [bad])
