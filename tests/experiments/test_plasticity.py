@@ -267,7 +267,7 @@ def test_the_table_is_what_numpy_finds_in_the_lines():
     assert tried["rate 0.2"] == "0.0000 (last 0.0000)"
 
 
-@pytest.mark.parametrize("rows", [["relu"], ["relu", "lk_relu"], list(METHODS)], ids=len)
+@pytest.mark.parametrize("rows", [["redo"], ["lk_relu", "fourier"], list(METHODS)], ids=len)
 def test_the_picture_has_no_empty_panel(rows, tmp_path):
     """Matplotlib warns of one."""
     config = {"nets": [net(row) for row in rows], "data": {"name": "digits"}}
