@@ -141,7 +141,7 @@ lk_swish = linked(swish)
 lk_gelu = linked(gelu)
 lk_softplus = linked(softplus)
 lk_tanh = linked(tanh)
-"""(tanh(z), tanh(-z)). NOT linked in floating point: both members are flat beyond |z| of about 8 (float32)."""
+"""(tanh(z), tanh(-z)). NOT linked in floating point: both are flat beyond |z| of about 8 (float32; 20 on old CPUs)."""
 lk_sigmoid = linked(sigmoid)
 """(sigmoid(z), sigmoid(-z)). NOT linked in floating point: both members are flat beyond |z| of about 87 (float32)."""
 

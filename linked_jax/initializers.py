@@ -209,12 +209,7 @@ def looks_linear(
             core = jnp.moveaxis(core, (0, 1), (-3, -2)).reshape(*block, half, c_out)
         else:
             core = _unit_columns(key, pixels * half, c_out, dtype, feature_group_count).reshape(*block, half, c_out)
-        # SAME padding puts (size - stride) / 2 rows before the first one, rounded down, or up in a transposed conv:
-        # there the blocks tile the image.
-        before = [(size - width + transpose) // 2 for size, width in zip(window, block, strict=True)]
-        lows = None if transpose else _rows_before(padding, window)
-        if lows is not None:
-            before = [max(0, min(low, size - width)) for low, size, width in zip(lows, window, block, strict=True)]
+        before = _taps_before(padding, window, block, transpose)
         after = [size - width - low for size, width, low in zip(window, block, before, strict=True)]
         orthogonal = jnp.pad(core, [*zip(before, after, strict=True), (0, 0), (0, 0)])
         return join([jnp.asarray(a, dtype) * orthogonal for a in coefficients], -2, link.layout)
@@ -323,17 +318,23 @@ def _block(strides: int | Sequence[int], shape: Sequence[int]) -> tuple[int, ...
     return tuple(min(step, size) for step, size in zip(steps, window, strict=True))
 
 
-def _rows_before(padding: Padding, window: Sequence[int]) -> list[int] | None:
-    """The rows that a padding puts before the image, in each axis; None for the middle of the window."""
+def _taps_before(padding: Padding, window: Sequence[int], block: Sequence[int], transpose: bool) -> list[int]:
+    """The taps before the block in each axis: as many as there are rows before the image, so that blocks tile it."""
+    sizes = list(zip(window, block, strict=True))
+    # SAME puts (size - stride) / 2 rows there, rounded down, or up in a transposed conv. Without padding: the middle.
+    middle = [(size - width + transpose) // 2 for size, width in sizes]
+    if transpose:
+        return middle
     if isinstance(padding, str):
-        name = padding.upper()
-        if name == "CAUSAL":
-            return [size - 1 for size in window]
-        return [(size - 1) // 2 for size in window] if name in ("CIRCULAR", "REFLECT") else None
-    pads = [np.ravel(pad) for pad in (padding if isinstance(padding, Sequence) else [padding] * len(window))]
-    if len(pads) != len(window) or not all(map(len, pads)):
-        return None  # Flax will complain
-    return [int(pad[0]) for pad in pads] if any(pad.any() for pad in pads) else None
+        wrapped = [(size - 1) // 2 for size in window]
+        named = {"CAUSAL": [size - 1 for size in window], "CIRCULAR": wrapped, "REFLECT": wrapped}
+        rows = named.get(padding.upper(), middle)
+    else:
+        pads = [np.ravel(pad) for pad in (padding if isinstance(padding, Sequence) else [padding] * len(window))]
+        if len(pads) != len(window) or not all(map(len, pads)) or not any(pad.any() for pad in pads):
+            return middle  # of wrong pads Flax says what is wrong
+        rows = [int(pad[0]) for pad in pads]
+    return [max(0, min(n, size - width)) for n, (size, width) in zip(rows, sizes, strict=True)]
 
 
 def _check_shape(shape: Sequence[int], link: Activation, groups: int) -> int:

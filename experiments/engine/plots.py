@@ -104,7 +104,7 @@ def accuracy_picture(nets: Nets, path: Path, *, title: str) -> Path:
     grid = whole.subplots(len(facets), len(_PANELS), squeeze=False)
     for row, (named, curves) in zip(grid, facets, strict=True):
         for panel, what in zip(row, _PANELS.values(), strict=True):
-            _draw(panel, curves, what, "")
+            _draw(panel, curves, what)
         label_ends(row[0])
         row[0].set_title(named, fontsize=9, loc="left", weight="bold")
     for panel, name in zip(grid[0], _PANELS, strict=True):
@@ -120,8 +120,9 @@ def panel_pictures(nets: Nets) -> dict[str, bytes]:
         one = figure(4.6, 0.2 + 2.4 * len(facets))
         panels = one.subplots(len(facets), squeeze=False)[:, 0]
         for panel, (named, curves) in zip(panels, facets, strict=True):
-            _draw(panel, curves, what, named)
+            _draw(panel, curves, what)
             label_ends(panel)
+            panel.set_title(named, fontsize=9)
         pictures[name] = png(one)
     return pictures
 
@@ -245,7 +246,7 @@ def _name(net: Mapping[str, Any], axes: Sequence[str]) -> str:
     return ", ".join(text(net[axis]) for axis in axes)
 
 
-def _draw(panel: Any, curves: Sequence[_Curve], what: _Panel, title: str) -> None:
+def _draw(panel: Any, curves: Sequence[_Curve], what: _Panel) -> None:
     """For each net the mean line, and a band from the least to the greatest value; a single point gets a dot."""
     for curve in curves:
         runs = [what.values(run) for run in curve.runs]
@@ -266,7 +267,6 @@ def _draw(panel: Any, curves: Sequence[_Curve], what: _Panel, title: str) -> Non
         panel.text(
             0.01, CHANCE - 0.01, "chance", color="0.4", fontsize=7, va="top", transform=panel.get_yaxis_transform()
         )
-    panel.set_title(title, fontsize=9)
     panel.xaxis.label.set_size(8.5)
     panel.yaxis.label.set_size(8.5)
     panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)

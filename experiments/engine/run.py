@@ -289,8 +289,8 @@ class _Run:
         )  # fmt: skip
 
     def _show(self) -> None:
-        nets = tables.by_net(self.record.lines, axes := self.experiment.all_axes)
-        rows = tables.summary(tables.numbers(self.experiment.name, self.data.name, nets), axes)
+        nets = tables.by_net(self.record.lines, self.experiment.all_axes)
+        rows = tables.summary(tables.numbers(self.experiment.name, self.data.name, nets), self.experiment.all_axes)
         self.console.table(f"{self.experiment.title}, {self.data.name}. {tables.legend(rows)}", rows)
         picture = plots.accuracy_picture(nets, self.folder / f"{self.experiment.name}.png", title=str(self.data))
         self.console.say(f"record   {self.folder}\npicture  {picture}")

@@ -11,8 +11,7 @@ example is squared before it is learnt, and averaged over bins of 40,000. All se
     python -m experiments.plasticity --protocol regression
     python -m experiments.plasticity --protocol regression --methods relu lk_relu --seeds 5
 
-Expected: ReLU's error rises again from bin to bin at the larger rates; see the record's table. About a minute a row on
-two cores.
+Expected: ReLU's error rises from bin to bin at every rate; see results/plasticity. Some minutes a row on two cores.
 
 Reference: Dohare et al., Loss of plasticity in deep continual learning, 2024. Starts are those of `kumar.starts`.
 """
@@ -42,6 +41,7 @@ from experiments.engine.study import open_record
 from experiments.engine.tables import markdown, provenance, spread
 from experiments.plasticity.kumar.methods import METHODS
 from experiments.plasticity.kumar.starts import STARTS
+from experiments.plasticity.plots import ends
 
 SLOW, RANDOM, UNITS, HIDDEN, BETA = 15, 5, 100, 5, 0.7
 FLIP_AFTER, BIN, MOST = 10_000, 40_000, 10_000
@@ -200,7 +200,7 @@ def main() -> None:
 
 
 def table(lines: Sequence[Line], *, first: bool = False) -> list[dict[str, str]]:
-    """The mean squared error of the last bins, or of the first, by row and rate: of a tenth, rounded down."""
+    """The mean squared error of the last tenth of the bins, or of the first, by row and rate."""
     found = _by_net(lines)
     rates = sorted({rate for _, rate in found}, reverse=True)
     rows = []
@@ -209,7 +209,8 @@ def table(lines: Sequence[Line], *, first: bool = False) -> list[dict[str, str]]
         for rate in rates:
             errors = whole(runs := found.get((row, rate), []))
             diverged = f" ({len(runs) - len(errors)} of {len(runs)} diverged)" * (len(runs) > len(errors))
-            texts[f"rate {rate:g}"] = (spread([_end(error, first) for error in errors]) if errors else "-") + diverged
+            at_end = [statistics.fmean(ends(error)[0 if first else 1]) for error in errors]
+            texts[f"rate {rate:g}"] = (spread(at_end) if errors else "-") + diverged
         texts["seeds"] = str(max(len(runs) for (of, _), runs in found.items() if of == row))
         rows.append(texts)
     return rows
@@ -218,7 +219,7 @@ def table(lines: Sequence[Line], *, first: bool = False) -> list[dict[str, str]]
 def page(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
     """The page of a record."""
     bins = max(len(errors) for found in _by_net(lines).values() for errors in whole(found) or [[0]])
-    few = _tenth(bins)
+    few = len(ends(range(bins))[0])
     parts = [
         "# Slowly changing regression",
         f"{config['protocol']['regression']['examples']:,} examples, one by one, SGD; squared error before learning, "
@@ -238,8 +239,8 @@ def picture(lines: Sequence[Line], path: Path) -> Path:
     rates = sorted({rate for _, rate in found}, reverse=True)
     names = list(dict.fromkeys(row for row, _ in found))
     bases = list(dict.fromkeys(row.removesuffix("_ours") for row in names))
-    kinds = {row: (row.endswith("_ours"), row.startswith("lk_") and not row.endswith("_ours")) for row in names}
-    together = [[row for row in names if kinds[row] == kind] for kind in sorted(set(kinds.values()))]
+    kinds = {row: "ours" if row.endswith("_ours") else "link" if row.startswith("lk_") else "one" for row in names}
+    together = [[row for row in names if kinds[row] == kind] for kind in dict.fromkeys(kinds.values())]
     sheet = figure(4.2 * len(rates) + 1.5, 3.4 * len(together))
     grid = sheet.subplots(len(together), len(rates), squeeze=False, sharey=True)
     for panel, (rows, rate) in zip(grid.flat, itertools.product(together, rates), strict=True):
@@ -261,12 +262,3 @@ def _by_net(lines: Sequence[Line]) -> dict[tuple[str, float], list[Line]]:
     for line in lines:
         found.setdefault((line["row"], line["rate"]), []).append(line)
     return found
-
-
-def _end(errors: Sequence[float], first: bool) -> float:
-    few = _tenth(len(errors))
-    return statistics.fmean(errors[:few] if first else errors[-few:])
-
-
-def _tenth(bins: int) -> int:
-    return max(1, bins // 10)

@@ -111,10 +111,10 @@ def _differences(members: list[StoredRecord], namesakes: list[list[StoredRecord]
     """What tells a group from its namesakes: settings that both have; else the code too; else settings one lacks."""
     own, *others = (_identity(each[0]) for each in [members, *(each for each in namesakes if each is not members)])
 
-    def of(names: Iterable[str]) -> list[set[str]]:
+    def differing(names: Iterable[str]) -> list[set[str]]:
         return [{name for name in names if name in other and other[name] != own[name]} for other in others]
 
-    settings, computed = of(own.keys() - {"commit", *_CODE}), of(own)
+    settings, computed = differing(own.keys() - {"commit", *_CODE}), differing(own)
     lacking = [{name for name in own if other.get(name) != own[name]} for other in others]
     told = set().union(*next((sets for sets in (settings, computed) if all(sets)), lacking))
     return {name: text[:7] + text[40:] if name == "commit" else text for name, text in own.items() if name in told}

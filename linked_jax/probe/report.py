@@ -148,7 +148,8 @@ class Report:
     def _columns(self) -> list[tuple[str, ...]]:
         """The columns of the table, each with its head; without gradients, ranks and NaN where there are none."""
         columns = zip(_COLUMNS, *map(_row, self.layers), strict=True)
-        return [(head, *cells) for head, *cells in columns if set(cells) - {"0" if head == "NaN/inf" else ""}]
+        nothing = {"NaN/inf": "0"}  # an empty cell, else
+        return [(head, *cells) for head, *cells in columns if not cells or set(cells) != {nothing.get(head, "")}]
 
     def _remarks(self) -> list[str]:
         found = [*_LEGEND]
@@ -163,13 +164,14 @@ class Report:
         except ImportError as error:
             raise ImportError("Report.print needs rich; pip install linked_jax[probe], or print(report)") from error
         table = Table(box=None)
-        heads, *rows = zip(*self._columns(), strict=True)
+        columns = self._columns()
+        heads, *rows = zip(*columns, strict=True)
         for i, head in enumerate(heads):
             table.add_column(head, justify="left" if i < 2 else "right", no_wrap=True)
         for layer, row in zip(self.layers, rows, strict=True):
             sick = (layer.dead | layer.dead_link | layer.not_finite).any()
             table.add_row(*row, style="red" if sick else "yellow" if layer.dormant.any() else None)
-        needed = sum(max(map(len, column)) + 2 for column in self._columns())
+        needed = sum(max(map(len, column)) + 2 for column in columns)
         console = Console(width=max(needed, Console().width))  # rich would cut names to fit
         console.print(table)
         for remark in self._remarks():

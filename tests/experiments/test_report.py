@@ -596,5 +596,5 @@ def test_dead_units_of_a_later_net_are_not_cut_off():
     lines = [{**line, "dead_by_layer": [0, 0, 3 * number]} for number, line in enumerate(many(["relu", "selu"])[0])]
     ((_, curves),) = plots._facets(tables.by_net(lines, ["act"]))
     panel = plots.figure(4, 3).subplots()
-    plots._draw(panel, curves, plots._PANELS["Dead units by layer, after training"], "")
+    plots._draw(panel, curves, plots._PANELS["Dead units by layer, after training"])
     assert panel.get_ylim()[1] >= 3

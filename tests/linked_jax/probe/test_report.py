@@ -61,6 +61,10 @@ def test_the_table_has_a_line_for_each_layer(report, capsys):
     assert all(layer.name in printed and layer.activation in printed for layer in report.layers)
 
 
+def test_a_report_without_layers_is_a_head():
+    assert str(Report((), 0.025)).startswith("name  activation  units")
+
+
 @pytest.mark.slow
 def test_the_plot_is_a_picture(report, tmp_path):
     pytest.importorskip("matplotlib")
