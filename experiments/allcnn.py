@@ -17,7 +17,7 @@ from experiments.engine import data as data_lib
 from experiments.engine import settings as settings_lib
 from experiments.engine.errors import UsageError, run_command
 from experiments.engine.experiment import Experiment
-from experiments.engine.rows import INITS, Row, stem_init
+from experiments.engine.rows import Row
 from experiments.engine.run import run
 from experiments.engine.settings import Cell
 from experiments.models.allcnn_net import AllCNN
@@ -58,11 +58,9 @@ def build(settings: Settings, cell: Cell, data: data_lib.Dataset, seed: int) -> 
     """The network of one run."""
     if not 0 <= settings.dropout < 1:
         raise UsageError(f"--dropout is at least 0 and below 1, got {settings.dropout}; the paper's is 0.5")
-    row = Row.parse(cell["act"])
     return AllCNN(
-        data.train_images.shape[-1], data.classes, width=row.units(settings.width), activation=row.activation,
-        stem_init=stem_init(cell["init"]), kernel_init=INITS[cell["init"]], dropout=settings.dropout, norm=row.norm,
-        rngs=nnx.Rngs(seed),
+        data.train_images.shape[-1], data.classes, Row.parse(cell["act"]), cell["init"], width=settings.width,
+        dropout=settings.dropout, rngs=nnx.Rngs(seed),
     )  # fmt: skip
 
 

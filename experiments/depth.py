@@ -16,7 +16,7 @@ from experiments.engine import data as data_lib
 from experiments.engine import settings as settings_lib
 from experiments.engine.errors import run_command
 from experiments.engine.experiment import Experiment
-from experiments.engine.rows import INITS, Row, identity, stem_init
+from experiments.engine.rows import Row
 from experiments.engine.run import run
 from experiments.engine.settings import SMALL_SET, Cell
 from experiments.models.depth_net import DepthNet
@@ -50,21 +50,13 @@ def learning_rate(_settings: Settings, cell: Cell) -> float:
 
 def build(settings: Settings, cell: Cell, data: data_lib.Dataset, seed: int) -> DepthNet:
     """The network of one run."""
-    row, init, depth = Row.parse(cell["act"]), cell["init"], cell["depth"]
     narrow = 2 * settings.width**2 <= NARROW  # linked layers that are products on a CPU, as fast within a loop
-    scan = narrow or depth > _UNROLL_UP_TO or len(data.train_labels) <= SMALL_SET
+    scan = narrow or cell["depth"] > _UNROLL_UP_TO or len(data.train_labels) <= SMALL_SET
     return DepthNet(
-        data.train_images.shape[1:],
-        data.classes,
-        depth=depth,
-        width=row.units(settings.width),
-        activation=row.activation,
-        stem_init=lambda stride: stem_init(init) if stride > 1 else INITS[init](identity),
-        kernel_init=INITS[init],
-        norm=row.norm,
-        unroll=not {"auto": scan, "yes": True, "no": False}[settings.scan_layers],
+        data.train_images.shape[1:], data.classes, Row.parse(cell["act"]), cell["init"], depth=cell["depth"],
+        width=settings.width, unroll=not {"auto": scan, "yes": True, "no": False}[settings.scan_layers],
         rngs=nnx.Rngs(seed),
-    )
+    )  # fmt: skip
 
 
 TABLE = Experiment(

@@ -18,12 +18,10 @@ from experiments.engine import data as data_lib
 from experiments.engine import settings as settings_lib
 from experiments.engine.errors import run_command
 from experiments.engine.experiment import Experiment
-from experiments.engine.rows import INITS, Row, stem_init
+from experiments.engine.rows import Row
 from experiments.engine.run import run
 from experiments.engine.settings import Cell
 from experiments.models.parameters_net import ParametersNet
-
-WIDTHS = (32, 64, 512)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +42,8 @@ PAPER = Settings(
 
 def build(_settings: Settings, cell: Cell, data: data_lib.Dataset, seed: int) -> ParametersNet:
     """The network of one run."""
-    row = Row.parse(cell["act"])
-    low, high, dense = (row.units(width) for width in WIDTHS)
-    return ParametersNet(
-        data.train_images.shape[1:], data.classes, widths=(low, high, dense), activation=row.activation,
-        stem_init=stem_init(cell["init"]), kernel_init=INITS[cell["init"]], norm=row.norm, rngs=nnx.Rngs(seed),
-    )  # fmt: skip
+    shape, row = data.train_images.shape[1:], Row.parse(cell["act"])
+    return ParametersNet(shape, data.classes, row, cell["init"], rngs=nnx.Rngs(seed))
 
 
 TABLE = Experiment(

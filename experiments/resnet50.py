@@ -16,7 +16,7 @@ from experiments.engine import data as data_lib
 from experiments.engine import settings as settings_lib
 from experiments.engine.errors import UsageError, run_command
 from experiments.engine.experiment import Experiment
-from experiments.engine.rows import INITS, Row, stem_init
+from experiments.engine.rows import Row
 from experiments.engine.run import run
 from experiments.engine.settings import Cell
 from experiments.models.resnet50_net import LinkWhere, ResNet50
@@ -46,18 +46,8 @@ def build(_settings: Settings, cell: Cell, data: data_lib.Dataset, seed: int) ->
     row = Row.parse(cell["act"])
     if row.sqrt2:
         raise UsageError(f"--act {cell['act']}: the ResNet has fixed widths; leave _sqrt2 out")
-    return ResNet50(
-        data.train_images.shape[1:],
-        data.classes,
-        inner=row.activation,
-        outer=row.plain if cell["link"] == "inside" else row.activation,
-        stem_init=stem_init(cell["init"]),
-        kernel_init=INITS[cell["init"]],
-        scale_branches=cell["init"] == "auto",
-        norm=row.norm,
-        link=cell["link"],
-        rngs=nnx.Rngs(seed),
-    )
+    shape = data.train_images.shape[1:]
+    return ResNet50(shape, data.classes, row, cell["init"], link=cell["link"], rngs=nnx.Rngs(seed))
 
 
 _ACTS = ("relu", "lk_relu", "prelu", "lk_prelu", "selu", "lk_selu", "swish", "lk_swish")

@@ -16,7 +16,7 @@ from experiments.engine import data as data_lib
 from experiments.engine import settings as settings_lib
 from experiments.engine.errors import run_command
 from experiments.engine.experiment import Experiment
-from experiments.engine.rows import INITS, Row, stem_init
+from experiments.engine.rows import Row
 from experiments.engine.run import run
 from experiments.engine.settings import Cell
 from experiments.models.width_net import WidthNet
@@ -42,11 +42,8 @@ PAPER = Settings(
 
 def build(_settings: Settings, cell: Cell, data: data_lib.Dataset, seed: int) -> WidthNet:
     """The network of one run."""
-    row = Row.parse(cell["act"])
-    return WidthNet(
-        data.train_images.shape[1:], data.classes, width=row.units(cell["width"]), activation=row.activation,
-        stem_init=stem_init(cell["init"]), kernel_init=INITS[cell["init"]], norm=row.norm, rngs=nnx.Rngs(seed),
-    )  # fmt: skip
+    shape, row = data.train_images.shape[1:], Row.parse(cell["act"])
+    return WidthNet(shape, data.classes, row, cell["init"], width=cell["width"], rngs=nnx.Rngs(seed))
 
 
 TABLE = Experiment(

@@ -6,14 +6,11 @@
 last.
 """
 
-from collections.abc import Callable
-
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.engine.rows import Activation, Norm, batch_norm, identity, normalised
+from experiments.engine.rows import INITS, Row, batch_norm, identity, normalised, stem_init
 from linked_jax import LinkedConv
-from linked_jax.initializers import Initializer
 
 # units in multiples of c, window, stride, and whether an activation precedes the layer
 _LAYERS = (
@@ -30,36 +27,22 @@ class AllCNN(nnx.Module):
     Args:
       channels: of the images.
       classes: the number of outputs.
+      row: the activation, the norm before it, and the factor of the width.
+      init: where kernels start, a name of `rows.INITS`.
       width: c, the units of the first three convs.
-      activation: the number of features -> a link or a module, called once for every activation.
-      stem_init: init(key, shape, dtype) of the first conv.
-      kernel_init: (link, strides=) -> init(key, shape, dtype) of all other layers.
       dropout: the rate after the strided convs.
-      norm: "batch" puts batch norm before every activation.
       rngs: Flax random streams; also of dropout.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        classes: int,
-        *,
-        width: int,
-        activation: Callable[[int], Activation],
-        stem_init: Initializer,
-        kernel_init: Callable[..., Initializer],
-        dropout: float = 0.5,
-        norm: Norm = "none",
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, channels: int, classes: int, row: Row, init: str, *, width: int, dropout: float, rngs: nnx.Rngs):
         layers, norms, features = [], [], channels
-        specs = [(multiple * width, *rest) for multiple, *rest in _LAYERS] + [(classes, 1, 1, True)]
+        specs = [(multiple * row.units(width), *rest) for multiple, *rest in _LAYERS] + [(classes, 1, 1, True)]
         for number, (units, window, stride, activated) in enumerate(specs):
-            link = activation(features) if activated else identity
-            init = stem_init if number == 0 else kernel_init(link.link, strides=stride)
-            norms.append(batch_norm(features, norm if activated else "none", rngs))
+            link = row.activation(features) if activated else identity
+            kernel = stem_init(init) if number == 0 else INITS[init](link.link, strides=stride)
+            norms.append(batch_norm(features, row.norm if activated else "none", rngs))
             layers.append(
-                LinkedConv(features, units, (window, window), link=link, strides=stride, kernel_init=init, rngs=rngs)
+                LinkedConv(features, units, (window, window), link=link, strides=stride, kernel_init=kernel, rngs=rngs)
             )
             features = units
         self.layers, self.norms = nnx.List(layers), nnx.List(norms)

@@ -6,14 +6,13 @@ Each layer here is link-then-layer, so the stem and the first 3x3 layer are plai
 network, cut before the activations instead of after them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.engine.rows import Activation, Norm, batch_norm, normalised
-from linked_jax import Link, LinkedConv, LinkedLinear
-from linked_jax.initializers import Initializer
+from experiments.engine.rows import INITS, Row, batch_norm, identity, normalised, stem_init
+from linked_jax import LinkedConv, LinkedLinear
 
 
 class DepthNet(nnx.Module):
@@ -22,12 +21,10 @@ class DepthNet(nnx.Module):
     Args:
       image_shape: (H, W, C) of one image.
       classes: the number of outputs.
+      row: the activation, the norm before it, and the factor of the width.
+      init: where kernels start, a name of `rows.INITS`.
       depth: the number of 3x3 layers, each followed by the activation.
       width: the number of units of every layer.
-      activation: the number of features -> a link or a module, called once for every activation.
-      stem_init: init(key, shape, dtype) of the stem and of the first layer, by its stride.
-      kernel_init: link -> init(key, shape, dtype), for all other layers.
-      norm: "batch" puts batch norm between each 3x3 layer and its activation (Keras' defaults).
       unroll: run the stacked layers unrolled: a faster step on a CPU, and a longer compile.
       rngs: Flax random streams.
     """
@@ -36,30 +33,25 @@ class DepthNet(nnx.Module):
         self,
         image_shape: Sequence[int],
         classes: int,
+        row: Row,
+        init: str,
         *,
         depth: int,
         width: int,
-        activation: Callable[[int], Activation],
-        stem_init: Callable[[int], Initializer],
-        kernel_init: Callable[[Link], Initializer],
-        norm: Norm = "none",
         unroll: bool = True,
         rngs: nnx.Rngs,
     ):
-        def block(rngs: nnx.Rngs) -> _Block:
-            return _Block(width, activation(width), kernel_init, norm, rngs=rngs)
-
         height, width_px, channels = image_shape
-        positions = -(-height // 2) * -(-width_px // 2)
+        units = row.units(width)
+        features = -(-height // 2) * -(-width_px // 2) * units
         self.depth, self.unroll = depth, unroll
-        self.stem = nnx.Conv(channels, width, (7, 7), strides=2, kernel_init=stem_init(2), rngs=rngs)
-        self.first = nnx.Conv(width, width, (3, 3), kernel_init=stem_init(1), rngs=rngs)
-        self.first_norm = batch_norm(width, norm, rngs)
-        self.blocks = nnx.data(nnx.vmap(block)(rngs.split(depth - 1)) if depth > 1 else None)
-        link = activation(positions * width)
-        self.read_out = LinkedLinear(
-            positions * width, classes, link=link, kernel_init=kernel_init(link.link), rngs=rngs
-        )
+        self.stem = nnx.Conv(channels, units, (7, 7), strides=2, kernel_init=stem_init(init), rngs=rngs)
+        self.first = nnx.Conv(units, units, (3, 3), kernel_init=INITS[init](identity), rngs=rngs)
+        self.first_norm = batch_norm(units, row.norm, rngs)
+        blocks = nnx.vmap(lambda rngs: _Block(units, row, init, rngs=rngs))
+        self.blocks = nnx.data(blocks(rngs.split(depth - 1)) if depth > 1 else None)
+        link = row.activation(features)
+        self.read_out = LinkedLinear(features, classes, link=link, kernel_init=INITS[init](link.link), rngs=rngs)
 
     def __call__(self, images: Float[Array, "n h w c"], *, train: bool = False) -> Float[Array, "n classes"]:
         """Images in [0, 1] -> logits."""
@@ -77,17 +69,10 @@ class DepthNet(nnx.Module):
 class _Block(nnx.Module):
     """activation -> conv 3x3 -> norm."""
 
-    def __init__(
-        self,
-        width: int,
-        link: Activation,
-        kernel_init: Callable[[Link], Initializer],
-        norm: Norm,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        self.conv = LinkedConv(width, width, (3, 3), link=link, kernel_init=kernel_init(link.link), rngs=rngs)
-        self.norm = batch_norm(width, norm, rngs)
+    def __init__(self, units: int, row: Row, init: str, *, rngs: nnx.Rngs):
+        link = row.activation(units)
+        self.conv = LinkedConv(units, units, (3, 3), link=link, kernel_init=INITS[init](link.link), rngs=rngs)
+        self.norm = batch_norm(units, row.norm, rngs)
 
     def __call__(self, z: Array, *, train: bool) -> Array:
         return normalised(self.conv(z), self.norm, train)

@@ -6,15 +6,15 @@
 A pool sees what the activation gives, so the conv after it takes all members of the link.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.engine.rows import Activation, Norm, batch_norm, normalised
-from linked_jax import Link, LinkedConv, LinkedLinear
-from linked_jax.initializers import Initializer
+from experiments.engine.rows import INITS, Row, batch_norm, normalised, stem_init
+from linked_jax import LinkedConv, LinkedLinear
 
+_UNITS = (32, 32, 64, 64, 512)
 _POOL = 2
 
 
@@ -24,45 +24,28 @@ class ParametersNet(nnx.Module):
     Args:
       image_shape: (H, W, C) of one image, at least 4 pixels high and wide.
       classes: the number of outputs.
-      widths: units of the first two convs, of the next two, and of the dense layer.
-      activation: the number of features -> a link or a module, called once for every activation.
-      stem_init: init(key, shape, dtype) of the first conv.
-      kernel_init: link -> init(key, shape, dtype) of all other layers.
-      norm: "batch" puts batch norm before every activation.
+      row: the activation, the norm before it, and the factor of the units.
+      init: where kernels start, a name of `rows.INITS`.
       rngs: Flax random streams.
     """
 
-    def __init__(
-        self,
-        image_shape: Sequence[int],
-        classes: int,
-        *,
-        widths: tuple[int, int, int],
-        activation: Callable[[int], Activation],
-        stem_init: Initializer,
-        kernel_init: Callable[[Link], Initializer],
-        norm: Norm = "none",
-        rngs: nnx.Rngs,
-    ):
-        low, high, dense = widths
+    def __init__(self, image_shape: Sequence[int], classes: int, row: Row, init: str, *, rngs: nnx.Rngs):
         height, width, channels = image_shape
-        links = [activation(features) for features in (low, low, high, high, dense)]
+        units = [row.units(single) for single in _UNITS]
+        low, _, high, _, dense = units
+        links = [row.activation(features) for features in units]
+        inits = [INITS[init](link.link) for link in links]
         arity = links[0].arity
 
-        def linked_conv(features: int, link: Activation) -> LinkedConv:
-            init = kernel_init(link.link)
-            return LinkedConv(features, features, (3, 3), link=link, padding="VALID", kernel_init=init, rngs=rngs)
-
-        init = [kernel_init(link.link) for link in links]
         self.links = nnx.List(links)
-        self.norms = nnx.List([batch_norm(units, norm, rngs) for units in (low, low, high, high, dense)])
-        self.conv1 = nnx.Conv(channels, low, (3, 3), kernel_init=stem_init, rngs=rngs)
-        self.conv2 = linked_conv(low, links[0])
-        self.conv3 = nnx.Conv(arity * low, high, (3, 3), kernel_init=init[1], rngs=rngs)
-        self.conv4 = linked_conv(high, links[2])
+        self.norms = nnx.List([batch_norm(features, row.norm, rngs) for features in units])
+        self.conv1 = nnx.Conv(channels, low, (3, 3), kernel_init=stem_init(init), rngs=rngs)
+        self.conv2 = LinkedConv(low, low, (3, 3), link=links[0], padding="VALID", kernel_init=inits[0], rngs=rngs)
+        self.conv3 = nnx.Conv(arity * low, high, (3, 3), kernel_init=inits[1], rngs=rngs)
+        self.conv4 = LinkedConv(high, high, (3, 3), link=links[2], padding="VALID", kernel_init=inits[2], rngs=rngs)
         positions = _after(height) * _after(width)
-        self.dense5 = nnx.Linear(arity * positions * high, dense, kernel_init=init[3], rngs=rngs)
-        self.read_out = LinkedLinear(dense, classes, link=links[4], kernel_init=init[4], rngs=rngs)
+        self.dense5 = nnx.Linear(arity * positions * high, dense, kernel_init=inits[3], rngs=rngs)
+        self.read_out = LinkedLinear(dense, classes, link=links[4], kernel_init=inits[4], rngs=rngs)
 
     def __call__(self, images: Float[Array, "n h w c"], *, train: bool = False) -> Float[Array, "n classes"]:
         """Images in [0, 1] -> logits."""
@@ -75,13 +58,8 @@ class ParametersNet(nnx.Module):
 
 
 def _pool(h: Array) -> Array:
-    window = _windows(h.shape[1], h.shape[2])
+    window = tuple(min(_POOL, size) for size in h.shape[1:3])  # 1 where one pixel is left of a small image
     return nnx.max_pool(h, window, strides=window)
-
-
-def _windows(*sizes: int) -> tuple[int, ...]:
-    """2 pixels, or the one that is left of a small image."""
-    return tuple(min(_POOL, size) for size in sizes)
 
 
 def _after(size: int) -> int:

@@ -1,13 +1,12 @@
 """The paper's shallow network (table 1): conv 3x3 -> activation -> flatten -> dense."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.engine.rows import Activation, Norm, batch_norm, normalised
-from linked_jax import Link, LinkedLinear
-from linked_jax.initializers import Initializer
+from experiments.engine.rows import INITS, Row, batch_norm, normalised, stem_init
+from linked_jax import LinkedLinear
 
 
 class WidthNet(nnx.Module):
@@ -16,32 +15,20 @@ class WidthNet(nnx.Module):
     Args:
       image_shape: (H, W, C) of one image.
       classes: the number of outputs.
+      row: the activation, the norm before it, and the factor of the width.
+      init: where kernels start, a name of `rows.INITS`.
       width: the units of the conv layer.
-      activation: the number of features -> a link or a module.
-      stem_init: init(key, shape, dtype) of the conv layer.
-      kernel_init: link -> init(key, shape, dtype) of the dense layer.
-      norm: "batch" puts batch norm before the activation.
       rngs: Flax random streams.
     """
 
-    def __init__(
-        self,
-        image_shape: Sequence[int],
-        classes: int,
-        *,
-        width: int,
-        activation: Callable[[int], Activation],
-        stem_init: Initializer,
-        kernel_init: Callable[[Link], Initializer],
-        norm: Norm = "none",
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, image_shape: Sequence[int], classes: int, row: Row, init: str, *, width: int, rngs: nnx.Rngs):
         height, width_px, channels = image_shape
-        features = height * width_px * width
-        link = activation(features)
-        self.conv = nnx.Conv(channels, width, (3, 3), kernel_init=stem_init, rngs=rngs)
-        self.norm = batch_norm(width, norm, rngs)
-        self.read_out = LinkedLinear(features, classes, link=link, kernel_init=kernel_init(link.link), rngs=rngs)
+        units = row.units(width)
+        features = height * width_px * units
+        link = row.activation(features)
+        self.conv = nnx.Conv(channels, units, (3, 3), kernel_init=stem_init(init), rngs=rngs)
+        self.norm = batch_norm(units, row.norm, rngs)
+        self.read_out = LinkedLinear(features, classes, link=link, kernel_init=INITS[init](link.link), rngs=rngs)
 
     def __call__(self, images: Float[Array, "n h w c"], *, train: bool = False) -> Float[Array, "n classes"]:
         """Images in [0, 1] -> logits."""

@@ -1,7 +1,6 @@
 """The training loop and the network of table 2, against the same network written out in NumPy."""
 
 import dataclasses
-import functools
 import math
 import re
 
@@ -17,10 +16,10 @@ from experiments.engine.costs import count
 from experiments.engine.loop import Carry, step
 from experiments.engine.optimizers import adam, sgd
 from experiments.engine.parallel import ONE_DEVICE, Placement
-from experiments.engine.rows import identity, stem_init
+from experiments.engine.rows import Row
 from experiments.models.depth_net import DepthNet
 from experiments.models.parameters_net import ParametersNet
-from linked_jax import LinkedLinear, default_kernel_init, get_activation, linked, lk_relu, variance_preserving
+from linked_jax import LinkedLinear, get_activation, linked, lk_relu
 
 ADAM = adam(3e-3)  # static arguments of the jitted step: made once, so that equal nets compile once
 SLOW = sgd(1e-30)
@@ -52,12 +51,10 @@ def net(act="lk_relu", *, depth=3, norm="none", unroll=False, seed=0, image_shap
     return DepthNet(
         image_shape,
         10,
+        Row(act, norm=norm),
+        "auto",
         depth=depth,
         width=width,
-        activation=functools.partial(get_activation, act),
-        stem_init=lambda _stride: variance_preserving(identity),
-        kernel_init=default_kernel_init,
-        norm=norm,
         unroll=unroll,
         rngs=nnx.Rngs(seed),
     )
@@ -217,11 +214,11 @@ def test_a_linked_net_in_the_same_state_has_no_dead_unit(digits, monkeypatch):
 
 @pytest.mark.slow
 def test_an_interleaved_link_is_scored_by_its_own_layout(digits):
-    link = linked(jax.nn.relu, jax.nn.relu, layout="interleaved")  # two members that die together
-    model = DepthNet(
-        (8, 8, 1), 10, depth=2, width=3, activation=lambda _: link, stem_init=lambda _: variance_preserving(identity),
-        kernel_init=default_kernel_init, rngs=nnx.Rngs(0),
-    )  # fmt: skip
+    class Interleaved(Row):
+        def activation(self, features):
+            return linked(jax.nn.relu, jax.nn.relu, layout="interleaved")  # two members that die together
+
+    model = DepthNet((8, 8, 1), 10, Interleaved("lk_relu"), "auto", depth=2, width=3, rngs=nnx.Rngs(0))
     model.first.bias[...] = jnp.array([-1e3, 1e3, -1e3])
     model.blocks.conv.conv.bias[...] = jnp.array([[1e5, 1e5, -1e5]])
     assert evaluate(model, digits.test_images, digits.test_labels)["dead_by_layer"] == [2, 1]
@@ -456,10 +453,7 @@ def test_the_flops_of_table_3_counted_by_hand(act):
     link = get_activation(act)
 
     def build():
-        return ParametersNet(
-            (32, 32, 3), 10, widths=(32, 64, 512), activation=lambda _: link, stem_init=stem_init("auto"),
-            kernel_init=default_kernel_init, rngs=nnx.Rngs(0),
-        )  # fmt: skip
+        return ParametersNet((32, 32, 3), 10, Row(act), "auto", rngs=nnx.Rngs(0))
 
     first = 32 * 32 * (9 * 3) * 32
     convs = 30 * 30 * (9 * 32) * 32 + 15 * 15 * (9 * 32) * 64 + 13 * 13 * (9 * 64) * 64
