@@ -100,7 +100,6 @@ TABLE = Experiment(
     rows=("relu", "lk_relu", "prelu", "lk_prelu", "selu", "lk_selu", "swish", "lk_swish"),
     build=build,
     axes=("schedule",),
-    positive=("width",),
     learning_rate=lambda _settings, _cell: 0.01,
     schedule=schedule,
 )

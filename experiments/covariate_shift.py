@@ -13,7 +13,6 @@ import dataclasses
 from typing import Literal
 
 import numpy as np
-from flax import nnx
 
 from experiments import depth
 from experiments.engine import data as data_lib
@@ -53,33 +52,17 @@ def inputs(cell: Cell, data: data_lib.Dataset) -> data_lib.Affine:
     return factor.astype(np.float32), offset.astype(np.float32)  # pyright: ignore[reportReturnType]
 
 
-def build(settings: Settings, cell: Cell, data: data_lib.Dataset, seed: int) -> nnx.Module:
-    """The network of one run: that of table 2."""
-    return depth.build(settings, cell, data, seed)
-
-
+PAPER = Settings(
+    preset="paper", dataset="cifar10", init=("glorot",), epochs=200, batch_size=32, lr=(1e-3,), decay=1e-6, seed=100
+)
 _ACTS = ("relu", "lk_relu", "selu", "lk_selu", "swish", "lk_swish")
 TABLE = Experiment(
     name="covariate_shift",
     title="Inputs that are not standardised",
-    presets={
-        "auto": Settings(),
-        "quick": Settings(preset="quick", dataset="digits"),
-        "paper": Settings(
-            preset="paper",
-            dataset="cifar10",
-            init=("glorot",),
-            epochs=200,
-            batch_size=32,
-            lr=(1e-3,),
-            decay=1e-6,
-            seed=100,
-        ),
-    },
+    presets={"auto": Settings(), "quick": Settings(preset="quick", dataset="digits"), "paper": PAPER},
     rows=(*_ACTS, *(f"{act}_bn" for act in _ACTS)),
-    build=build,
+    build=depth.build,
     axes=("inputs", "depth"),
-    positive=("width",),
     learning_rate=depth.learning_rate,
     inputs=inputs,
 )

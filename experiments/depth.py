@@ -69,7 +69,6 @@ TABLE = Experiment(
     ),
     build=build,
     axes=("depth",),
-    positive=("width",),
     learning_rate=learning_rate,
 )  # fmt: skip
 

@@ -51,11 +51,7 @@ class Checkpoints:
         return time.monotonic() - self._last >= self._every
 
     def save(self, tree: Any, facts: Mapping[str, Any]) -> None:
-        """Save a tree of arrays and JSON values; in a program of several processes, the first one writes.
-
-        Raises:
-          UsageError: if it cannot be written; the ones before it stay.
-        """
+        """Save a tree of arrays and JSON values; in a program of several processes, the first one writes."""
         leaves = [np.asarray(leaf) for leaf in processes.fetch([_plain(leaf) for leaf in jax.tree.leaves(tree)])]
         if processes.is_first():
             with writing(self.folder):
@@ -68,11 +64,7 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def load(self) -> Saved | None:
-        """The newest one that is whole; None if there never was one.
-
-        Raises:
-          UsageError: if none of those that are there is whole.
-        """
+        """The newest one that is whole; None if there never was one. Refused if those that are there are damaged."""
         damaged: list[str] = []
         for path in reversed(self._files()):
             try:
@@ -99,15 +91,7 @@ class Checkpoints:
 
 
 def like(saved: Saved, tree: Any) -> Any:
-    """The saved tree, as host arrays and PRNG keys.
-
-    Args:
-      saved: from `Checkpoints.load`.
-      tree: one with the structure, shapes and dtypes of the one that was saved.
-
-    Raises:
-      UsageError: if it has others.
-    """
+    """The saved tree, as host arrays and PRNG keys; refused where its shapes and dtypes are not those of `tree`."""
     leaves, structure = jax.tree.flatten(tree)
     shapes = [(leaf.shape, leaf.dtype.itemsize) for leaf in map(_plain, leaves)]
     if shapes != [(leaf.shape, leaf.dtype.itemsize) for leaf in saved.leaves]:

@@ -24,8 +24,8 @@ def command_line(
     Args:
       kind: a dataclass of settings.
       prog: the command.
-      arguments: by default this process's.
-      before: further ones, which the arguments override.
+      arguments: by default this process's; they override those before them.
+      before: further ones.
       **options: of `tyro.cli`.
 
     Raises:
@@ -34,12 +34,17 @@ def command_line(
     arguments = sys.argv[1:] if arguments is None else arguments
     given = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
     for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
-        option = f"--{field.name.replace('_', '-')}"
-        if get_origin(field.type) is tuple and given.count(option) > 1:
-            raise UsageError(f"{option} is given twice, and only the last would count; give it once: {option} A B")
+        name = option(field.name)
+        if get_origin(field.type) is tuple and given.count(name) > 1:
+            raise UsageError(f"{name} is given twice, and only the last would count; give it once: {name} A B")
     examples = re.findall(r"^ {4}python -m .*$", sys.modules[kind.__module__].__doc__ or "", re.MULTILINE)
     says = "\n".join([(kind.__doc__ or "").splitlines()[0] + " For example:" * bool(examples), *examples])
     return tyro.cli(kind, args=[*before, *arguments], prog=prog, description=says, **options)
+
+
+def option(field: str) -> str:
+    """The option of a field of settings: --time-steps of time_steps."""
+    return "--" + field.replace("_", "-")
 
 
 def in_range(settings: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
@@ -48,9 +53,6 @@ def in_range(settings: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
     Args:
       settings: with a field of each name.
       ranges: name of a field -> the least and the most that it may be; the most may be `math.inf`.
-
-    Raises:
-      UsageError: with the range and what was received.
 
     Examples:
       >>> from types import SimpleNamespace
@@ -63,19 +65,11 @@ def in_range(settings: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
         value = getattr(settings, name)
         if not least <= value <= most:  # nor nan
             wanted = f"at least {least:,}" if most == math.inf else f"from {least:,} to {most:,}"
-            raise UsageError(f"{_option(name)} is {wanted}, got {value:,}; try the default")
+            raise UsageError(f"{option(name)} is {wanted}, got {value:,}; try the default")
 
 
-def known(option: str, given: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
-    """The values of an option, each once; none, and one that there is not, is refused.
-
-    Args:
-      option: the name of its field.
-      given: its values.
-      known: those that there are.
-
-    Raises:
-      UsageError: with what there is.
+def known(field: str, given: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
+    """The values given for a field, each once; none, and one that is not known, is refused.
 
     Examples:
       >>> from experiments.engine.checks import known
@@ -85,12 +79,8 @@ def known(option: str, given: Iterable[str], known: Iterable[str]) -> tuple[str,
     """
     names, all_known = tuple(dict.fromkeys(given)), list(known)
     if not names:
-        raise UsageError(f"{_option(option)} takes at least one of {', '.join(all_known)}, got none")
+        raise UsageError(f"{option(field)} takes at least one of {', '.join(all_known)}, got none")
     for name in names:
         if name not in all_known:
-            raise UsageError(f"{_option(option)}: there is no {name!r}; take of {', '.join(all_known)}")
+            raise UsageError(f"{option(field)}: there is no {name!r}; take of {', '.join(all_known)}")
     return names
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")

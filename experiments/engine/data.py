@@ -113,11 +113,7 @@ class Split:
 
 
 def load_split(name: str, data_dir: str | None = None) -> Split:
-    """The training split of a set, or the test split where a folder has that one alone.
-
-    Raises:
-      UsageError: as `load`.
-    """
+    """The training split of a set, or the test split where a folder has that one alone."""
     folder = tfds.tfds_folder(data_dir)
     there = set(tfds.builder_of(name, folder, ()).info.splits)
     split = "train" if "train" in there else "test"
@@ -127,11 +123,7 @@ def load_split(name: str, data_dir: str | None = None) -> Split:
 
 
 def first(data: Dataset, count: int) -> Dataset:
-    """The same set with its first training images only; the test set stays whole, and so does the fingerprint.
-
-    Raises:
-      UsageError: if it has fewer.
-    """
+    """The same set with its first training images only; the test set stays whole, and so does the fingerprint."""
     size = len(data.train_labels)
     if count > size:
         raise UsageError(f"--train-size is at most the {size:,} training images of {data.name}, got {count:,}")
@@ -141,13 +133,9 @@ def first(data: Dataset, count: int) -> Dataset:
 def hold_out(data: Dataset, count: int) -> Dataset:
     """The training set without its last images, which stand in for the test set: for choices that may not see it.
 
-    Raises:
-      UsageError: if none would be left to train on.
-
-    Examples:
-      >>> from experiments.engine import data
-      >>> print(data.hold_out(data.load("digits"), 400))
-      digits: 1,037 train and 400 held-out images of 8x8x1, 10 classes
+    >>> from experiments.engine import data
+    >>> print(data.hold_out(data.load("digits"), 400))
+    digits: 1,037 train and 400 held-out images of 8x8x1, 10 classes
     """
     size = len(data.train_labels)
     if count >= size:

@@ -25,7 +25,6 @@ class Experiment:
       rows: what --act all means.
       build: settings, cell, data, seed -> the model.
       axes: the table's own options whose values are combined, beside act, init and lr.
-      positive: its other options that are at least 1.
       learning_rate: settings, cell -> the rate where --lr does not say.
       schedule: settings, cell, updates an epoch -> the rate's factor by update, from 0.
       inputs: cell, data -> what the net sees of pixels.
@@ -38,7 +37,6 @@ class Experiment:
     rows: tuple[str, ...]
     build: Callable[[Any, Cell, data_lib.Dataset, int], nnx.Module]
     axes: tuple[str, ...] = ()
-    positive: tuple[str, ...] = ()
     learning_rate: Callable[[Any, Cell], float] = lambda _settings, _cell: 1e-3
     schedule: Callable[[Any, Cell, int], optax.Schedule] = lambda settings, _cell, _steps: inverse_time_decay(
         1.0, settings.decay
@@ -57,7 +55,7 @@ class Experiment:
 
     def check(self, settings: Any) -> Any:
         """Refuse what cannot run, see `settings.check`."""
-        return check(settings, self.rows, self.axes, self.positive)
+        return check(settings, self.rows, self.axes)
 
     def cells(self, settings: Settings) -> list[Cell]:
         """The nets: every combination of the axes' values."""

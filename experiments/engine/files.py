@@ -10,14 +10,7 @@ from experiments.engine.errors import UsageError
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within it, a full disk or a folder that may not be written is a mistake of the user, in one line.
-
-    Args:
-      path: what is written, for the message.
-
-    Raises:
-      UsageError: instead of an OSError.
-    """
+    """Within it, a full disk or a folder that may not be written is a mistake of the user, in one line."""
     try:
         yield
     except OSError as error:
@@ -30,16 +23,12 @@ def writing(path: Path) -> Iterator[None]:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Leave the old file or the new one, on disk.
 
-    Raises:
-      UsageError: if it cannot be written.
-
-    Examples:
-      >>> import pathlib, tempfile
-      >>> from experiments.engine.files import write_whole
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     write_whole(pathlib.Path(folder) / "table.md", "| act |")
-      ...     [path.name for path in pathlib.Path(folder).iterdir()]
-      ['table.md']
+    >>> import pathlib, tempfile
+    >>> from experiments.engine.files import write_whole
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_whole(pathlib.Path(folder) / "table.md", "| act |")
+    ...     [path.name for path in pathlib.Path(folder).iterdir()]
+    ['table.md']
     """
     partial = path.with_name(path.name + ".tmp")
     with writing(path):

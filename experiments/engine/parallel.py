@@ -87,22 +87,14 @@ def request_devices(count: int) -> None:
 
 
 def check_devices(count: int) -> None:
-    """Make sure that there are that many devices.
-
-    Raises:
-      UsageError: if there are fewer.
-    """
+    """Refuse more devices than there are."""
     if count > jax.device_count():
         platform = jax.devices()[0].platform
         raise UsageError(f"--devices {count} needs {count} devices, got {jax.device_count()} ({platform}); lower it")
 
 
 def on_devices(settings: AnySettings) -> AnySettings:
-    """The settings with the number of devices that they mean.
-
-    Raises:
-      UsageError: if there are fewer; or more, where several processes share them.
-    """
+    """The settings with the number of devices that they mean: of several processes all that there are."""
     asked, there = settings.devices, jax.device_count()
     check_devices(asked)
     if not settings.distributed:

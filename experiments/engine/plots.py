@@ -79,25 +79,15 @@ def png(figure: Any, dpi: int = _DPI) -> bytes:
 
 
 def save(figure: Any, path: Path, dpi: int = _DPI) -> Path:
-    """Write the picture; gives its path.
-
-    Raises:
-      UsageError: if it cannot be written.
-    """
+    """Write the picture; gives its path."""
     write_whole(path, png(figure, dpi))
     return path
 
 
 def accuracy_picture(nets: Nets, path: Path, *, title: str) -> Path:
-    """Accuracy and dead units by epoch, dead units and signal by layer after the last; at most five nets in a row.
+    """Accuracy and dead units by epoch, dead units and signal by layer after the last; gives the path of the PNG.
 
-    Args:
-      nets: of `by_net`; lines have epoch, test_accuracy, units, dead_units, dead_by_layer and signal_by_layer.
-      path: of the PNG to write.
-      title: stands above.
-
-    Returns:
-      The path.
+    A row has at most five nets. Lines have epoch, test_accuracy, units, dead_units, dead_by_layer, signal_by_layer.
     """
     facets = _facets(nets)
     whole = figure(15, 0.8 + 2.7 * len(facets))
@@ -138,13 +128,7 @@ def caption(nets: Nets) -> str:
 
 
 def table_picture(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], *, title: str) -> bytes:
-    """The table as a PNG: a line for each net, with each seed, mean ± deviation, best epoch, and what was printed.
-
-    Args:
-      rows: of `numbers`.
-      axes: what tells nets apart.
-      title: stands above.
-    """
+    """A table of `numbers` as a PNG: for each net each seed, mean ± deviation, best epoch, and what was printed."""
     shown, y = varying(rows, axes), np.arange(len(rows))
     whole = figure(5.6, 1.6 + 0.24 * len(rows))
     panel = whole.subplots()

@@ -176,11 +176,7 @@ def is_first() -> bool:
 
 
 def everywhere(action: Callable[[], T]) -> T:
-    """What it gives, if it is refused in no process; a line of the one is the line of all.
-
-    Raises:
-      UsageError: that of the first process that raises one.
-    """
+    """What it gives, if it is refused in no process; the UsageError of the first that raises one is that of all."""
     try:
         result, refused = action(), ""
     except UsageError as error:
@@ -194,11 +190,7 @@ def everywhere(action: Callable[[], T]) -> T:
 
 
 def from_first(make: Callable[[], str]) -> str:
-    """The text that process 0 makes, in every process.
-
-    Raises:
-      UsageError: in every process, if it is refused there.
-    """
+    """The text that process 0 makes, in every process; so is its UsageError."""
     return texts(everywhere(lambda: make() if is_first() else ""))[0]
 
 

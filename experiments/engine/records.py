@@ -17,11 +17,8 @@ from experiments.engine.errors import UsageError
 from experiments.engine.files import write_whole, writing
 
 CONFIG, METRICS, TIMES = "config.json", "metrics.jsonl", "times.json"
-_AT_ONCE = 1000  # lines
 _LOCK, _HOLDER = ".lock", ".holder"
 _BEFORE_CONFIG = {_LOCK, _HOLDER, f"{_HOLDER}.tmp", f"{CONFIG}.tmp"}
-
-
 Line = dict[str, Any]
 
 
@@ -41,11 +38,7 @@ class Record:
 
     @classmethod
     def create(cls, folder: Path, config: Mapping[str, Any]) -> "Record":
-        """Make the folder of a new run.
-
-        Raises:
-          UsageError: if the folder exists or cannot be written.
-        """
+        """Make the folder of a new run; one that exists is refused."""
         complete = {**config, **environment()}
         text = json.dumps(complete, indent=2)  # before the folder is made: it may fail
         if _is_taken(folder):
@@ -66,11 +59,7 @@ class Record:
 
     @classmethod
     def reopen(cls, folder: Path) -> "Record":
-        """Resume a run that ended early.
-
-        Raises:
-          UsageError: if it is no run, is damaged, belongs to other code, or another process has it.
-        """
+        """Resume a run that ended early; refused if it is damaged, belongs to other code, or another process has it."""
         _check_is_there(folder)
         lock = _lock(folder)
         try:
@@ -87,11 +76,7 @@ class Record:
 
     @classmethod
     def open(cls, folder: Path, config: Mapping[str, Any], *, same: Sequence[str]) -> "Record":
-        """A new record, or the one that is there, if these entries of its config are the same.
-
-        Raises:
-          UsageError: as `create` and `reopen`; and if an entry differs.
-        """
+        """A new record, or the one that is there, if these entries of its config are the same."""
         if not _is_taken(folder):
             return cls.create(folder, config)
         if not (folder / CONFIG).is_file():
@@ -119,12 +104,7 @@ class Record:
         return next((line for line in self.lines if key.items() <= line.items()), None)
 
     def once(self, key: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> Line:
-        """The line with this key. If there is none it is made, timed and added.
-
-        Args:
-          key: what tells the run from others; JSON values.
-          make: the run; gives the rest of the line.
-        """
+        """The line with this key. If there is none `make` gives the rest of it, which is timed and added."""
         return self.once_each([key], lambda _missing: [make()])[0]
 
     def once_each(
@@ -190,11 +170,10 @@ class Unwritten(Record):
 
     def add(self, *lines: Mapping[str, Any]) -> None:
         """See `Record.add`; in memory."""
-        self.lines = [*self.lines, *map(dict, lines)]
+        self._rewrite([*self.lines, *map(dict, lines)])
 
-    def keep(self, count: int) -> None:
-        """See `Record.keep`; in memory."""
-        self.lines = self.lines[:count]
+    def _rewrite(self, lines: list[Line]) -> None:
+        self.lines = lines
 
     def write_times(self, times: Mapping[str, Any]) -> None:
         """Nothing."""
@@ -204,11 +183,7 @@ class Unwritten(Record):
 
 
 def resumable_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a run that this program can resume.
-
-    Raises:
-      UsageError: if there is none, it is damaged, or it belongs to other code.
-    """
+    """The config.json of a run that this program can resume; one of other code is refused."""
     _check_is_there(folder)
     config = read_config(folder)
     for what, now in program().items():
@@ -226,11 +201,7 @@ def _check_is_there(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a run.
-
-    Raises:
-      UsageError: if it is missing or damaged; the message names the file.
-    """
+    """The config.json of a run; one that is missing or damaged is refused."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -241,14 +212,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_lines(folder: Path, *, damaged_end: bool = False) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl.
+    """The lines of metrics.jsonl; the error names the first one that is damaged.
 
     Args:
       folder: of the run.
       damaged_end: leave out a last line that was not written whole.
-
-    Raises:
-      UsageError: if it is missing or damaged; the message names the file and the line.
     """
     path = folder / METRICS
     try:
@@ -258,42 +226,20 @@ def read_lines(folder: Path, *, damaged_end: bool = False) -> list[dict[str, Any
     except (OSError, ValueError) as error:
         texts = _damaged(path, 0, error)
     lines = []
-    for start in range(0, len(texts), _AT_ONCE):
-        some = texts[start : start + _AT_ONCE]
-        lines += _all_objects(some) or _objects(some, path, start + 1, len(texts) if damaged_end else 0)
-    return lines
-
-
-def _all_objects(texts: list[str]) -> list[Line]:
-    """What the texts are, parsed together, which is faster; none where one of them is no JSON object."""
-    try:
-        lines = json.loads(f"[{','.join(texts)}]")
-    except ValueError:
-        return []
-    return lines if len(lines) == len(texts) and all(isinstance(line, dict) for line in lines) else []
-
-
-def _objects(texts: list[str], path: Path, first: int, may_be_damaged: int) -> list[Line]:
-    """One by one; the error names the first line that is no JSON object, unless it may be so."""
-    lines = []
-    for number, text in enumerate(texts, start=first):
+    for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
             if not isinstance(line, dict):
                 raise ValueError("no JSON object")
             lines.append(line)
         except ValueError as error:
-            if number != may_be_damaged:
+            if not damaged_end or number < len(texts):
                 _damaged(path, number, error)
     return lines
 
 
 def read_times(folder: Path) -> dict[str, Any] | None:
-    """The step times of a run, {"steps": n, "medians": [{"act", ..., "step_seconds"}]}; None if it was not timed.
-
-    Raises:
-      UsageError: if they are damaged.
-    """
+    """The step times of a run, {"steps": n, "medians": [{"act", ..., "step_seconds"}]}; None if it was not timed."""
     path = folder / TIMES
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -336,11 +282,7 @@ def _json(line: Mapping[str, Any]) -> str:
 
 
 def new_folder(out: str | None, name: str) -> Path:
-    """The folder for a new record: `out`, or runs/<time>-<name>; checked to be writable, and not made.
-
-    Raises:
-      UsageError: if it exists, or its parent cannot be written.
-    """
+    """The folder for a new record: `out`, or runs/<time>-<name>; checked to be new and writable, and not made."""
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
     folder = Path(out) if out else Path("runs") / f"{time}-{name}"
     if _is_taken(folder):

@@ -49,11 +49,7 @@ class Row:
 
     @classmethod
     def parse(cls, name: str) -> "Row":
-        """Read a name.
-
-        Raises:
-          UsageError: if there is no such activation; the message has the nearest one and the list.
-        """
+        """Read a name; the error has the nearest activation and the list."""
         act = "relu_bn" if name == "bn" else name
         act, norm = (act.removesuffix("_bn"), "batch") if act.endswith("_bn") else (act, "none")
         row = cls(act.removesuffix("_sqrt2"), act.endswith("_sqrt2"), norm)
@@ -100,11 +96,7 @@ def stem_init(name: str) -> Initializer:
 
 
 def check_init(name: str, row: Row) -> None:
-    """Refuse an initialiser that its link does not allow.
-
-    Raises:
-      UsageError: with what to take instead.
-    """
+    """Refuse an initialiser that its link does not allow."""
     try:
         INITS[name](row.activation(1).link)
     except ValueError as error:

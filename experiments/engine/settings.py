@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from experiments.engine import data as data_lib
-from experiments.engine.checks import command_line
+from experiments.engine.checks import command_line, option
 from experiments.engine.errors import UsageError
 from experiments.engine.rows import InitName, Norm, Row, check_init
 
@@ -111,28 +111,18 @@ def parse(
 
 
 def resumes(settings: Settings, default: Settings) -> bool:
-    """Whether a record is to be resumed.
-
-    Raises:
-      UsageError: if options come with it that the record has already fixed.
-    """
+    """Whether a record is to be resumed; options that it has already fixed are refused."""
     if settings.resume is None:
         return False
-    for field in dataclasses.fields(default):
-        if field.name not in ("resume", *OF_THIS_COMMAND) and getattr(settings, field.name) != getattr(
-            default, field.name
-        ):
-            option = f"--{field.name.replace('_', '-')}"
-            raise UsageError(f"--resume takes the settings of its record, got {option} too; leave {option} out")
+    for name, value in vars(settings).items():
+        if name not in ("resume", *OF_THIS_COMMAND) and value != getattr(default, name):
+            given = option(name)
+            raise UsageError(f"--resume takes the settings of its record, got {given} too; leave {given} out")
     return True
 
 
 def named_rows(settings: Settings, all_rows: tuple[str, ...]) -> tuple[str, ...]:
-    """The rows by their full names, each once.
-
-    Raises:
-      UsageError: if a name is unknown, or does not go with --norm or --match-params.
-    """
+    """The rows by their full names, each once; a name that says what --norm or --match-params says is refused."""
     rows = []
     for name in itertools.chain.from_iterable(all_rows if act == "all" else (act,) for act in settings.act):
         row = Row.parse(name)
@@ -144,34 +134,28 @@ def named_rows(settings: Settings, all_rows: tuple[str, ...]) -> tuple[str, ...]
     return tuple(dict.fromkeys(rows))
 
 
-def check(
-    settings: AnySettings, all_rows: tuple[str, ...], axes: tuple[str, ...] = (), positive: tuple[str, ...] = ()
-) -> AnySettings:
+def check(settings: AnySettings, all_rows: tuple[str, ...], axes: tuple[str, ...] = ()) -> AnySettings:
     """Refuse what cannot run, before anything is loaded or written; name the rows in full.
 
     Args:
       settings: as parsed.
       all_rows: what "all" stands for.
       axes: the table's own options with several values; numbers are at least 1.
-      positive: its other options that are at least 1.
-
-    Raises:
-      UsageError: with what is wrong, what was received and what to do.
     """
-    for name in (*axes, *positive, "seeds", "epochs", "batch_size", "devices", "train_size", "held_out"):
-        value = getattr(settings, name)
+    for name in (*axes, "width", "seeds", "epochs", "batch_size", "devices", "train_size", "held_out"):
+        value = getattr(settings, name, None)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and number < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is at least 1, got {number}")
+                raise UsageError(f"{option(name)} is at least 1, got {number}")
     for name in ("act", "init", *axes):
         if getattr(settings, name) == ():
-            raise UsageError(f"--{name.replace('_', '-')} takes at least one value, got none")
+            raise UsageError(f"{option(name)} takes at least one value, got none")
     for lr in settings.lr:
         if not 0 < lr < math.inf:
             raise UsageError(f"--lr is a positive number, got {lr}; try 1e-3")
     for name in ("decay", "checkpoint_every"):
         if not 0 <= getattr(settings, name) < math.inf:
-            raise UsageError(f"--{name.replace('_', '-')} is 0 or more, got {getattr(settings, name)}")
+            raise UsageError(f"{option(name)} is 0 or more, got {getattr(settings, name)}")
     if settings.time_steps < 0:
         raise UsageError(f"--time-steps is 0 or more, got {settings.time_steps}")
     if not 0 <= settings.seed <= _MOST_SEEDS - settings.seeds:
@@ -184,11 +168,7 @@ def check(
 
 
 def check_spread(settings: Settings) -> None:
-    """Refuse seeds that the devices do not divide.
-
-    Raises:
-      UsageError: if they do not.
-    """
+    """Refuse seeds that the devices do not divide."""
     if settings.seeds_mode == "spread" and settings.seeds % settings.devices:
         raise UsageError(
             f"--seeds-mode spread gives every device as many seeds, got {settings.seeds} seeds for {settings.devices} "
@@ -197,18 +177,14 @@ def check_spread(settings: Settings) -> None:
 
 
 def check_processes(settings: Settings) -> None:
-    """Refuse options of processes that do not go together.
-
-    Raises:
-      UsageError: if one comes without --distributed, or is out of range.
-    """
+    """Refuse options of processes that come without --distributed, or are out of range."""
     given = [name for name in ("coordinator", "process_id", "process_count") if getattr(settings, name) is not None]
     if given and not settings.distributed:
-        raise UsageError(f"--{given[0].replace('_', '-')} goes with --distributed, which is not there; add it")
+        raise UsageError(f"{option(given[0])} goes with --distributed, which is not there; add it")
     for name in ("process_count", "start_timeout"):
         value = getattr(settings, name)
         if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is at least 1, got {value}")
+            raise UsageError(f"{option(name)} is at least 1, got {value}")
     count = settings.process_count or 1
     if settings.distributed and settings.devices > 1 and settings.devices % count:
         raise UsageError(
@@ -235,9 +211,5 @@ def settle(settings: AnySettings, data: data_lib.Dataset) -> AnySettings:
 
 def recorded(settings: Settings) -> dict[str, Any]:
     """The settings as JSON values, without this machine's paths."""
-    values = dataclasses.asdict(settings)
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in values.items()
-        if name not in _NOT_RECORDED
-    }
+    kept = {name: value for name, value in vars(settings).items() if name not in _NOT_RECORDED}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}

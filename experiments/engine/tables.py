@@ -85,8 +85,10 @@ def numbers(
             **net,
             **counts.get(tuple(net.values()), {}),
             "seeds": [run[0]["seed"] for run in runs],
-            "last": [last_accuracy(run) for run in runs],
-            "best": [best_accuracy(run) for run in runs],
+            "last": [CHANCE if "diverged" in run[-1] else run[-1]["test_accuracy"] for run in runs],
+            "best": [
+                max((line["test_accuracy"] for line in run if "test_accuracy" in line), default=CHANCE) for run in runs
+            ],
             **(published(experiment, net) if dataset == "cifar10" else dict.fromkeys(EDITIONS)),
             "diverged": sum("diverged" in run[-1] for run in runs),
             **_layers(runs),
@@ -138,16 +140,6 @@ def by_net(lines: Iterable[Mapping[str, Any]], axes: Sequence[str]) -> list[tupl
 def varying(nets: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[str]:
     """The axes with several values; and act and init, which are never hidden choices."""
     return [axis for axis in axes if axis in ("act", "init") or len({net[axis] for net in nets}) > 1]
-
-
-def last_accuracy(run: Sequence[Mapping[str, Any]]) -> float:
-    """Of the last epoch; chance if the run diverged."""
-    return CHANCE if "diverged" in run[-1] else run[-1]["test_accuracy"]
-
-
-def best_accuracy(run: Sequence[Mapping[str, Any]]) -> float:
-    """Of the best epoch; chance if it diverged before the first."""
-    return max((line["test_accuracy"] for line in run if "test_accuracy" in line), default=CHANCE)
 
 
 def text(value: Any) -> str:

@@ -74,11 +74,7 @@ def how_to_prepare(name: str) -> str:
 
 
 def builder_of(name: str, folder: Path, splits: tuple[str, ...] = BOTH) -> Any:
-    """The set's builder, of a set that is prepared and has these splits of images with classes.
-
-    Raises:
-      UsageError: as `arrays_of`.
-    """
+    """The set's builder, of a set that is prepared and has these splits of images with classes; others are refused."""
     if not folder.is_dir():
         raise UsageError(
             f"no data set {name!r}: the data folder {folder} does not exist; use --dataset digits, which is embedded, "

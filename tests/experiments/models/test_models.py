@@ -37,7 +37,7 @@ def first_cell(table, act, **changes) -> Cell:
 def build(module, act, **changes):
     table = module.TABLE
     settings = dataclasses.replace(table.presets["paper"], **changes)
-    return module.build(settings, first_cell(table, act, **changes), fake(), 0)
+    return table.build(settings, first_cell(table, act, **changes), fake(), 0)
 
 
 def net(module, act, **changes):
@@ -255,7 +255,7 @@ def test_every_row_of_a_table_can_be_built(module):
     table = module.TABLE
     settings = table.check(dataclasses.replace(table.presets["quick"], act=("all",)))
     for cell in {cell["act"]: cell for cell in table.cells(settings)}.values():
-        model = nnx.eval_shape(lambda cell=cell: module.build(settings, cell, fake((8, 8, 1)), 0))
+        model = nnx.eval_shape(lambda cell=cell: table.build(settings, cell, fake((8, 8, 1)), 0))
         assert jax.tree.leaves(nnx.state(model, nnx.Param))
 
 
