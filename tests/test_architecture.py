@@ -193,7 +193,7 @@ def reached_from(modules: set[str]) -> set[str]:
 
 
 def study_of(module: str) -> str | None:
-    """ "depth" for experiments.depth, "report" for experiments.report.page, None for shared rooms."""
+    """ "depth" for experiments.depth, "report" for experiments.report.table, None for shared rooms."""
     name = (*module.split("."), "")[1]
     return None if name in ("", *SHARED) else name
 

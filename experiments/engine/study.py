@@ -41,7 +41,6 @@ def open_record(
     protocol: Mapping[str, Any],
     data: Any,
     same: Sequence[str] = ("experiment", "protocol", "data"),
-    arguments: Sequence[str] | None = None,
     **more: Any,
 ) -> Iterator[Record]:
     """The record of a study: a new one, or the one that is there and was made alike. `Record.once` resumes its runs.
@@ -54,13 +53,9 @@ def open_record(
       protocol: what determines the runs, as JSON values.
       data: with an `identity`, such as a `Dataset`.
       same: the entries of the config that must be those of a record that is there.
-      arguments: of the command line; by default this process's.
       more: further entries of the config.
-
-    Raises:
-      UsageError: as `Record.open`.
     """
-    made_by = {"experiment": experiment, "command": command(experiment, arguments)}
+    made_by = {"experiment": experiment, "command": command(experiment)}
     config = {**made_by, **more, "protocol": protocol, "data": data.identity}
     again = shlex.join(["python", "-m", f"experiments.{experiment}", *sys.argv[1:]])
     with (

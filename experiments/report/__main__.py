@@ -7,26 +7,26 @@ Makes for each table NAME.md, NAME.csv, NAME.png (the table as a picture) and NA
 has all of them and opens offline. Records of different data, code or protocol are never averaged.
 """
 
+import base64
 import dataclasses
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import jinja2
 import tyro
 
 from experiments.engine import plots
 from experiments.engine.checks import command_line
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
+from experiments.engine.tables import legend
 from experiments.report.groups import Group, groups
-from experiments.report.page import counted, page
-from experiments.report.stored import StoredRecord, read_records
-from experiments.report.table import csv_of, markdown_of, table_of
-
-__all__ = ["Group", "StoredRecord", "csv_of", "groups", "markdown_of", "read_records", "table_of", "write"]
+from experiments.report.stored import read_records
+from experiments.report.table import commands, csv_of, markdown_of, origin, table_of, times_of
 
 PAGE = "report.html"
 _US = "experiments.report"
@@ -67,16 +67,13 @@ def main() -> None:
 def write(
     out: Path, found: Sequence[Group], problems: Sequence[str] = (), advance: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Make the report's folder, whole or not at all.
+    """Make the report's folder, whole or not at all; a report that is there is replaced, anything else refused.
 
     Args:
-      out: the folder; a report that is there is replaced.
+      out: the folder.
       found: of `groups`.
       problems: of `read_records`; they are listed on the page.
       advance: called with 1 after each table.
-
-    Raises:
-      UsageError: if something else is there, or it cannot be written.
     """
     _check_out(out)
     target = out.resolve()
@@ -118,6 +115,31 @@ def _write_table(folder: Path, group: Group) -> dict[str, bytes]:
     panels = plots.panel_pictures(group.by_net)
     captions = {f"{name}{'; ' if about else ''}{about}": png for name, png in panels.items()}
     return {"The table as a picture": table, **captions}
+
+
+def page(found: Sequence[Group], pictures: Mapping[str, Mapping[str, bytes]], problems: Sequence[str]) -> str:
+    """One HTML page, page.html beside this file filled in: nothing is fetched, and all text is escaped.
+
+    Args:
+      found: of `groups`.
+      pictures: name of a group -> caption -> PNG; the first one is the table's.
+      problems: records that were left out, and why.
+    """
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    templates.filters["base64"] = lambda png: base64.b64encode(png).decode("ascii")
+    functions = {each.__name__: each for each in (commands, counted, legend, origin, table_of, times_of)}
+    return templates.get_template("page.html").render(groups=found, pictures=pictures, problems=problems, **functions)
+
+
+def counted(count: int, what: str) -> str:
+    """1 table, 2 tables."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _check_out(out: Path) -> None:

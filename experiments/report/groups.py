@@ -24,30 +24,27 @@ class Group:
 
     Attributes:
       name: of its files, such as depth-digits.
-      experiment: such as depth.
-      title: of the paper's table.
       differs: what tells it from other groups with its experiment and data, such as {"epochs": "30"}; often empty.
       records: in the order of their places.
-      axes: what tells nets apart.
       lines: of the finished runs, each net and seed once; nets in the table's order, seeds rising.
-      nets: of the records' config.json.
       notes: what a reader must know, such as runs that were left out.
     """
 
     name: str
-    experiment: str
-    title: str
     differs: dict[str, str]
     records: list[StoredRecord]
-    axes: tuple[str, ...]
     lines: list[Line]
-    nets: list[dict[str, Any]]
     notes: list[str]
 
     @property
     def config(self) -> dict[str, Any]:
-        """Of the first record: experiment, data, commit and protocol are the same in all."""
+        """Of the first record: experiment, axes, data, commit and protocol are the same in all."""
         return self.records[0].config
+
+    @property
+    def axes(self) -> list[str]:
+        """What tells nets apart."""
+        return self.config["axes"]
 
     @functools.cached_property
     def by_net(self) -> Nets:
@@ -57,13 +54,16 @@ class Group:
     @functools.cached_property
     def numbers(self) -> list[dict[str, Any]]:
         """The table, as numbers."""
-        return tables.numbers(self.experiment, self.config["data"]["name"], self.by_net, self.nets)
+        nets = [net for record in self.records for net in record.config["nets"]]
+        return tables.numbers(self.config["experiment"], self.config["data"]["name"], self.by_net, nets)
 
     @property
     def heading(self) -> str:
         """Title, data set, and what differs from other tables."""
+        experiment = self.config["experiment"]
         differs = ", ".join(f"{what} {value}" for what, value in self.differs.items())
-        return f"{self.title}. {self.config['data']['name']}" + (f" ({differs})" if differs else "")
+        title = TABLES[experiment].title if experiment in TABLES else experiment
+        return f"{title}. {self.config['data']['name']}" + (f" ({differs})" if differs else "")
 
 
 def groups(records: Iterable[StoredRecord]) -> list[Group]:
@@ -72,12 +72,6 @@ def groups(records: Iterable[StoredRecord]) -> list[Group]:
     Two records come together only if experiment, axes, data fingerprint, commit, versions of jax, jaxlib, flax, optax
     and linked_jax, and protocol are the same. A group is named after its experiment and data set. Where several would
     have that name, it is named after its record's folder or, if it has several records, after the folder they share.
-
-    Args:
-      records: of `read_records`.
-
-    Returns:
-      The groups; their names differ.
     """
     together: dict[frozenset[tuple[str, str]], list[StoredRecord]] = {}
     for record in records:
@@ -91,7 +85,7 @@ def groups(records: Iterable[StoredRecord]) -> list[Group]:
         for members in namesakes:
             own = _free(name if len(namesakes) == 1 else _folder_name(members), found)
             found[own] = _group(own, members, _differences(members, namesakes))
-    return sorted(found.values(), key=lambda group: (_rank(group.experiment, list(TABLES)), group.name))
+    return sorted(found.values(), key=lambda group: (_rank(group.config["experiment"], list(TABLES)), group.name))
 
 
 def _identity(record: StoredRecord) -> dict[str, str]:
@@ -135,7 +129,6 @@ def _free(name: str, taken: Mapping[str, Any]) -> str:
 
 def _group(name: str, members: list[StoredRecord], differs: dict[str, str]) -> Group:
     config = members[0].config
-    table = TABLES.get(config["experiment"])
     runs: dict[Run, tuple[StoredRecord, list[Line]]] = {}
     notes = []
     for record in members:
@@ -152,12 +145,9 @@ def _group(name: str, members: list[StoredRecord], differs: dict[str, str]) -> G
     if not re.fullmatch("[0-9a-f]+", config["commit"]):
         unsure = "The code had changes that no commit has, so it cannot be checked"
         notes.append(unsure + (", nor whether it was the same for all records." if len(members) > 1 else "."))
-    in_order = _in_order(list(runs), config["axes"].index("act"), table.rows if table else ())
-    return Group(
-        name, config["experiment"], table.title if table else config["experiment"], differs, members,
-        tuple(config["axes"]), [line for run in in_order for line in runs[run][1]],
-        [net for record in members for net in record.config["nets"]], notes,
-    )  # fmt: skip
+    acts = TABLES[config["experiment"]].rows if config["experiment"] in TABLES else ()
+    in_order = _in_order(list(runs), config["axes"].index("act"), acts)
+    return Group(name, differs, members, [line for run in in_order for line in runs[run][1]], notes)
 
 
 def _named(run: Run) -> str:

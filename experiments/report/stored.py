@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +63,10 @@ class StoredRecord:
 
 
 def read_records(folders: Iterable[str | Path]) -> tuple[list[StoredRecord], list[str]]:
-    """Read all records in some folders and in the folders below them.
-
-    Args:
-      folders: searched recursively; a record has a config.json or a metrics.jsonl.
+    """Read all records in some folders and in the folders below them; a record has a config.json or a metrics.jsonl.
 
     Returns:
       The records, in the order of their places, and a line for each that is damaged or makes no table, with the reason.
-
-    Raises:
-      UsageError: if a folder does not exist.
     """
     found, problems, seen = [], [], set()
     for root in map(Path, folders):
@@ -102,11 +96,7 @@ def _record_folders(root: Path, problems: list[str]) -> Iterator[Path]:
 
 
 def read_record(folder: Path, place: str) -> StoredRecord:
-    """Read a record.
-
-    Raises:
-      UsageError: if it is damaged, half written or of an experiment that makes no table; with the reason.
-    """
+    """Read a record; one that is damaged, half written or of an experiment that makes no table is refused."""
     with _explained("config.json"):
         config = records.read_config(folder)
     if config.get("axes") is None:
@@ -125,9 +115,8 @@ def read_record(folder: Path, place: str) -> StoredRecord:
         lines = records.read_lines(folder)
     if not lines:
         raise UsageError("metrics.jsonl has no lines: no epoch is finished")
-    number = 0
-    with _explained(lambda: f"metrics.jsonl, line {number}"):
-        for number, line in enumerate(lines, start=1):  # noqa: B007, the explanation has it
+    for number, line in enumerate(lines, start=1):
+        with _explained(f"metrics.jsonl, line {number}"):
             _add(line, runs, axes, config["settings"]["epochs"])
     with _explained("times.json"):
         times = records.read_times(folder)
@@ -143,20 +132,16 @@ def _key(net: Mapping[str, Any], axes: Iterable[str]) -> NetKey:
 
 
 @contextlib.contextmanager
-def _explained(what: str | Callable[[], str]) -> Iterator[None]:
+def _explained(what: str) -> Iterator[None]:
     """Turn what a garbled file raises into one line that names it."""
-
-    def name() -> str:
-        return what if isinstance(what, str) else what()
-
     try:
         yield
     except UsageError:
         raise
     except KeyError as error:
-        raise UsageError(f"{name()} has no {error.args[0]}") from error
+        raise UsageError(f"{what} has no {error.args[0]}") from error
     except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise UsageError(f"{name()} is garbled ({error})") from error
+        raise UsageError(f"{what} is garbled ({error})") from error
 
 
 def _check(value: Any, kind: Any, name: str = "it") -> None:

@@ -42,7 +42,7 @@ def markdown_of(group: Group) -> str:
 def csv_of(group: Group) -> str:
     """The table as CSV with ten digits, on which all Pythons agree; the last columns have a value for each seed."""
     data = group.config["data"]
-    same = {"experiment": group.experiment, "dataset": data["name"], "fingerprint": data["fingerprint"]}
+    same = {"experiment": group.config["experiment"], "dataset": data["name"], "fingerprint": data["fingerprint"]}
     rows: list[dict[str, Any]] = []
     for row in group.numbers:
         found: dict[str, Any] = {**same, **{axis: row[axis] for axis in group.axes}, "seeds": len(row["seeds"])}

@@ -396,7 +396,7 @@ def test_costs_are_columns_where_they_are_known(tmp_path):
     )
     (row,) = report.table_of(group)
     assert (row["MFLOP"], row["activation KiB"], row["parameters"]) == ("2.5", "2", "5")
-    assert group.title.startswith("Table 3")
+    assert group.heading.startswith("Table 3")
 
 
 def test_step_times_stand_beside_the_published_ones(tmp_path):
