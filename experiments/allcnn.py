@@ -19,7 +19,6 @@ from experiments.engine.errors import UsageError, run_command
 from experiments.engine.experiment import Experiment
 from experiments.engine.rows import Row
 from experiments.engine.run import run
-from experiments.engine.settings import Cell
 from experiments.models.allcnn_net import AllCNN
 from linked_jax import inverse_time_decay
 
@@ -54,7 +53,7 @@ PAPER = Settings(preset="paper", dataset="cifar10", init=("glorot",), epochs=300
 """The authors' lk_relu ran with batches of 128; some rows of the paper have a rate of 0.001: --lr 0.001."""
 
 
-def build(settings: Settings, cell: Cell, data: data_lib.Dataset, seed: int) -> AllCNN:
+def build(settings: Settings, cell: settings_lib.Cell, data: data_lib.Dataset, seed: int) -> AllCNN:
     """The network of one run."""
     if not 0 <= settings.dropout < 1:
         raise UsageError(f"--dropout is at least 0 and below 1, got {settings.dropout}; the paper's is 0.5")
@@ -64,7 +63,7 @@ def build(settings: Settings, cell: Cell, data: data_lib.Dataset, seed: int) -> 
     )  # fmt: skip
 
 
-def schedule(settings: Settings, cell: Cell, steps_per_epoch: int) -> optax.Schedule:
+def schedule(settings: Settings, cell: settings_lib.Cell, steps_per_epoch: int) -> optax.Schedule:
     """The rate's factor by update: the paper's steps or none, times Keras' decay."""
     decay = inverse_time_decay(1.0, settings.decay)
     if cell["schedule"] == "fixed":

@@ -18,7 +18,7 @@ from experiments.engine.errors import run_command
 from experiments.engine.experiment import Experiment
 from experiments.engine.rows import Row
 from experiments.engine.run import run
-from experiments.engine.settings import SMALL_SET, Cell
+from experiments.engine.settings import SMALL_SET
 from experiments.models.depth_net import DepthNet
 from linked_jax.convolution import NARROW
 
@@ -43,12 +43,12 @@ PAPER = Settings(
 )  # fmt: skip
 
 
-def learning_rate(_settings: Settings, cell: Cell) -> float:
+def learning_rate(_settings: Settings, cell: settings_lib.Cell) -> float:
     """1e-3 up to 50 layers and 0.05 / depth beyond: the usable rate falls about as 1 / depth."""
     return 1e-3 * min(1.0, 50 / cell["depth"])
 
 
-def build(settings: Settings, cell: Cell, data: data_lib.Dataset, seed: int) -> DepthNet:
+def build(settings: Settings, cell: settings_lib.Cell, data: data_lib.Dataset, seed: int) -> DepthNet:
     """The network of one run."""
     narrow = 2 * settings.width**2 <= NARROW  # linked layers that are products on a CPU, as fast within a loop
     scan = narrow or cell["depth"] > _UNROLL_UP_TO or len(data.train_labels) <= SMALL_SET

@@ -20,7 +20,6 @@ from experiments.engine.errors import run_command
 from experiments.engine.experiment import Experiment
 from experiments.engine.rows import Row
 from experiments.engine.run import run
-from experiments.engine.settings import Cell
 from experiments.models.parameters_net import ParametersNet
 
 
@@ -40,7 +39,7 @@ PAPER = Settings(
 )  # fmt: skip
 
 
-def build(_settings: Settings, cell: Cell, data: data_lib.Dataset, seed: int) -> ParametersNet:
+def build(_settings: Settings, cell: settings_lib.Cell, data: data_lib.Dataset, seed: int) -> ParametersNet:
     """The network of one run."""
     shape, row = data.train_images.shape[1:], Row.parse(cell["act"])
     return ParametersNet(shape, data.classes, row, cell["init"], rngs=nnx.Rngs(seed))

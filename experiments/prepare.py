@@ -44,7 +44,6 @@ NAMES = "batches.meta.txt"
 
 _TIMEOUT = 30.0  # seconds without a byte
 _BLOCK = 1 << 16  # bytes
-_NEEDED = "200 MB of room"
 _ANOTHER_COPY = "or name another copy of the archive with --url"
 
 
@@ -76,18 +75,10 @@ def main() -> None:
 
 
 def prepare(name: str, data_dir: str | None = None, url: str | None = None) -> Path:
-    """Download a set and write it for TFDS; nothing happens where it is prepared already.
-
-    Args:
-      name: "cifar10".
-      data_dir: the TFDS folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-      url: another copy of the archive, an address or a file; by default the one that TFDS names.
+    """Download a set and write it for TFDS, see `Settings`; nothing happens where it is prepared already.
 
     Returns:
       The folder of the prepared set, such as ~/tensorflow_datasets/cifar10/3.0.2.
-
-    Raises:
-      UsageError: if this is another set, the archive cannot be downloaded, or the folder cannot be used.
     """
     if name != "cifar10":
         raise UsageError(
@@ -116,7 +107,8 @@ def prepare(name: str, data_dir: str | None = None, url: str | None = None) -> P
             Path(builder.data_path).rename(folder)
     except OSError as error:
         raise UsageError(
-            f"cannot write to {root} ({error.strerror or error}); --data-dir takes a folder with {_NEEDED} to write in"
+            f"cannot write to {root} ({error.strerror or error}); --data-dir takes a folder with 200 MB of room "
+            "to write in"
         ) from error
     train, test = (builder.info.splits[split].num_examples for split in ("train", "test"))
     console.say(f"{name} is prepared: {train:,} train and {test:,} test images in {folder}")

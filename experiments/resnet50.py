@@ -18,7 +18,6 @@ from experiments.engine.errors import UsageError, run_command
 from experiments.engine.experiment import Experiment
 from experiments.engine.rows import Row
 from experiments.engine.run import run
-from experiments.engine.settings import Cell
 from experiments.models.resnet50_net import LinkWhere, ResNet50
 
 
@@ -41,7 +40,7 @@ PAPER = Settings(
 )
 
 
-def build(_settings: Settings, cell: Cell, data: data_lib.Dataset, seed: int) -> ResNet50:
+def build(_settings: Settings, cell: settings_lib.Cell, data: data_lib.Dataset, seed: int) -> ResNet50:
     """The network of one run."""
     row = Row.parse(cell["act"])
     if row.sqrt2:

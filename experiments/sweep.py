@@ -24,7 +24,7 @@ import tyro
 from filelock import FileLock, Timeout
 
 from experiments.engine import records
-from experiments.engine.checks import command_line
+from experiments.engine.checks import command_line, option
 from experiments.engine.console import Console
 from experiments.engine.errors import InterruptedRunError, UsageError, run_command
 from experiments.engine.experiment import Experiment
@@ -60,13 +60,7 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One net.
-
-    Attributes:
-      folder: of its record.
-      command: that trains it, or resumes it.
-      finished: whether its record was, before the sweep.
-    """
+    """One net: the folder of its record, the command that trains or resumes it, and whether it is finished already."""
 
     folder: Path
     command: list[str]
@@ -103,11 +97,7 @@ def main() -> None:
 
 
 def plan(sweep: Sweep, passed_on: Sequence[str], out: Path) -> list[Job]:
-    """A job for each net, in the table's order.
-
-    Raises:
-      UsageError: if there is no such table, an option is wrong, or the folder has records with other settings.
-    """
+    """A job for each net, in the table's order; a folder that has records with other settings is refused."""
     if sweep.name in _STUDIES:
         raise UsageError(
             f"{sweep.name} runs all its nets by one command, which given again resumes what is there; "
@@ -120,9 +110,9 @@ def plan(sweep: Sweep, passed_on: Sequence[str], out: Path) -> list[Job]:
             raise UsageError(f"--{name} is at least 1, got {getattr(sweep, name)}")
     table, before = SWEEPS[sweep.name]
     asked = table.parse(passed_on, before.split())
-    for option in ("--out", "--resume", "--seeds"):
-        if any(argument.split("=")[0] == option for argument in passed_on):
-            raise UsageError(f"{option} after -- is for the sweep to say; put it before --, or leave it out")
+    for own in ("--out", "--resume", "--seeds"):
+        if any(argument.split("=")[0] == own for argument in passed_on):
+            raise UsageError(f"{own} after -- is for the sweep to say; put it before --, or leave it out")
     if asked.distributed:
         raise UsageError("a sweep starts each command once, and --distributed needs it in every process; run the table")
     settings = table.check(dataclasses.replace(asked, seeds=sweep.seeds))
@@ -147,14 +137,13 @@ def _job(table: Experiment, settings: Any, cell: Cell, out: Path) -> Job:
 def _options(settings: Any, preset: Any, always: Container[str]) -> list[str]:
     """The options that lead from the preset to these settings; and those that are always given."""
     options = [] if settings.preset == "auto" else ["--preset", settings.preset]
-    for field in dataclasses.fields(settings):
-        value, option = getattr(settings, field.name), field.name.replace("_", "-")
-        if field.name == "preset" or (value == getattr(preset, field.name) and field.name not in always):
+    for name, value in vars(settings).items():
+        if name == "preset" or (value == getattr(preset, name) and name not in always):
             continue
         if isinstance(value, bool):
-            options.append(f"--{'' if value else 'no-'}{option}")
+            options.append(option(name if value else f"no_{name}"))
         else:
-            options += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
+            options += [option(name), *map(str, value if isinstance(value, tuple) else (value,))]
     return options
 
 
@@ -182,18 +171,9 @@ def is_finished(folder: Path) -> bool:
 
 
 def run_all(jobs: Sequence[Job], at_once: int, console: Console) -> list[str]:
-    """Run what is not finished, so many at a time; go on after a failure.
+    """Run what is not finished, so many at a time; go on after a failure. Gives a line for each job that failed.
 
-    Args:
-      jobs: of `plan`.
-      at_once: processes.
-      console: for the commands and the bar.
-
-    Returns:
-      A line for each job that failed.
-
-    Raises:
-      InterruptedRunError: after Ctrl-C or SIGTERM, when all children have saved and ended.
+    After Ctrl-C or SIGTERM it raises InterruptedRunError, when all children have saved and ended.
     """
     for job in jobs:
         if job.finished:

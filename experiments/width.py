@@ -18,7 +18,6 @@ from experiments.engine.errors import run_command
 from experiments.engine.experiment import Experiment
 from experiments.engine.rows import Row
 from experiments.engine.run import run
-from experiments.engine.settings import Cell
 from experiments.models.width_net import WidthNet
 
 
@@ -40,7 +39,7 @@ PAPER = Settings(
 """The paper says 50 epochs, its authors' script 200."""
 
 
-def build(_settings: Settings, cell: Cell, data: data_lib.Dataset, seed: int) -> WidthNet:
+def build(_settings: Settings, cell: settings_lib.Cell, data: data_lib.Dataset, seed: int) -> WidthNet:
     """The network of one run."""
     shape, row = data.train_images.shape[1:], Row.parse(cell["act"])
     return WidthNet(shape, data.classes, row, cell["init"], width=cell["width"], rngs=nnx.Rngs(seed))

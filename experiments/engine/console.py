@@ -35,10 +35,7 @@ class Console:
     def progress(self, description: str, total: int, *columns: ProgressColumn) -> Iterator[Callable[[int], None]]:
         """A bar that is gone at the end; call what it gives with what was done since the last call.
 
-        Args:
-          description: stands before it.
-          total: steps; or what the columns count.
-          columns: how the count is shown; by default in steps.
+        The columns show the count; by default in steps.
         """
         shown = columns or (MofNCompleteColumn(), TextColumn("steps"))
         bar = Progress(

@@ -90,16 +90,7 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split of a set, for those that learn it online and have no use for a test set; in host memory.
-
-    Attributes:
-      name: the TFDS name.
-      split: train or test.
-      classes: the number of classes.
-      images: (N, H, W, C) uint8.
-      labels: (N,) int32.
-      fingerprint: as a `Dataset`'s.
-    """
+    """The train or test split of a set, for those that learn it online; as a `Dataset`, but in host memory."""
 
     name: str
     split: str

@@ -29,11 +29,7 @@ class Interrupts:
 
 
 class Ended(Interrupts):
-    """Within it, the first SIGINT or SIGTERM raises InterruptedRunError: for work whose parts are saved as they end.
-
-    Args:
-      remedy: what the line says of how to go on.
-    """
+    """Within it, the first SIGINT or SIGTERM raises InterruptedRunError: for work whose parts are saved as they end."""
 
     def __init__(self, remedy: str):
         super().__init__()

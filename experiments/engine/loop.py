@@ -71,13 +71,8 @@ class Loop:
     def update(self, carry: Carry, data: Any, batch: Any, key: Array, number: Any, lr: Any) -> tuple[Carry, Array]:
         """One update of one seed, in no jit: the new carry, and the loss before it.
 
-        Args:
-          carry: parameters, state and the optimiser's state.
-          data: of the loss.
-          batch: of the loss, such as the indices of examples.
-          key: of the epoch; the loss gets it folded with the number.
-          number: of the update in the epoch, from 0.
-          lr: multiplies the optimiser's updates.
+        Data and batch, such as the indices of examples, are the loss's; it gets the key of the epoch folded with the
+        number of the update in it, from 0. The rate multiplies the optimiser's updates.
         """
 
         def of(parameters: Any) -> tuple[Array, Any]:

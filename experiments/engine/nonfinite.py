@@ -17,9 +17,7 @@ from linked_jax.probe import probe
 class Watch:
     """The updates since a carry that was good, so that they can be done again; of a loop of `training.CrossEntropy`.
 
-    Args:
-      carry: that carry; copied.
-      done: how many updates of the epoch came before it.
+    Of the epoch `done` updates came before it.
     """
 
     def __init__(self, carry: Carry, done: int):
@@ -41,13 +39,6 @@ class Watch:
 
         The updates are done again, one by one, and the net is evaluated operation by operation where they go wrong. Of
         several processes none has all arrays: there it is the first loss that is not finite.
-
-        Args:
-          loop: that was advanced.
-          data: of its loss.
-          key: of the epoch.
-          lr: the rate.
-          place: of the seed.
         """
         if jax.process_count() > 1:
             losses = self._seen()[place]

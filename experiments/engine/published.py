@@ -18,19 +18,13 @@ def _tables() -> dict[str, Any]:
 def published(experiment: str, cell: Mapping[str, Any]) -> dict[str, float | None]:
     """The accuracies that both editions print for a cell of a table; None where they have none.
 
-    Args:
-      experiment: width, depth, parameters, allcnn or resnet50.
-      cell: with act (a row's name, such as relu_sqrt2 or relu_bn) and the table's other axes.
+    A cell has act (a row's name, such as relu_sqrt2 or relu_bn) and the table's other axes.
 
-    Returns:
-      {"paper": accuracy, "later": accuracy}.
-
-    Examples:
-      >>> from experiments.engine.published import published
-      >>> published("depth", {"act": "lk_relu", "depth": 50})
-      {'paper': 0.2014, 'later': 0.5667}
-      >>> published("depth", {"act": "gelu", "depth": 50})
-      {'paper': None, 'later': None}
+    >>> from experiments.engine.published import published
+    >>> published("depth", {"act": "lk_relu", "depth": 50})
+    {'paper': 0.2014, 'later': 0.5667}
+    >>> published("depth", {"act": "gelu", "depth": 50})
+    {'paper': None, 'later': None}
     """
     for nets in _tables().get(experiment, {"nets": []})["nets"]:
         if all(cell[axis] == nets[axis] for axis in nets if axis not in EDITIONS):

@@ -5,7 +5,7 @@ import functools
 import itertools
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import optax
 from experiments.engine import data as data_lib
 from experiments.engine import plots, processes, records, tables, training
 from experiments.engine.checkpoints import Checkpoints, Saved, like
+from experiments.engine.checks import option
 from experiments.engine.console import Console
 from experiments.engine.costs import count
 from experiments.engine.environment import program
@@ -63,11 +64,7 @@ def run(experiment: Experiment) -> None:
 
 def _start(experiment: Experiment, settings: Settings) -> None:
     """What comes before JAX runs: meet the other processes, ask for devices."""
-    options = {
-        f"--{name.replace('_', '-')}": value
-        for name, value in dataclasses.asdict(settings).items()
-        if name not in OF_THIS_COMMAND
-    }
+    options = {option(name): value for name, value in vars(settings).items() if name not in OF_THIS_COMMAND}
     plan = {"table": {"table": experiment.name}, "program": program(), "options": options}
     request_devices(settings.devices // processes.join(settings, plan))
 
@@ -193,7 +190,7 @@ class _Run:
     ) -> Callable[[], training.Snapshot]:
         """Train one run from a snapshot on; gives what makes the last one."""
         cell, seeds = self.runs[number]
-        plan, named = self.plans[id(cell)], _named(cell, self.shown)
+        plan, named = self.plans[id(cell)], tables.named(cell[axis] for axis in self.shown)
         each_epoch = len(self.cells) * self.settings.seeds <= _EACH_EPOCH_UP_TO
         latest: list[Callable[[], training.Snapshot]] = [lambda: snapshot]
         agree_every = 1 if jax.process_count() == 1 else _AGREE_EVERY
@@ -226,7 +223,7 @@ class _Run:
         again += ["--resume", str(self.folder), *["--distributed"] * settings.distributed]
         for name in ("coordinator", "process_id", "process_count"):
             if (value := getattr(settings, name)) is not None:
-                again += [f"--{name.replace('_', '-')}", str(value)]
+                again += [option(name), str(value)]
         return shlex.join(again)
 
     def _count(self) -> dict[tuple[Any, ...], dict[str, int]]:
@@ -298,10 +295,6 @@ class _Run:
         if times:
             title = f"Median time of a training step, {times['steps']} steps of each net in turns."
             self.console.table(title, tables.time_table(times["medians"]))
-
-
-def _named(cell: Cell, axes: Sequence[str]) -> str:
-    return " ".join(f"{cell[axis]:g}" if isinstance(cell[axis], float) else str(cell[axis]) for axis in axes)
 
 
 def _said(line: Mapping[str, Any], epochs: int) -> str:

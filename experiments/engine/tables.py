@@ -17,14 +17,9 @@ Nets = Sequence[tuple[Net, list[Run]]]
 
 
 def summary(found: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[dict[str, str]]:
-    """A row for each net: mean and standard deviation over its seeds, last epoch first. `legend` explains it.
+    """A row for each net of `numbers`, as column name -> text: mean and deviation over its seeds, last epoch first.
 
-    Args:
-      found: of `numbers`.
-      axes: what tells nets apart; those with one value are not shown, but for act and init.
-
-    Returns:
-      Rows of column name to text.
+    `legend` explains it. Axes with one value are not shown, but for act and init.
     """
     shown = varying(found, axes)
     printed = any(row[edition] is not None for row in found for edition in EDITIONS)
@@ -125,12 +120,7 @@ def _health(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def by_net(lines: Iterable[Mapping[str, Any]], axes: Sequence[str]) -> list[tuple[Net, list[Run]]]:
-    """The nets in the order of their first lines, each with its runs: the lines of one seed.
-
-    Args:
-      lines: of metrics.jsonl, with the axes, seed and epoch, in rising order of epochs.
-      axes: what tells nets apart.
-    """
+    """The nets in the order of their first lines, each with its runs: the lines of one seed, by rising epochs."""
     nets: dict[tuple[Any, ...], dict[int, Run]] = {}
     for line in lines:
         nets.setdefault(tuple(line[axis] for axis in axes), {}).setdefault(line["seed"], []).append(line)
@@ -147,6 +137,11 @@ def text(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def named(net: Iterable[Any]) -> str:
+    """A net's axes' values in one line."""
+    return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in net)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -186,11 +181,7 @@ def provenance(config: Mapping[str, Any], more: str = "") -> str:
 
 
 def time_table(medians: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Step times relative to lk_relu's, beside what both editions printed (table 6); without it, to the first net's.
-
-    Args:
-      medians: of times.json: act, other axes, step_seconds.
-    """
+    """Step times relative to lk_relu's, beside what both editions printed (table 6); without it, to the first net's."""
     base = next((net for net in medians if net["act"] == "lk_relu"), medians[0])
     rows = []
     for net in medians:

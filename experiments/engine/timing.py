@@ -22,18 +22,9 @@ def step_times(
     steps: int,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> list[float]:
-    """Median seconds of a training step of each net.
+    """Median seconds of a training step of each net, from `training.start` and its plan, on the first batch.
 
     A slow moment of the machine meets all nets alike: each round times one step of every net.
-
-    Args:
-      nets: loop and snapshot from `training.start`, and the plan.
-      data: the set; the first batch is used.
-      steps: rounds.
-      on_step: called with 1 after each round.
-
-    Returns:
-      Seconds, one a net.
     """
     carries = [snapshot.arrays for _, snapshot, _ in nets]
     arguments = []

@@ -76,11 +76,6 @@ class Plan:
     place: Placement = ONE_DEVICE
     skip_nonfinite: bool = False
 
-    def loop(self, model: nnx.Module) -> Loop:
-        """The loop for models with the graph of this one."""
-        loss = CrossEntropy(nnx.graphdef(model), self.augment)
-        return Loop(loss, self.optimizer, self.place, skip_nonfinite=self.skip_nonfinite)
-
     def arrays(self, data: data_lib.Dataset) -> tuple[Any, Array]:
         """The loop's data, and its rate, on the devices."""
         return self.place.shared(((data.train_images, data.train_labels, self.inputs), np.float32(self.lr)))
@@ -110,11 +105,10 @@ class CrossEntropy:
 def start(models: Sequence[nnx.Module], plan: Plan) -> tuple[Loop, Snapshot]:
     """The loop, and the snapshot before the first update.
 
-    Args:
-      models: one a seed, left as they are; more than one only where the plan stacks seeds.
-      plan: how to train.
+    There is one model a seed, left as it is; more than one only where the plan stacks seeds.
     """
-    loop = plan.loop(models[0])
+    loss = CrossEntropy(nnx.graphdef(models[0]), plan.augment)
+    loop = Loop(loss, plan.optimizer, plan.place, skip_nonfinite=plan.skip_nonfinite)
     return loop, Snapshot(loop.start(models), np.zeros((len(models), 0) if plan.place.stacked else 0, np.float32))
 
 
@@ -218,13 +212,7 @@ def _joined(losses: list[Any]) -> np.ndarray:
 
 
 def train(model: nnx.Module, data: data_lib.Dataset, plan: Plan, seed: int) -> tuple[nnx.Module, list[dict[str, Any]]]:
-    """Train one model from start to end, without checkpoints.
-
-    Args:
-      model: left as it is.
-      data: the set.
-      plan: how to train, for one model.
-      seed: of the order of the examples.
+    """Train a copy of one model from start to end, without checkpoints; the seed is of the order of the examples.
 
     Returns:
       The trained model, and the lines of `fit`. If it diverged the last line says so, and the model is what was left.

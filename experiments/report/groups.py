@@ -151,9 +151,8 @@ def _group(name: str, members: list[StoredRecord], differs: dict[str, str]) -> G
 
 
 def _named(run: Run) -> str:
-    """A net's axes' values and the seed, in one line."""
     net, seed = run
-    return " ".join([*(f"{value:g}" if isinstance(value, float) else str(value) for value in net), f"seed {seed}"])
+    return f"{tables.named(net)} seed {seed}"
 
 
 def _twice(first: StoredRecord, one: list[Line], other: list[Line]) -> str:
