@@ -15,20 +15,11 @@ def flip_and_shift(
     Shifts are uniform in [-shift, shift] of the height and of the width, rounded to whole pixels; pixels that come in
     from outside repeat the edge (Keras' fill_mode="nearest").
 
-    Args:
-      key: a PRNG key; the same key gives the same images.
-      images: (N, H, W, C) of any dtype.
-      shift: the largest shift as a fraction, 0 or more.
-
-    Returns:
-      Images of the same shape and dtype.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> from experiments.engine.augment import flip_and_shift
-      >>> image = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 4, 1)
-      >>> flip_and_shift(jax.random.key(1), image, shift=0.0).ravel().tolist() in ([0, 1, 2, 3], [3, 2, 1, 0])
-      True
+    >>> import jax, jax.numpy as jnp
+    >>> from experiments.engine.augment import flip_and_shift
+    >>> image = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 4, 1)
+    >>> flip_and_shift(jax.random.key(1), image, shift=0.0).ravel().tolist() in ([0, 1, 2, 3], [3, 2, 1, 0])
+    True
     """
     n, height, width, _ = images.shape
     flip_key, row_key, column_key = jax.random.split(key, 3)

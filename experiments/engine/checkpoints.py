@@ -34,12 +34,7 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The last two checkpoints of a run, in a folder of their own.
-
-    Args:
-      folder: made with the first one.
-      every: seconds between two that `due` asks for.
-    """
+    """The last two checkpoints of a run, in a folder of their own; `due` asks for one after so many seconds."""
 
     def __init__(self, folder: Path, every: float):
         self.folder = folder
@@ -47,7 +42,7 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def due(self) -> bool:
-        """Whether that many seconds have passed since the last one, or since the start."""
+        """Whether it is time for the next one."""
         return time.monotonic() - self._last >= self._every
 
     def save(self, tree: Any, facts: Mapping[str, Any]) -> None:

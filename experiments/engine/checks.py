@@ -24,12 +24,9 @@ def command_line(
     Args:
       kind: a dataclass of settings.
       prog: the command.
-      arguments: by default this process's; they override those before them.
+      arguments: by default this process's; they override those `before` them.
       before: further ones.
       **options: of `tyro.cli`.
-
-    Raises:
-      UsageError: if an option with several values is given twice, of which tyro takes the last.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     given = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
@@ -54,12 +51,11 @@ def in_range(settings: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
       settings: with a field of each name.
       ranges: name of a field -> the least and the most that it may be; the most may be `math.inf`.
 
-    Examples:
-      >>> from types import SimpleNamespace
-      >>> from experiments.engine.checks import in_range
-      >>> in_range(SimpleNamespace(time_steps=0), {"time_steps": (1, 10_000)})
-      Traceback (most recent call last):
-      experiments.engine.errors.UsageError: --time-steps is from 1 to 10,000, got 0; try the default
+    >>> from types import SimpleNamespace
+    >>> from experiments.engine.checks import in_range
+    >>> in_range(SimpleNamespace(time_steps=0), {"time_steps": (1, 10_000)})
+    Traceback (most recent call last):
+    experiments.engine.errors.UsageError: --time-steps is from 1 to 10,000, got 0; try the default
     """
     for name, (least, most) in ranges.items():
         value = getattr(settings, name)
@@ -71,11 +67,10 @@ def in_range(settings: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
 def known(field: str, given: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
     """The values given for a field, each once; none, and one that is not known, is refused.
 
-    Examples:
-      >>> from experiments.engine.checks import known
-      >>> known("methods", ["rleu"], ["relu", "lk_relu"])
-      Traceback (most recent call last):
-      experiments.engine.errors.UsageError: --methods: there is no 'rleu'; take of relu, lk_relu
+    >>> from experiments.engine.checks import known
+    >>> known("methods", ["rleu"], ["relu", "lk_relu"])
+    Traceback (most recent call last):
+    experiments.engine.errors.UsageError: --methods: there is no 'rleu'; take of relu, lk_relu
     """
     names, all_known = tuple(dict.fromkeys(given)), list(known)
     if not names:

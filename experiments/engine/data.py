@@ -66,16 +66,12 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
       name: "digits"; a TFDS name such as "cifar10"; or "auto": cifar10 where it is prepared, else digits.
       data_dir: the TFDS folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
-    Returns:
-      A `Dataset`.
-
     Raises:
       UsageError: if there is no such set, it is not prepared, damaged, or not an image-classification set.
 
-    Examples:
-      >>> from experiments.engine import data
-      >>> print(data.load("digits"))
-      digits: 1,437 train and 360 test images of 8x8x1, 10 classes
+    >>> from experiments.engine import data
+    >>> print(data.load("digits"))
+    digits: 1,437 train and 360 test images of 8x8x1, 10 classes
     """
     folder = tfds.tfds_folder(data_dir)
     if name == "auto":

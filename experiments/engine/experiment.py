@@ -1,5 +1,6 @@
 """A table of the paper, as data: its nets, its presets, and how they are trained. `run.py` runs it."""
 
+import argparse
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,8 @@ from flax import nnx
 
 from experiments.engine import data as data_lib
 from experiments.engine import tables
-from experiments.engine.settings import AXES, Cell, Settings, check, parse
+from experiments.engine.checks import command_line
+from experiments.engine.settings import AXES, Cell, Settings, check
 from linked_jax import inverse_time_decay
 
 
@@ -50,8 +52,12 @@ class Experiment:
         return (AXES[0], *self.axes, *AXES[1:])
 
     def parse(self, arguments: Sequence[str], before: Sequence[str] = ()) -> Any:
-        """The settings of a command line; its options override those before it."""
-        return parse(self.presets, arguments, f"python -m experiments.{self.name}", before)
+        """The settings of a command line: the preset's, where no option says otherwise. See `command_line`."""
+        prog = f"python -m experiments.{self.name}"
+        preset = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
+        preset.add_argument("--preset", choices=sorted(self.presets), default="auto")
+        default = self.presets[preset.parse_known_args([*before, *arguments])[0].preset]
+        return command_line(type(default), prog, arguments, before=before, default=default)
 
     def check(self, settings: Any) -> Any:
         """Refuse what cannot run, see `settings.check`."""

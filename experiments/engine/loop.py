@@ -54,11 +54,9 @@ class Loop:
     skip_nonfinite: bool = False
 
     def start(self, models: Sequence[nnx.Module], opt_states: Sequence[Any] | None = None) -> Carry:
-        """The carry before the next update, of one model a seed. It shares no array with what it is made of.
+        """The carry before the next update, of one model a seed; of several only where the placement stacks seeds.
 
-        Args:
-          models: left as they are; more than one only where the placement stacks seeds.
-          opt_states: one a model; by default those before the first update.
+        It shares no array with what it is made of. The optimiser's states are by default those before the first update.
         """
         stack = (lambda *leaves: jnp.stack(leaves)) if self.place.stacked else jnp.copy  # an update donates its carry
         carries = []

@@ -112,9 +112,7 @@ class Record:
     ) -> list[Line]:
         """The lines with these keys. Those that are missing are made together; each gets its share of the time.
 
-        Args:
-          keys: one a line.
-          make: the positions of the keys that are missing -> the rest of their lines.
+        `make` takes the positions of the keys that are missing, and gives the rest of their lines.
         """
         missing = [place for place, key in enumerate(keys) if self.find(key) is None]
         if missing:
@@ -130,9 +128,9 @@ class Record:
             self.add(*({**key, **line} for line in make()))
         return [line for line in self.lines if key.items() <= line.items()]
 
-    def checkpoints(self, name: str, every: float = 30.0) -> Checkpoints:
+    def checkpoints(self, name: str) -> Checkpoints:
         """Those of a run that has no line yet, in a folder of the record; clear them when it has."""
-        return Checkpoints(self.folder / "unfinished" / name, every)
+        return Checkpoints(self.folder / "unfinished" / name, every=30.0)
 
     def keep(self, count: int) -> None:
         """Drop all lines but the first `count`."""

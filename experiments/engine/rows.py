@@ -37,10 +37,9 @@ class Row:
       sqrt2: int(width * sqrt(2)) units: a plain net with about the parameters of a linked one.
       norm: "batch" puts batch norm before every activation.
 
-    Examples:
-      >>> from experiments.engine.rows import Row
-      >>> Row.parse("relu_sqrt2").units(4), Row.parse("bn").name
-      (5, 'relu_bn')
+    >>> from experiments.engine.rows import Row
+    >>> Row.parse("relu_sqrt2").units(4), Row.parse("bn").name
+    (5, 'relu_bn')
     """
 
     act: str

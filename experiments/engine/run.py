@@ -260,12 +260,9 @@ class _Run:
         nets = list({self._architecture(cell): cell for cell in reversed(self.cells)}.values())[::-1]
         place = dataclasses.replace(self.place, stacked=False, spread=False)
         plans = [dataclasses.replace(self.plans[id(cell)], place=place) for cell in nets]
-        started = [
-            (*training.start([self._build(cell, self.settings.seed)], plan), plan)
-            for cell, plan in zip(nets, plans, strict=True)
-        ]
+        models = [self._build(cell, self.settings.seed) for cell in nets]
         with self.console.progress("timing", self.settings.time_steps) as advance:
-            seconds = step_times(started, self.data, self.settings.time_steps, advance)
+            seconds = step_times(list(zip(models, plans, strict=True)), self.data, self.settings.time_steps, advance)
         names = ("act", *self.experiment.axes)
         medians = [
             {**{name: cell[name] for name in names}, "step_seconds": median}

@@ -1,14 +1,12 @@
 """What every table can be told on its command line, and the grid of nets that it means."""
 
-import argparse
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from experiments.engine import data as data_lib
-from experiments.engine.checks import command_line, option
+from experiments.engine.checks import option
 from experiments.engine.errors import UsageError
 from experiments.engine.rows import InitName, Norm, Row, check_init
 
@@ -100,16 +98,6 @@ _MOST_SEEDS = 2**31
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
-def parse(
-    presets: Mapping[str, AnySettings], arguments: Sequence[str], prog: str, before: Sequence[str] = ()
-) -> AnySettings:
-    """The settings of a command line: the preset's, where no option says otherwise. See `command_line`."""
-    preset = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
-    preset.add_argument("--preset", choices=sorted(presets), default="auto")
-    default = presets[preset.parse_known_args([*before, *arguments])[0].preset]
-    return command_line(type(default), prog, arguments, before=before, default=default)
-
-
 def resumes(settings: Settings, default: Settings) -> bool:
     """Whether a record is to be resumed; options that it has already fixed are refused."""
     if settings.resume is None:
@@ -137,10 +125,7 @@ def named_rows(settings: Settings, all_rows: tuple[str, ...]) -> tuple[str, ...]
 def check(settings: AnySettings, all_rows: tuple[str, ...], axes: tuple[str, ...] = ()) -> AnySettings:
     """Refuse what cannot run, before anything is loaded or written; name the rows in full.
 
-    Args:
-      settings: as parsed.
-      all_rows: what "all" stands for.
-      axes: the table's own options with several values; numbers are at least 1.
+    Axes are the table's own options with several values; their numbers are at least 1.
     """
     for name in (*axes, "width", "seeds", "epochs", "batch_size", "devices", "train_size", "held_out"):
         value = getattr(settings, name, None)

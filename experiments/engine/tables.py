@@ -59,19 +59,13 @@ def legend(rows: Sequence[Mapping[str, str]]) -> str:
 def numbers(
     experiment: str, dataset: str, nets: Nets, configured: Sequence[Mapping[str, Any]] = ()
 ) -> list[dict[str, Any]]:
-    """What `summary` shows, as numbers: a row for each net, with the values of each seed.
-
-    Args:
-      experiment: the table's name, for what the paper and its later edition printed.
-      dataset: they printed accuracies on cifar10.
-      nets: of `by_net`.
-      configured: the nets of config.json, for parameters and costs.
+    """What `summary` shows, as numbers: a row for each net of `by_net`, with the values of each seed.
 
     Returns:
-      Rows with all axes; parameters, flops and activation_bytes where `configured` has them; seeds, last and best
-      (lists, one value a seed); paper and later (None where they have none); diverged; dead (mean), units, dead_from (a
-      layer from 1, or None), first_signal, last_signal and seconds (means). The last six are None if no epoch was
-      evaluated.
+      Rows with all axes; parameters, flops and activation_bytes where `configured`, the nets of config.json, has them;
+      seeds, last and best (lists, one value a seed); paper and later (None where the two editions of the paper print
+      none, as on all sets but cifar10); diverged; dead (mean), units, dead_from (a layer from 1, or None),
+      first_signal, last_signal and seconds (means). The last six are None if no epoch was evaluated.
     """
     axes = list(nets[0][0]) if nets else []
     counts = {tuple(net[axis] for axis in axes): {k: v for k, v in net.items() if k not in axes} for net in configured}

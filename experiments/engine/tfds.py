@@ -73,7 +73,7 @@ def how_to_prepare(name: str) -> str:
     return f"prepare it with `{command}`, or name its folder"
 
 
-def builder_of(name: str, folder: Path, splits: tuple[str, ...] = BOTH) -> Any:
+def builder_of(name: str, folder: Path, splits: tuple[str, ...]) -> Any:
     """The set's builder, of a set that is prepared and has these splits of images with classes; others are refused."""
     if not folder.is_dir():
         raise UsageError(
@@ -98,7 +98,7 @@ def builder_of(name: str, folder: Path, splits: tuple[str, ...] = BOTH) -> Any:
     return builder
 
 
-def _read(builder: Any, name: str, splits: tuple[str, ...] = BOTH) -> dict[str, np.ndarray]:
+def _read(builder: Any, name: str, splits: tuple[str, ...]) -> dict[str, np.ndarray]:
     arrays, console = {}, Console()
     try:
         for split in splits:

@@ -8,33 +8,36 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from experiments.engine import data as data_lib
 from experiments.engine import training
-from experiments.engine.loop import Loop, step
+from experiments.engine.loop import step
 
 _WARM_UP = 3  # steps; the first one compiles
 
 
 def step_times(
-    nets: Sequence[tuple[Loop, training.Snapshot, training.Plan]],
+    nets: Sequence[tuple[nnx.Module, training.Plan]],
     data: data_lib.Dataset,
     steps: int,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> list[float]:
-    """Median seconds of a training step of each net, from `training.start` and its plan, on the first batch.
+    """Median seconds of a training step of each net, by its plan, on the first batch.
 
     A slow moment of the machine meets all nets alike: each round times one step of every net.
     """
-    carries = [snapshot.arrays for _, snapshot, _ in nets]
-    arguments = []
-    for _, _, plan in nets:
+    loops, carries, arguments = [], [], []
+    for model, plan in nets:
+        loop, snapshot = training.start([model], plan)
         arrays, lr = plan.arrays(data)
         index = plan.place.batch(np.arange(plan.batch_size, dtype=np.int32))
+        loops.append(loop)
+        carries.append(snapshot.arrays)
         arguments.append((arrays, index, plan.place.of_seeds(jax.random.key(0)), np.int32(0), lr))
 
     def take(net: int) -> jax.Array:
-        carries[net], loss = step(nets[net][0], carries[net], *arguments[net])
+        carries[net], loss = step(loops[net], carries[net], *arguments[net])
         return loss
 
     return in_turns([functools.partial(take, net) for net in range(len(nets))], steps, on_step)

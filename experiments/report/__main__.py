@@ -69,11 +69,7 @@ def write(
 ) -> None:
     """Make the report's folder, whole or not at all; a report that is there is replaced, anything else refused.
 
-    Args:
-      out: the folder.
-      found: of `groups`.
-      problems: of `read_records`; they are listed on the page.
-      advance: called with 1 after each table.
+    The problems of `read_records` are listed on the page; `advance` is called with 1 after each table.
     """
     _check_out(out)
     target = out.resolve()
@@ -120,10 +116,7 @@ def _write_table(folder: Path, group: Group) -> dict[str, bytes]:
 def page(found: Sequence[Group], pictures: Mapping[str, Mapping[str, bytes]], problems: Sequence[str]) -> str:
     """One HTML page, page.html beside this file filled in: nothing is fetched, and all text is escaped.
 
-    Args:
-      found: of `groups`.
-      pictures: name of a group -> caption -> PNG; the first one is the table's.
-      problems: records that were left out, and why.
+    Pictures are name of a group -> caption -> PNG, the table's first; problems say which records are left out, and why.
     """
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -1,6 +1,5 @@
 """The picture of the README, dead against alive, from two records: `python -m experiments.report.front`."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +54,12 @@ def picture(path: Path) -> Path:
     """Write the picture; gives its path."""
     sheet = figure(10.5, 3.7)
     left, right = sheet.subplots(1, 2)
-    acts: Sequence[str] = tuple(_NETS)
-    draw(left, {act: deep(act) for act in acts}, {"relu": (14, 0.14), "lk_relu": (15, 0.85)},
+    draw(left, {act: deep(act) for act in _NETS}, {"relu": (14, 0.14), "lk_relu": (15, 0.85)},
          "50 layers, no normalisation: test accuracy", "epoch")  # fmt: skip
-    draw(right, {act: continual(act) for act in acts}, {"relu": (22, 0.36), "lk_relu": (20, 0.92)},
+    draw(right, {act: continual(act) for act in _NETS}, {"relu": (22, 0.36), "lk_relu": (20, 0.92)},
          "task after task, nothing reset: what is still learned", "task")  # fmt: skip
     return save(sheet, path)
 
 
-def main() -> None:
-    """Draw it beside the results."""
-    Console().say(f"picture  {picture(RESULTS / 'front.png')}")
-
-
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: Console().say(f"picture  {picture(RESULTS / 'front.png')}"))
