@@ -60,11 +60,11 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One net: the folder of its record, the command that trains or resumes it, and whether it is finished already."""
+    """One net."""
 
-    folder: Path
-    command: list[str]
-    finished: bool = False
+    folder: Path  # of its record
+    command: list[str]  # that trains it, or resumes it
+    finished: bool = False  # its record was, before the sweep
 
     @property
     def log(self) -> Path:

@@ -25,13 +25,12 @@ def count(build: Callable[[], nnx.Module], image_shape: tuple[int, ...], *, all_
       activation_bytes: what the backward pass keeps for each image beside the parameters: what the derivative of a
         batch of two closes over, less that of a batch of one.
 
-    Examples:
-      >>> from experiments import width
-      >>> from experiments.engine import costs, data
-      >>> settings, digits = width.TABLE.presets["quick"], data.load("digits")
-      >>> cell = {"act": "relu", "init": "glorot", "lr": 0.01, "width": 50}
-      >>> costs.count(lambda: width.build(settings, cell, digits, 0), (8, 8, 1))["parameters"]  # 9*50+50 + 64*50*10+10
-      32510
+    >>> from experiments import width
+    >>> from experiments.engine import costs, data
+    >>> settings, digits = width.TABLE.presets["quick"], data.load("digits")
+    >>> cell = {"act": "relu", "init": "glorot", "width": 50}
+    >>> costs.count(lambda: width.build(settings, cell, digits, 0), (8, 8, 1))["parameters"]  # 9*50+50 + 64*50*10+10
+    32510
     """
     graph, parameters, state = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
     counted = {"parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters))}

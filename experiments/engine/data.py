@@ -25,26 +25,18 @@ _PIXELS = {"cdc4741f6c5081ef": "original pixels", "c955d4fefffbec93": "JPEG pixe
 class Dataset:
     """An image-classification set, whole, in device memory.
 
-    Attributes:
-      name: digits, or the TFDS name.
-      classes: the number of classes.
-      train_images: (N, H, W, C) uint8.
-      train_labels: (N,) int32.
-      test_images: (M, H, W, C) uint8.
-      test_labels: (M,) int32.
-      fingerprint: SHA-256 over shapes, decoded pixels and labels, 16 hexadecimal digits. Copies of a set that differ
-        in one pixel, or in the order of images, have different fingerprints.
-      tested_on: what the test images are.
+    The fingerprint is SHA-256 over shapes, decoded pixels and labels, 16 hexadecimal digits: copies of a set that
+    differ in one pixel, or in the order of images, have different ones.
     """
 
-    name: str
-    classes: int
+    name: str  # digits, or the TFDS name
+    classes: int  # their number
     train_images: UInt8[Array, "n h w c"]
     train_labels: Int[Array, " n"]
     test_images: UInt8[Array, "m h w c"]
     test_labels: Int[Array, " m"]
     fingerprint: str
-    tested_on: Literal["test", "held-out"] = "test"
+    tested_on: Literal["test", "held-out"] = "test"  # what the test images are
 
     @property
     def identity(self) -> dict[str, str]:

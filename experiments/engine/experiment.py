@@ -18,33 +18,20 @@ from linked_jax import inverse_time_decay
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A table.
+    """A table."""
 
-    Attributes:
-      name: of its module.
-      title: of the table.
-      presets: auto, quick and paper.
-      rows: what --act all means.
-      build: settings, cell, data, seed -> the model.
-      axes: the table's own options whose values are combined, beside act, init and lr.
-      learning_rate: settings, cell -> the rate where --lr does not say.
-      schedule: settings, cell, updates an epoch -> the rate's factor by update, from 0.
-      inputs: cell, data -> what the net sees of pixels.
-      count_costs: print FLOPs and activation memory beside the parameters.
-    """
-
-    name: str
+    name: str  # of its module
     title: str
-    presets: Mapping[str, Any]
-    rows: tuple[str, ...]
-    build: Callable[[Any, Cell, data_lib.Dataset, int], nnx.Module]
-    axes: tuple[str, ...] = ()
-    learning_rate: Callable[[Any, Cell], float] = lambda _settings, _cell: 1e-3
+    presets: Mapping[str, Any]  # auto, quick and paper
+    rows: tuple[str, ...]  # what --act all means
+    build: Callable[[Any, Cell, data_lib.Dataset, int], nnx.Module]  # settings, cell, data, seed -> the model
+    axes: tuple[str, ...] = ()  # its own options whose values are combined, beside act, init and lr
+    learning_rate: Callable[[Any, Cell], float] = lambda _settings, _cell: 1e-3  # where --lr does not say
     schedule: Callable[[Any, Cell, int], optax.Schedule] = lambda settings, _cell, _steps: inverse_time_decay(
         1.0, settings.decay
-    )
-    inputs: Callable[[Cell, data_lib.Dataset], data_lib.Affine] = lambda _cell, _data: data_lib.UNIT
-    count_costs: bool = False
+    )  # settings, cell, updates an epoch -> the rate's factor by update, from 0
+    inputs: Callable[[Cell, data_lib.Dataset], data_lib.Affine] = lambda _cell, _data: data_lib.UNIT  # of pixels
+    count_costs: bool = False  # print FLOPs and activation memory beside the parameters
 
     @property
     def all_axes(self) -> tuple[str, ...]:

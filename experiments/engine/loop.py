@@ -35,23 +35,14 @@ class Carry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What is trained, and where; a static argument of jit.
+    """What is trained, and where; a static argument of jit."""
 
-    Attributes:
-      loss: of a batch, for one seed.
-      optimizer: an Optax transformation. Keep the object: another one with equal settings compiles anew.
-      place: on which devices, and whether seeds are stacked.
-      own_data: whether each seed has data of its own, with a leading axis of seeds.
-      scanned: one program an epoch, see above; by default everywhere but on a CPU.
-      skip_nonfinite: an update that would leave a NaN or an infinity changes nothing, and its loss is NaN.
-    """
-
-    loss: Loss
-    optimizer: optax.GradientTransformation
+    loss: Loss  # of a batch, for one seed
+    optimizer: optax.GradientTransformation  # keep the object: another one with equal settings compiles anew
     place: Placement = ONE_DEVICE
-    own_data: bool = False
-    scanned: bool = dataclasses.field(default_factory=lambda: jax.default_backend() != "cpu")
-    skip_nonfinite: bool = False
+    own_data: bool = False  # each seed has data of its own, with a leading axis of seeds
+    scanned: bool = dataclasses.field(default_factory=lambda: jax.default_backend() != "cpu")  # see above
+    skip_nonfinite: bool = False  # an update that would leave a NaN or an infinity changes nothing; its loss is NaN
 
     def start(self, models: Sequence[nnx.Module], opt_states: Sequence[Any] | None = None) -> Carry:
         """The carry before the next update, of one model a seed; of several only where the placement stacks seeds.

@@ -19,17 +19,11 @@ from experiments.engine.settings import AnySettings, Settings, check_spread
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Hashable, so that jit takes it as a static argument.
+    """Hashable, so that jit takes it as a static argument."""
 
-    Attributes:
-      mesh: the devices, on one axis; None is the default device.
-      stacked: all arrays of a seed have a leading axis of seeds, and run in one vmapped program.
-      spread: the mesh's axis is that of the seeds, else that of the batch.
-    """
-
-    mesh: Mesh | None = None
-    stacked: bool = False
-    spread: bool = False
+    mesh: Mesh | None = None  # the devices, on one axis; None is the default device
+    stacked: bool = False  # all arrays of a seed have a leading axis of seeds, and run in one vmapped program
+    spread: bool = False  # the mesh's axis is that of the seeds, else that of the batch
 
     def over_seeds(self, function: Callable[..., Any], own: tuple[bool, ...]) -> Callable[..., Any]:
         """The function for all seeds at once; own[i] says that argument i has the axis of seeds, as all outputs do."""

@@ -24,16 +24,15 @@ _TEXT = 4096  # bytes of a text that all processes share
 T = TypeVar("T")
 
 
-def join(settings: Settings, plan: Mapping[str, Mapping[str, Any]]) -> int:
+def join(settings: Settings, plan: Mapping[str, Any]) -> int:
     """Meet the other processes of --distributed, and start JAX' runtime for all; nothing without --distributed.
+
+    Gives how many processes there are.
 
     Args:
       settings: coordinator, process_id and process_count, each by default that of the cluster (SLURM, Cloud TPU, Open
         MPI, Kubernetes); start_timeout.
       plan: what must be equal in all processes, as JSON values.
-
-    Returns:
-      How many processes there are.
 
     Raises:
       UsageError: if a process does not come within start_timeout, or has another plan; in every process.
@@ -46,7 +45,7 @@ def join(settings: Settings, plan: Mapping[str, Mapping[str, Any]]) -> int:
         raise UsageError(f"--coordinator is HOST:PORT, got {address}; pass e.g. 10.0.0.1:1234")
     if not 0 <= number < count:
         raise UsageError(f"--process-id is from 0 to --process-count - 1, got {number} of {count}")
-    plan = {**plan, "processes": {"--process-count": count}}
+    plan = {**plan, "--process-count": count}
     if number == 0:
         _receive(int(port), count, plan, settings.start_timeout)
     else:
@@ -159,11 +158,9 @@ def _hear(connection: socket.socket) -> Any:
 def _difference(number: int, ours: Mapping[str, Any], theirs: Any) -> str:
     """The first entry in which the plan of a process is not that of process 0; "" if it has none."""
     theirs = json.loads(json.dumps(theirs))
-    for part, entries in json.loads(json.dumps(ours)).items():
-        for name, value in entries.items():
-            found = theirs.get(part, {}).get(name)
-            if found != value:
-                return f"process {number} has {name} {found}, process 0 has {value}; start all with the same"
+    for name, value in json.loads(json.dumps(ours)).items():
+        if (found := theirs.get(name)) != value:
+            return f"process {number} has {name} {found}, process 0 has {value}; start all with the same"
     return ""
 
 

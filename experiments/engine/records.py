@@ -25,10 +25,7 @@ Line = dict[str, Any]
 class Record:
     """A run's folder, locked while it is open; a context manager. Lines are on disk when `add` returns.
 
-    Attributes:
-      folder: with config.json and metrics.jsonl.
-      config: everything that determines the run, with versions, hardware and commit.
-      lines: those of metrics.jsonl.
+    Its config is everything that determines the run, with versions, hardware and commit.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], lines: list[Line], lock: FileLock):

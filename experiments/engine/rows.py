@@ -32,19 +32,14 @@ identity = Link((lambda z: z,))
 class Row:
     """An activation as the tables name it: NAME, NAME_sqrt2, NAME_bn or NAME_sqrt2_bn; `bn` is relu_bn.
 
-    Attributes:
-      act: a name of `linked_jax.get_activation`.
-      sqrt2: int(width * sqrt(2)) units: a plain net with about the parameters of a linked one.
-      norm: "batch" puts batch norm before every activation.
-
     >>> from experiments.engine.rows import Row
     >>> Row.parse("relu_sqrt2").units(4), Row.parse("bn").name
     (5, 'relu_bn')
     """
 
-    act: str
-    sqrt2: bool = False
-    norm: Norm = "none"
+    act: str  # a name of `linked_jax.get_activation`
+    sqrt2: bool = False  # int(width * sqrt(2)) units: a plain net with about the parameters of a linked one
+    norm: Norm = "none"  # "batch" puts batch norm before every activation
 
     @classmethod
     def parse(cls, name: str) -> "Row":

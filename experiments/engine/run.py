@@ -65,8 +65,7 @@ def run(experiment: Experiment) -> None:
 def _start(experiment: Experiment, settings: Settings) -> None:
     """What comes before JAX runs: meet the other processes, ask for devices."""
     options = {option(name): value for name, value in vars(settings).items() if name not in OF_THIS_COMMAND}
-    plan = {"table": {"table": experiment.name}, "program": program(), "options": options}
-    request_devices(settings.devices // processes.join(settings, plan))
+    request_devices(settings.devices // processes.join(settings, {"table": experiment.name, **program(), **options}))
 
 
 def _open(folder: Path, config: dict[str, Any], open_it: Callable[[], records.Record]) -> records.Record:

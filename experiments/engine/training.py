@@ -33,48 +33,28 @@ _IN_FLIGHT_OF_MANY = 4  # virtual devices wait for each other for ever if too mu
 
 @dataclasses.dataclass
 class Snapshot:
-    """All that a run needs to resume from here.
+    """All that a run needs to resume from here."""
 
-    Attributes:
-      arrays: the loop's carry.
-      losses: of this epoch's updates so far, a float32 array of shape (updates,) or (seeds, updates).
-      epoch: from 1.
-      step: updates done in this epoch.
-      diverged: the seeds whose loss is no longer finite.
-    """
-
-    arrays: Any
-    losses: np.ndarray
-    epoch: int = 1
-    step: int = 0
-    diverged: tuple[int, ...] = ()
+    arrays: Any  # the loop's carry
+    losses: np.ndarray  # of this epoch's updates so far, float32: (updates,) or (seeds, updates)
+    epoch: int = 1  # from 1
+    step: int = 0  # updates done in this epoch
+    diverged: tuple[int, ...] = ()  # the seeds whose loss is no longer finite
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How to train.
+    """How to train."""
 
-    Attributes:
-      optimizer: an Optax transformation; its updates are multiplied by lr.
-      epochs: passes over the training set.
-      batch_size: the last batch of an epoch may be smaller.
-      lr: the learning rate, or a factor of the optimizer's own.
-      inputs: what the net sees of pixels, see `data.scale`.
-      shuffle: draw a new order of the examples for each epoch.
-      augment: flip and shift the training images at random.
-      place: on which devices.
-      skip_nonfinite: leave updates out that are not finite, and count them; else the run ends at the first one.
-    """
-
-    optimizer: optax.GradientTransformation
-    epochs: int
-    batch_size: int
-    lr: float = 1.0
-    inputs: data_lib.Affine = data_lib.UNIT
-    shuffle: bool = True
-    augment: bool = False
+    optimizer: optax.GradientTransformation  # its updates are multiplied by lr
+    epochs: int  # passes over the training set
+    batch_size: int  # the last batch of an epoch may be smaller
+    lr: float = 1.0  # the learning rate, or a factor of the optimizer's own
+    inputs: data_lib.Affine = data_lib.UNIT  # what the net sees of pixels, see `data.scale`
+    shuffle: bool = True  # draw a new order of the examples for each epoch
+    augment: bool = False  # flip and shift the training images at random
     place: Placement = ONE_DEVICE
-    skip_nonfinite: bool = False
+    skip_nonfinite: bool = False  # leave out and count updates that are not finite; else the first one ends the run
 
     def arrays(self, data: data_lib.Dataset) -> tuple[Any, Array]:
         """The loop's data, and its rate, on the devices."""

@@ -20,21 +20,13 @@ _CODE = ("jax", "jaxlib", "flax", "optax", "linked_jax")  # what computes; numpy
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Records of one experiment, data set, code and protocol.
+    """Records of one experiment, data set, code and protocol."""
 
-    Attributes:
-      name: of its files, such as depth-digits.
-      differs: what tells it from other groups with its experiment and data, such as {"epochs": "30"}; often empty.
-      records: in the order of their places.
-      lines: of the finished runs, each net and seed once; nets in the table's order, seeds rising.
-      notes: what a reader must know, such as runs that were left out.
-    """
-
-    name: str
-    differs: dict[str, str]
-    records: list[StoredRecord]
-    lines: list[Line]
-    notes: list[str]
+    name: str  # of its files, such as depth-digits
+    differs: dict[str, str]  # what tells it from others with its experiment and data, such as {"epochs": "30"}
+    records: list[StoredRecord]  # in the order of their places
+    lines: list[Line]  # of the finished runs, each net and seed once; nets in the table's order, seeds rising
+    notes: list[str]  # what a reader must know, such as runs that were left out
 
     @property
     def config(self) -> dict[str, Any]:

@@ -32,19 +32,11 @@ _TIMES = {"steps": int, "medians": [{"act": str, "step_seconds": float}]}
 
 @dataclasses.dataclass(frozen=True)
 class StoredRecord:
-    """A record that is whole, though its runs need not be finished.
+    """A record that is whole, though its runs need not be finished."""
 
-    Attributes:
-      place: its folder below the searched one, with slashes; its own name if that was the one.
-      config: of config.json.
-      runs: (net, seed) -> its lines, in the order of config.json. None is missing, but a run that has not begun has no
-        lines.
-      times: of times.json, or None.
-    """
-
-    place: str
+    place: str  # its folder below the searched one, with slashes; its own name if that was the one
     config: dict[str, Any]
-    runs: dict[Run, list[Line]]
+    runs: dict[Run, list[Line]]  # all, in the order of config.json; one that has not begun has no lines
     times: dict[str, Any] | None
 
     def is_finished(self, run: Run) -> bool:

@@ -32,7 +32,7 @@ def free_port():
 # --- the meeting, in threads: no JAX
 
 
-PLAN = {"options": {"--epochs": 2, "--lr": (0.1,)}, "program": {"commit": "a"}}
+PLAN = {"commit": "a", "--epochs": 2, "--lr": (0.1,)}
 
 
 def meet(*visitors, count=2, seconds=5):
@@ -53,7 +53,7 @@ def meet(*visitors, count=2, seconds=5):
 
 
 def told(number, **options):
-    return {"process": number, "plan": {**PLAN, "options": {**PLAN["options"], **options}}}
+    return {"process": number, "plan": {**PLAN, **options}}
 
 
 def test_those_that_agree_go_on():
@@ -64,8 +64,8 @@ def test_those_that_agree_go_on():
 def test_a_difference_is_named_to_all_of_them():
     line = "process 2 has --epochs 3, process 0 has 2; start all with the same"
     assert meet(told(1), told(2, **{"--epochs": 3}), count=3) == [line] * 3
-    assert "has commit b, process 0 has a" in meet({"process": 1, "plan": {**PLAN, "program": {"commit": "b"}}})[1]
-    assert "has --lr None, process 0 has [0.1]" in meet({"process": 1, "plan": {"options": {"--epochs": 2}}})[1]
+    assert "has commit b, process 0 has a" in meet({"process": 1, "plan": {**PLAN, "commit": "b"}})[1]
+    assert "has --lr None, process 0 has [0.1]" in meet({"process": 1, "plan": {"commit": "a", "--epochs": 2}})[1]
 
 
 def test_a_process_that_does_not_come_is_named():
