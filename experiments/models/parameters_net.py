@@ -36,7 +36,6 @@ class ParametersNet(nnx.Module):
         links = [row.activation(features) for features in units]
         inits = [INITS[init](link.link) for link in links]
         arity = links[0].arity
-
         self.links = nnx.List(links)
         self.norms = nnx.List([batch_norm(features, row.norm, rngs) for features in units])
         self.conv1 = nnx.Conv(channels, low, (3, 3), kernel_init=stem_init(init), rngs=rngs)

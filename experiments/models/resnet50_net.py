@@ -21,7 +21,7 @@ LinkWhere = Literal["inside", "everywhere"]
 STEM = 8
 STAGES = (((16, 64), 3, 1), ((16, 64), 4, 2), ((32, 128), 6, 2), ((32, 128), 3, 2))
 """(units inside and of the output of a bottleneck), blocks, stride of the first one."""
-_BLOCKS = 16
+_BLOCKS = sum(count for _, count, _ in STAGES)
 
 
 class ResNet50(nnx.Module):
@@ -38,14 +38,7 @@ class ResNet50(nnx.Module):
     """
 
     def __init__(
-        self,
-        image_shape: Sequence[int],
-        classes: int,
-        row: Row,
-        init: str,
-        *,
-        link: LinkWhere,
-        rngs: nnx.Rngs,
+        self, image_shape: Sequence[int], classes: int, row: Row, init: str, *, link: LinkWhere, rngs: nnx.Rngs
     ):
         height, width, channels = image_shape
         self.stem = nnx.Conv(channels, STEM, (3, 3), kernel_init=stem_init(init), rngs=rngs)
@@ -73,11 +66,9 @@ class _Bottleneck(nnx.Module):
     def __init__(self, units: tuple[int, int, int], stride: int, row: Row, init: str, link: LinkWhere, rngs: nnx.Rngs):
         features, narrow, wide = units
 
-        def conv(
-            c_in: int, c_out: int, window: int, link: Activation, strides: int = 1, scale: float = 1
-        ) -> LinkedConv:
-            kernel = _scaled(INITS[init](link.link, strides=strides), scale)
-            return LinkedConv(c_in, c_out, (window, window), link=link, strides=strides, kernel_init=kernel, rngs=rngs)
+        def conv(c_in: int, c_out: int, window: int, f: Activation, strides: int = 1, scale: float = 1) -> LinkedConv:
+            kernel = _scaled(INITS[init](f.link, strides=strides), scale)
+            return LinkedConv(c_in, c_out, (window, window), link=f, strides=strides, kernel_init=kernel, rngs=rngs)
 
         project = stride > 1 or features != wide
         scale = _BLOCKS**-0.5 if init == "auto" and row.norm == "none" else 1
