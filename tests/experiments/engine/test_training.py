@@ -188,7 +188,7 @@ def plant(model, digits, act):
 @pytest.mark.slow
 def test_dead_units_equal_a_count_over_all_activations(digits, monkeypatch):
     monkeypatch.setattr(training, "_EVALUATE_AT_ONCE", 25)
-    model = net("relu", seed=3)
+    model = net("relu")
     plant(model, digits, "relu")
     measured = evaluate(model, digits.test_images, digits.test_labels)
     zs = [np.asarray(z) for z in written_out(model, digits.test_images, MEMBERS["relu"])[1]]
