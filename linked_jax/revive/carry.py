@@ -9,7 +9,6 @@ So no table of optimisers is needed. What shapes cannot tell is tried: beside we
 anew must move, and not wildly. (acprop divides by the last step's moment, which is 0 for a new weight.)
 """
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -179,21 +178,6 @@ _GIVEN = (("value", "grad", "value_fn"), ("obj_fn",), ())
 """What updates are given beside gradients: line searches and such, sophia, sam."""
 
 
-@contextlib.contextmanager
-def _no_switches() -> Iterator[None]:
-    """Without JAX' strict switches: what is tried may be what they stop."""
-    with contextlib.ExitStack() as stack:
-        for switch in (
-            jax.debug_nans(False),
-            jax.debug_infs(False),
-            jax.disable_jit(False),
-            jax.numpy_dtype_promotion("standard"),
-            jax.numpy_rank_promotion("allow"),
-        ):
-            stack.enter_context(switch)
-        yield
-
-
 @functools.lru_cache(maxsize=4)
 def _check_moves(tx: Any, structure: Any, leaves: tuple[tuple[tuple[int, ...], Any], ...]) -> None:
     """Try, on weights of at most 2 entries an axis: after some updates the first entry of each starts anew.
@@ -204,7 +188,14 @@ def _check_moves(tx: Any, structure: Any, leaves: tuple[tuple[tuple[int, ...], A
     leaves = tuple((shape, jnp.promote_types(dtype, jnp.float32)) for shape, dtype in leaves)
     small = tuple((tuple(min(n, 2) for n in shape), dtype) for shape, dtype in leaves)
     reason = ""
-    with jax.ensure_compile_time_eval(), _no_switches():
+    with (  # without JAX' strict switches: what is tried may be what they stop
+        jax.ensure_compile_time_eval(),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+        jax.disable_jit(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
         for sizes, given in itertools.product((small, leaves), _GIVEN):  # leaves: it may know the weights' true shapes
             try:
                 params = jax.tree.unflatten(structure, [jnp.ones(shape, dtype) for shape, dtype in sizes])
