@@ -36,7 +36,7 @@ def named_calls(model: Any) -> Iterator[None]:
         if isinstance(module, nnx.Sequential):
             for i, function in enumerate(module.layers):
                 if not isinstance(function, nnx.Module):
-                    module.layers[i] = _scoped(function, ".".join(map(str, (*path, "layers", i))))
+                    module.layers[i] = jax.named_scope(".".join(map(str, (*path, "layers", i))))(function)
     with contextlib.ExitStack() as stack:
         for cls in {type(module) for _, module in modules if callable(module)}:
             stack.enter_context(_scoped_class(cls, paths))
@@ -86,15 +86,6 @@ def source_of(equation: Any, outer: str = "") -> str:
 def _frames(equation: Any) -> list[Any]:
     # The traceback is no documented part of JAX: without it names are less good and nothing else changes.
     return getattr(getattr(equation.source_info, "traceback", None), "frames", None) or []
-
-
-def _scoped(function: Any, path: str) -> Any:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with jax.named_scope(path):
-            return function(*args, **kwargs)
-
-    return call
 
 
 @contextlib.contextmanager

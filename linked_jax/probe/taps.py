@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from linked_jax.diagnostics import combine, unit_statistics
-from linked_jax.histograms import BINS, log_histogram
+from linked_jax.histograms import log_histogram
 from linked_jax.probe.graph import Factor, Value, inner_jaxprs, open_jaxpr
 from linked_jax.probe.names import module_of
 from linked_jax.probe.recognise import evaluate_op, name_of
@@ -153,8 +153,8 @@ def measure(region: Region, env: dict[int, Any], mask: Array | None = None) -> T
         slopes=slope_statistics(z, slopes, arity=arity, where=where),
         features=feature_moments(h, where=where) if h.shape[-1] <= LARGEST_SCATTER else None,
         histogram=log_histogram(z, where=None if where is None else where[:, None]),
-        gradient_square_sum=jnp.zeros((), jnp.float32),
-        gradient_histogram=jnp.zeros(BINS, jnp.float32),
+        gradient_square_sum=None,
+        gradient_histogram=None,
         name=module_of(region.ops[0].where.scope),
         source=region.ops[0].where.source,
         activation=name_of(region),
