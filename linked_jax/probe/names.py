@@ -15,7 +15,6 @@ from flax import nnx
 _JAX, _FLAX = (str(Path(str(package.__file__)).parent) for package in (jax, flax))
 _LIBRARIES = (_JAX, _FLAX, str(Path(__file__).parents[1]), "<")
 
-
 LINK = "linked_jax:"
 """What the scope of a link begins with."""
 
@@ -77,15 +76,11 @@ def module_of(scope: str) -> str:
 
 def source_of(equation: Any, outer: str = "") -> str:
     """`file.py:12`, the innermost line outside JAX, Flax and this library; that of the caller where JAX kept none."""
-    for frame in _frames(equation):
+    # The traceback is no documented part of JAX: without it names are less good and nothing else changes.
+    for frame in getattr(getattr(equation.source_info, "traceback", None), "frames", None) or []:
         if not frame.file_name.startswith(_LIBRARIES):
             return f"{Path(frame.file_name).name}:{frame.line_num}"
     return outer
-
-
-def _frames(equation: Any) -> list[Any]:
-    # The traceback is no documented part of JAX: without it names are less good and nothing else changes.
-    return getattr(getattr(equation.source_info, "traceback", None), "frames", None) or []
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ KNOWN: dict[str, Callable[[Any], Any]] = {
 """Functions that have a name; those with slopes or bounds are recognised by their form."""
 
 UNKNOWN = "unknown"
-_GRID = np.concatenate([np.linspace(-6, 6, 97), [-19.0, -8.5, 8.5, 19.0]])  # odd ends: 20 would saturate in float16
+_GRID = np.array([-19, -8.5, *np.linspace(-6, 6, 97), 8.5, 19])  # odd ends: 20 would saturate in float16
 _PARAMETER = 0.3  # in the place of one: a slope, a scale
 
 
@@ -56,7 +56,7 @@ def activations(graph: Graph) -> tuple[list[Region], list[Op]]:
     """`regions.find`, once: each activation from where it has a plain name; those that are affine in fact are none."""
     if graph.found is None:
         regions, others = find(graph)
-        graph.found = [_widest(region) for region in regions if not _is_affine(region)], others
+        graph.found = [_widest(region) for region in regions if not _judge(region)[1]], others
     return graph.found
 
 
@@ -85,23 +85,16 @@ def _widest(region: Region) -> Region:
     Where no step back gives one, the region itself.
     """
     candidate: Region | None = region
-    while candidate is not None:
-        if name_of(candidate) in KNOWN:
-            return candidate
+    while candidate is not None and name_of(candidate) not in KNOWN:
         candidate = candidate.wider
-    return region
-
-
-def _is_affine(region: Region) -> bool:
-    """Whether all members are affine, as far as numbers can tell."""
-    return _judge(region)[1]
+    return candidate or region
 
 
 _judged: dict[Any, tuple[str, bool]] = {}
 
 
 def _judge(region: Region) -> tuple[str, bool]:
-    """The name, and whether all members are affine; regions that compute the same are evaluated once."""
+    """The name, and whether all members are affine in fact; regions that compute the same are evaluated once."""
     key = _key(region)
     if key not in _judged:
         values = _values(region)
@@ -185,9 +178,8 @@ def _constant(x: Value) -> Any:
     if x.op.kind == "broadcast_in_dim":
         return operands[0]
     with jax.ensure_compile_time_eval():
-        arrays = [
-            _wide(jnp.asarray(o, getattr(a.aval, "dtype", None))) for o, a in zip(operands, x.op.operands, strict=True)
-        ]
+        typed = zip(operands, x.op.operands, strict=True)
+        arrays = [_wide(jnp.asarray(o, getattr(a.aval, "dtype", None))) for o, a in typed]
         return np.asarray(_on_grid(x.op.equation, arrays)[0]).ravel()[0]
 
 
@@ -203,11 +195,11 @@ def _name(values: np.ndarray) -> str:
     if not np.isfinite(values).all():
         return UNKNOWN
     for name, known in _known().items():
-        for mirrored, wanted in ((False, known), (True, known[_mirror()])):
+        for z, wanted in (("z", known), ("-z", known[::-1])):
             scale = float(values @ wanted / (wanted @ wanted))
             if scale > 0 and _close(values, scale * wanted):
                 factor = "" if abs(scale - 1) < 2e-2 else f"{scale:.3g} "
-                return f"{factor}{name}({'-' if mirrored else ''}z)"
+                return f"{factor}{name}({z})"
     return _by_form(values)
 
 
@@ -217,8 +209,7 @@ def _by_form(values: np.ndarray) -> str:
     if _close(values, np.where(positive, a, b) * _GRID):
         if abs(a - b) < 2e-2 * abs(a):
             return "z" if abs(a - 1) < 2e-2 else f"{a:.3g} z"
-        mirrored = abs(b) > abs(a)
-        return f"leaky_relu({'-' if mirrored else ''}z)"
+        return "leaky_relu(-z)" if abs(b) > abs(a) else "leaky_relu(z)"
     if _close(values, np.clip(_GRID, values.min(), values.max())):
         return "clip(z)"
     return UNKNOWN
@@ -233,8 +224,3 @@ def _known() -> dict[str, np.ndarray]:
     with jax.ensure_compile_time_eval():
         values = jax.jit(lambda z: [f(z) for f in KNOWN.values()])(jnp.asarray(_GRID, jnp.float32))
     return {name: np.asarray(x, np.float64) for name, x in zip(KNOWN, values, strict=True)}
-
-
-@functools.cache
-def _mirror() -> np.ndarray:
-    return np.array([int(np.flatnonzero(-z == _GRID)[0]) for z in _GRID])

@@ -145,11 +145,8 @@ class Report:
         columns = self._columns()
         adjusts = [str.ljust] * 2 + [str.rjust] * (len(columns) - 2)
         widths = [max(map(len, column)) for column in columns]
-        lines = [
-            "  ".join(f(x, n) for f, x, n in zip(adjusts, row, widths, strict=True))
-            for row in zip(*columns, strict=True)
-        ]
-        return "\n".join([*lines, *self._remarks()])
+        cells = [[f(x, n) for x in column] for f, column, n in zip(adjusts, columns, widths, strict=True)]
+        return "\n".join([*map("  ".join, zip(*cells, strict=True)), *self._remarks()])
 
     def _columns(self) -> list[tuple[str, ...]]:
         """The columns of the table, each with its head; without gradients, ranks and NaN where there are none."""
@@ -158,9 +155,8 @@ class Report:
         return [(head, *cells) for head, *cells in columns if not cells or set(cells) != {nothing.get(head, "")}]
 
     def _remarks(self) -> list[str]:
-        found = [*_LEGEND]
-        found += [] if self.not_finite_first is None else [f"not finite: {self.not_finite_first}"]
-        return [*found, *(f"not seen: {what}" for what in self.not_seen)]
+        first = [] if self.not_finite_first is None else [f"not finite: {self.not_finite_first}"]
+        return [*_LEGEND, *first, *(f"not seen: {what}" for what in self.not_seen)]
 
     def print(self) -> None:
         """The table in colours; needs rich (pip install linked_jax[probe])."""
