@@ -118,6 +118,12 @@ class Op:
         """Whether each element of the output depends on the same element of the operands alone."""
         return is_elementwise(self.equation)
 
+    def evaluate(self, operands: list[Any]) -> list[Any]:
+        """The outputs, of other operands."""
+        pairs = zip(self.equation.invars, operands, strict=True)
+        given = {var: x for var, x in pairs if not isinstance(var, Literal)}
+        return list(eval_jaxpr(self.jaxpr, (), *(given[var] for var in self.jaxpr.invars)))
+
 
 @dataclasses.dataclass(eq=False)
 class Graph:
@@ -161,10 +167,7 @@ def graph_of(jaxpr: Any, larger: Any, from_data: Sequence[bool]) -> Graph:
       >>> [op.kind for op in graph.ops], graph.ops[0].outputs[0].samples
       (['dot_general', 'custom_jvp_call', 'reshape'], (0,))
     """
-    invars = open_jaxpr(jaxpr)[0].invars
-    grown = open_jaxpr(larger)[0].invars if larger is not None else [None] * len(invars)
-    inputs = [_value(var, more, data) for var, more, data in zip(invars, grown, from_data, strict=True)]
-    return _graph(jaxpr, larger, inputs, Where("", ""))
+    return _graph(jaxpr, larger, _inputs(jaxpr, larger, from_data), Where("", ""))
 
 
 def _shape(x: Any) -> tuple[int, ...]:
@@ -196,6 +199,12 @@ def is_elementwise(equation: JaxprEqn) -> bool:
         inside = [eqn for body in bodies for eqn in body.eqns]
         return len(shapes) <= 1 and len(equation.outvars) == 1 and all(map(is_elementwise, inside))
     return kind in ELEMENTWISE and len(equation.outvars) == 1
+
+
+def _inputs(jaxpr: Any, larger: Any, from_data: Sequence[bool]) -> list[Value]:
+    invars = open_jaxpr(jaxpr)[0].invars
+    grown = open_jaxpr(larger)[0].invars if larger is not None else [None] * len(invars)
+    return [_value(var, more, data) for var, more, data in zip(invars, grown, from_data, strict=True)]
 
 
 def _graph(jaxpr: Any, larger: Any, inputs: list[Value], where: Where) -> Graph:
@@ -268,15 +277,14 @@ def _op(body: Jaxpr, equation: JaxprEqn, same: JaxprEqn | None, operands: list[A
 
 def _inner(op: Op, jaxpr: Any, larger: Any) -> Graph:
     """The graph inside an operation; what it knows of its inputs is what the operation knows of its operands."""
-    invars = open_jaxpr(jaxpr)[0].invars
-    grown = open_jaxpr(larger)[0].invars if larger is not None else [None] * len(invars)
-    operands = op.operands[len(op.operands) - len(invars) :]  # a cond has an index before them
+    first = len(op.operands) - len(open_jaxpr(jaxpr)[0].invars)
+    operands = op.operands[first:]  # a cond has an index before them
     from_data = [isinstance(x, Value) and x.from_data for x in operands]
     if op.kind in ("scan", "while"):  # what is carried is data as soon as anything is
         n_consts, n_carry, _ = map(len, loop_parts(op, op.operands))
         from_data[n_consts : n_consts + n_carry] = [any(from_data)] * n_carry
-    inputs = [_value(var, more, data) for var, more, data in zip(invars, grown, from_data, strict=True)]
-    for value, operand in zip(inputs, operands, strict=False):
+    inputs = _inputs(jaxpr, larger, from_data)
+    for value, operand in zip(inputs, operands, strict=True):
         if isinstance(operand, Value) and operand.shape == value.shape:
             value.axes = operand.axes
         elif isinstance(operand, Value) and operand.shape[1:] == value.shape and operand.from_data:

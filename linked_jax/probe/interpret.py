@@ -15,7 +15,7 @@ from linked_jax.histograms import BINS, log_histogram
 from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, goes_on, graph_of, loop_parts
 from linked_jax.probe.models import is_key, merge, split
 from linked_jax.probe.names import module_of, named_calls
-from linked_jax.probe.recognise import activations, evaluate_op
+from linked_jax.probe.recognise import activations
 from linked_jax.probe.regions import Region
 from linked_jax.probe.taps import Tap, all_times, is_tap, kept, measure, nothing_yet, together, whole
 
@@ -23,7 +23,6 @@ Key = tuple[int, ...]
 """Where an activation begins: the number of the operation, after those of the operations that it is inside."""
 Taps = OrderedDict[Key, Any]
 """A `Tap` for each activation, and a `NotSeen`: in order of execution. JAX keeps their order."""
-Env = dict[int, Any]
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +65,7 @@ def observe(
       >>> dead_units(jnp.array([[1.0, -1.0]]), jnp.ones((5, 1)))[1]
       Array(1, dtype=int32)
     """
-    outputs, taps = Trace.of(f, parameters, inputs).evaluate(mask=mask)
+    outputs, taps = Trace.of(f, parameters, inputs).evaluate(Watch(mask))
     return outputs, [tap for tap in taps.values() if is_tap(tap)]
 
 
@@ -101,27 +100,25 @@ class Trace:
             graph = graph_of(jaxpr, None, from_data)
         return cls(graph, [*parts[0], *parts[1]], jax.tree.structure(outputs))
 
-    def evaluate(
-        self, *, probes: Mapping[Key, "Gradients"] | None = None, mask: Array | None = None, scale: int | None = None
-    ) -> tuple[Any, Taps]:
-        """The outputs and the taps.
-
-        Args:
-          probes: for activations, by their keys, the `Gradients` of their taps, zeros: the "gradients" for them are the
-            statistics of the gradient for z.
-          mask: as for `observe`.
-          scale: what the gradient for z is multiplied with. If None, the taps have no place for its statistics.
-        """
-        leaves, taps = _evaluate(self.graph, self.arguments, Watch(probes or {}, mask, scale))
+    def evaluate(self, watch: "Watch") -> tuple[Any, Taps]:
+        """The outputs and the taps."""
+        leaves, taps = _evaluate(self.graph, self.arguments, watch)
         return jax.tree.unflatten(self.structure, leaves), taps
 
 
 class Watch(NamedTuple):
-    """What is asked for of a graph, see `Trace.evaluate`."""
+    """What is asked for of a graph.
 
-    probes: Mapping[Key, Any]
-    mask: Array | None
+    Attributes:
+      mask: as for `observe`.
+      scale: what the gradient for z is multiplied with. If None, the taps have no place for its statistics.
+      probes: for activations, by their keys, the `Gradients` of their taps, zeros: the "gradients" for them are the
+        statistics of the gradient for z.
+    """
+
+    mask: Array | None = None
     scale: int | None = None
+    probes: Mapping[Key, Any] = {}
 
     def inside(self, i: int) -> "Watch":
         """Of the graph inside an operation, by its number."""
@@ -149,15 +146,17 @@ def _twice(x: Any) -> Any:
 def _evaluate(graph: Graph, arguments: list[Any], watch: Watch) -> tuple[list[Any], Taps]:
     """The outputs of a graph and the taps inside."""
     found, unseen = activations(graph)
-    env: Env = {}
-    watched = [((region.place,), region.z) for region in found] + _arguments_of_custom(graph)
+    env: dict[Value, Any] = {}
+    customs = [(i, op) for i, op in enumerate(graph.ops) if op.kind in CUSTOM and op.graphs]
+    watched = [((region.place,), region.z) for region in found]
+    watched += [((i, region.place), x) for i, op in customs for region, x in _of_arguments(op)]
 
     def define(value: Value, x: Any) -> None:
         for key, z in watched:
             if z is value and key in watch.probes:
                 where = jnp.ones((), bool) if watch.mask is None else kept(value, watch.mask)
                 x = _measured(watch.scale, x, where, watch.probes[key])
-        env[id(value)] = x
+        env[value] = x
 
     for value, x in [*zip(graph.inputs, arguments, strict=True), *graph.constants]:
         define(value, x)
@@ -168,7 +167,7 @@ def _evaluate(graph: Graph, arguments: list[Any], watch: Watch) -> tuple[list[An
             outputs, inside = _enter(op, operands, watch.inside(i))
             taps |= {(i, *key): tap for key, tap in inside.items()}
         else:
-            outputs = evaluate_op(op, operands)
+            outputs = op.evaluate(operands)
             taps |= {(i,): _not_seen(op)} if op in unseen else {}
         for value, x in zip(op.outputs, outputs, strict=True):
             define(value, x)
@@ -179,9 +178,9 @@ def _evaluate(graph: Graph, arguments: list[Any], watch: Watch) -> tuple[list[An
     return [read(x, env) for x in graph.outputs], taps
 
 
-def read(x: Atom, env: Env) -> Any:
+def read(x: Atom, env: dict[Value, Any]) -> Any:
     """The value of an operand."""
-    return x.val if isinstance(x, Literal) else env[id(x)]
+    return x.val if isinstance(x, Literal) else env[x]
 
 
 def has_activation(graph: Graph) -> bool:
@@ -191,15 +190,12 @@ def has_activation(graph: Graph) -> bool:
 
 def _enter(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], dict[Key, Any]]:
     """The outputs of an operation that has graphs inside, and the taps there."""
-    if op.kind == "scan":
-        return _scan(op, operands, watch)
-    if op.kind == "cond":
-        return _cond(op, operands, watch)
-    if op.kind == "while":
-        return _while(op, operands, watch.mask)
-    outputs = evaluate_op(op, operands)
+    loops = {"scan": _scan, "cond": _cond, "while": _while}
+    if op.kind in loops:
+        return loops[op.kind](op, operands, watch)
+    outputs = op.evaluate(operands)
     if op.kind in CUSTOM:  # its own derivative hides what is inside, but not the gradient for its arguments
-        inside = _evaluate(op.graphs[0], jax.lax.stop_gradient(operands), Watch({}, watch.mask))[1]
+        inside = _evaluate(op.graphs[0], jax.lax.stop_gradient(operands), Watch(watch.mask))[1]
         shown = [] if watch.scale is None else [(region.place,) for region, _ in _of_arguments(op)]
         return outputs, with_gradients(inside, {key: _no_sums() for key in shown})
     return outputs, {(0,): _not_seen(op)}
@@ -218,15 +214,6 @@ def _of_arguments(op: Op) -> list[tuple[Region, Atom]]:
     inner = op.graphs[0]
     pairs = list(zip(inner.inputs, op.operands, strict=True))
     return [(region, x) for region in activations(inner)[0] for z, x in pairs if region.z is z]
-
-
-def _arguments_of_custom(graph: Graph) -> list[tuple[Key, Atom]]:
-    return [
-        ((i, region.place), x)
-        for i, op in enumerate(graph.ops)
-        if op.kind in CUSTOM and op.graphs
-        for region, x in _of_arguments(op)
-    ]
 
 
 def _scan(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], Taps]:
@@ -284,12 +271,12 @@ def _cond(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], dict[Ke
     return outputs, {(i, *key): tap for i, inside in enumerate(taps) for key, tap in inside.items()}
 
 
-def _while(op: Op, operands: list[Any], mask: Array | None) -> tuple[list[Any], dict[Key, Any]]:
+def _while(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], dict[Key, Any]]:
     """The iterations of a loop are times of one layer; the gradient of an unbounded loop does not exist."""
     consts, carry, _ = loop_parts(op, operands)
 
     def body(carry: list[Any]) -> tuple[list[Any], Taps]:
-        return _evaluate(op.graphs[0], [*consts, *carry], Watch({}, mask))
+        return _evaluate(op.graphs[0], [*consts, *carry], Watch(watch.mask))
 
     def step(state: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
         carry, taps = body(state[0])

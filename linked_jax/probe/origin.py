@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool
 from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, goes_on, inner_jaxprs, loop_parts, open_jaxpr
 from linked_jax.probe.interpret import Trace, has_activation, scanned_data, step_masks
 from linked_jax.probe.names import module_of
-from linked_jax.probe.recognise import activations, evaluate_op, name_of
+from linked_jax.probe.recognise import activations, name_of
 from linked_jax.probe.regions import Region
 from linked_jax.probe.taps import kept
 
@@ -72,15 +72,6 @@ def origin_of(trace: Trace, names: list[tuple[str, str]], mask: Array | None) ->
       trace: of the model and its inputs.
       names: kind and name of each argument of the trace.
       mask: as for `observe`; the others may be not finite, and so may outputs, which can have any shape.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> from linked_jax.probe.interpret import Trace
-      >>> from linked_jax.probe.origin import origin_of
-      >>> trace = Trace.of(lambda w, x: jax.nn.relu(jnp.log(x) @ w), jnp.ones((2, 3)), jnp.zeros((5, 2)))
-      >>> origin = origin_of(trace, [("parameter", "w"), ("input", "")], None)
-      >>> origin.kind, origin.name, origin.value
-      ('operation', 'log', '-inf')
     """
     with jax.debug_nans(False), jax.debug_infs(False):
         triples = zip(trace.arguments, names, trace.graph.inputs, strict=True)
@@ -123,16 +114,16 @@ def _walk(graph: Graph, arguments: list[Marked], mask: Array | None, index: str)
     Raises:
       _Seen: at the first activation that is not finite.
     """
-    readers: dict[int, Region] = {}
+    readers: dict[Value, Region] = {}
     for region in activations(graph)[0]:
         for value in (region.z, *region.members):
-            readers.setdefault(id(value), region)
-    env: dict[int, Marked] = {}
+            readers.setdefault(value, region)
+    env: dict[Value, Marked] = {}
 
     def define(value: Value, marked: Marked) -> None:
-        env[id(value)] = marked
-        if marked[1] and id(value) in readers:
-            region = readers[id(value)]
+        env[value] = marked
+        if marked[1] and value in readers:
+            region = readers[value]
             where = region.ops[0].where
             place = " at ".join(filter(None, (_module(where.scope, index), where.source)))
             raise _Seen(dataclasses.replace(marked[1], seen_by=f"{name_of(region)} in {place or 'the model'}"))
@@ -148,8 +139,8 @@ def _walk(graph: Graph, arguments: list[Marked], mask: Array | None, index: str)
     return [_read(x, env) for x in graph.outputs]
 
 
-def _read(x: Atom, env: dict[int, Marked]) -> Marked:
-    return (x.val, None) if isinstance(x, Literal) else env[id(x)]
+def _read(x: Atom, env: dict[Value, Marked]) -> Marked:
+    return (x.val, None) if isinstance(x, Literal) else env[x]
 
 
 def _module(scope: str, index: str) -> str:
@@ -170,7 +161,7 @@ def _apply(op: Op, operands: list[Marked], mask: Array | None, index: str) -> li
             return _walk(op.graphs[0], operands, mask, index)
     passed = min((origin for _, origin in operands if origin), key=lambda one: _GRAVEST.index(one.value), default=None)
     made = "operation", _operation(op), _module(op.where.scope, index), op.where.source
-    outputs = evaluate_op(op, [x for x, _ in operands])
+    outputs = op.evaluate([x for x, _ in operands])
     return [_marked(x, value, mask, made, passed) for value, x in zip(op.outputs, outputs, strict=True)]
 
 

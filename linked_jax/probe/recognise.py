@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import eval_jaxpr
 from jax.extend.core import JaxprEqn, Literal
 from jaxtyping import Array
 
@@ -61,21 +60,9 @@ def activations(graph: Graph) -> tuple[list[Region], list[Op]]:
 
 
 def name_of(region: Region) -> str:
-    """The name of a link, or of the function that its members are; "unknown" if no function that has one fits.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> from linked_jax.probe.graph import graph_of
-      >>> from linked_jax.probe.recognise import name_of
-      >>> from linked_jax.probe.regions import find
-      >>> z = jnp.ones((3, 4))
-      >>> forms = jax.nn.silu, lambda z: z / (1 + jnp.exp(-z)), lambda z: jnp.where(z < 0, 0.2 * z, z)
-      >>> [name_of(find(graph_of(jax.make_jaxpr(f)(z), None, [True]))[0][0]) for f in forms]
-      ['silu', 'silu', 'leaky_relu']
-    """
+    """The name of a link, or of the function that its members are; "unknown" if no function that has one fits."""
     links = {link_of(op.where.scope) for op in region.ops}
-    names = links.pop() if len(links) == 1 else ""
-    names = names or _judge(region)[0]
+    names = (links.pop() if len(links) == 1 else "") or _judge(region)[0]
     return names.removesuffix("(z)") if len(region.members) == 1 else names
 
 
@@ -111,27 +98,27 @@ def _fits_a_line(region: Region, values: np.ndarray) -> bool:
 
 def _key(region: Region) -> Any:
     """Equal for regions that compute the same, whatever their values are."""
-    numbers = {id(region.z): 0}
+    numbers = {region.z: 0}
 
     def atom(x: Atom) -> Any:
-        return str(x) if isinstance(x, Literal) else numbers.get(id(x), f"{_constant(x)}:{x.aval.dtype}")
+        return str(x) if isinstance(x, Literal) else numbers.get(x, f"{_constant(x)}:{x.aval.dtype}")
 
     found: list[Any] = [str(region.z.aval.dtype)]
     for op in region.ops:
         found.append((*params_of(op.equation), *map(atom, op.operands)))
-        numbers |= {id(output): len(numbers) + i for i, output in enumerate(op.outputs)}
-    return (*found, *(numbers[id(v)] for v in region.members))
+        numbers |= {output: len(numbers) + i for i, output in enumerate(op.outputs)}
+    return (*found, *(numbers[v] for v in region.members))
 
 
 def _values(region: Region) -> np.ndarray | None:
     """The members on the grid, (d, grid), in float32 at least; None if they cannot be evaluated."""
     try:
         with jax.ensure_compile_time_eval():
-            env: dict[int, Any] = {id(region.z): _wide(jnp.asarray(_GRID, region.z.aval.dtype))}
+            env: dict[Value, Any] = {region.z: _wide(jnp.asarray(_GRID, region.z.aval.dtype))}
             for op in region.ops:
                 operands = [_operand(x, env) for x in op.operands]
-                env |= zip(map(id, op.outputs), _on_grid(op.equation, operands), strict=True)
-            return np.stack([np.asarray(env[id(v)], np.float64) for v in region.members])
+                env |= zip(op.outputs, _on_grid(op.equation, operands), strict=True)
+            return np.stack([np.asarray(env[v], np.float64) for v in region.members])
     except Exception:  # an operation that asks for one shape, or has no rule here
         return None
 
@@ -141,11 +128,11 @@ def _wide(x: Any) -> Array:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 else x
 
 
-def _operand(x: Atom, env: dict[int, Any]) -> Any:
+def _operand(x: Atom, env: dict[Value, Any]) -> Any:
     if isinstance(x, Literal):
         return _wide(x.val)
-    if id(x) in env:
-        return env[id(x)]
+    if x in env:
+        return env[x]
     value = _wide(jnp.asarray(_constant(x), x.aval.dtype))
     return jnp.broadcast_to(value, _GRID.shape) if x.shape else value
 
@@ -181,13 +168,6 @@ def _constant(x: Value) -> Any:
         typed = zip(operands, x.op.operands, strict=True)
         arrays = [_wide(jnp.asarray(o, getattr(a.aval, "dtype", None))) for o, a in typed]
         return np.asarray(_on_grid(x.op.equation, arrays)[0]).ravel()[0]
-
-
-def evaluate_op(op: Op, operands: list[Any]) -> list[Any]:
-    """The outputs of an operation."""
-    pairs = zip(op.equation.invars, operands, strict=True)
-    given = {var: x for var, x in pairs if not isinstance(var, Literal)}
-    return list(eval_jaxpr(op.jaxpr, (), *(given[var] for var in op.jaxpr.invars)))
 
 
 def _name(values: np.ndarray) -> str:

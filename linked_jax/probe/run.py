@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from linked_jax.diagnostics import not_finite_units
-from linked_jax.probe.interpret import Gradients, NotSeen, Taps, Trace, with_gradients
+from linked_jax.probe.interpret import Gradients, NotSeen, Taps, Trace, Watch, with_gradients
 from linked_jax.probe.models import check_model, is_key, kind_of, merge, split
 from linked_jax.probe.origin import OUTPUTS, Origin, is_sound, origin_of
 from linked_jax.probe.report import Report, make_report
@@ -178,19 +178,19 @@ def _taps_of_batch(call: Any, loss_fn: Any, mask: Any, static: Any, arrays: Any,
     inputs, labels = batch if loss_fn else (batch, None)
     trace, where = Trace.of(call, merge(static, arrays), inputs), _checked_mask(mask, inputs)
     if loss_fn is None:
-        outputs, taps = trace.evaluate(mask=where)
+        outputs, taps = trace.evaluate(Watch(where))
         return taps, _sound(outputs, where)
 
     n = _samples(inputs)
 
     def loss(probes: Any) -> tuple[Any, Any]:
-        outputs, taps = trace.evaluate(probes=probes, mask=where, scale=n)  # n times the mean is a sample's own loss
+        outputs, taps = trace.evaluate(Watch(where, n, probes))  # n times the mean is a sample's own loss
         value = loss_fn(outputs, labels)
         if not jax.tree.all(jax.tree.map(lambda x: not jnp.shape(x), value)) or isinstance(value, (tuple, list, dict)):
             raise ValueError(f"loss_fn returns a scalar, the mean over the batch, got {kind_of(value)}")
         return value, (taps, _sound(outputs, where))
 
-    silent = jax.eval_shape(lambda: trace.evaluate(mask=where, scale=n)[1])
+    silent = jax.eval_shape(lambda: trace.evaluate(Watch(where, n))[1])
     taps = {key: tap for key, tap in silent.items() if is_tap(tap) and tap.gradient_square_sum is not None}
     shapes = {key: Gradients(tap.gradient_square_sum, tap.gradient_histogram) for key, tap in taps.items()}
     zeros = nothing_yet(shapes)
