@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jax.core import Tracer
+from jax.core import Tracer, eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from linked_jax.probe.names import scope_of, source_of
@@ -70,7 +70,7 @@ class Value:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the array."""
-        return getattr(self.aval, "shape", ())
+        return _shape(self)
 
 
 Atom = Value | Literal
@@ -118,6 +118,12 @@ class Op:
         """Whether each element of the output depends on the same element of the operands alone."""
         return is_elementwise(self.equation)
 
+    def evaluate(self, operands: list[Any]) -> list[Any]:
+        """The outputs, of other operands."""
+        pairs = zip(self.equation.invars, operands, strict=True)
+        given = {var: x for var, x in pairs if not isinstance(var, Literal)}
+        return list(eval_jaxpr(self.jaxpr, (), *(given[var] for var in self.jaxpr.invars)))
+
 
 @dataclasses.dataclass(eq=False)
 class Graph:
@@ -161,10 +167,12 @@ def graph_of(jaxpr: Any, larger: Any, from_data: Sequence[bool]) -> Graph:
       >>> [op.kind for op in graph.ops], graph.ops[0].outputs[0].samples
       (['dot_general', 'custom_jvp_call', 'reshape'], (0,))
     """
-    invars = open_jaxpr(jaxpr)[0].invars
-    grown = open_jaxpr(larger)[0].invars if larger is not None else [None] * len(invars)
-    inputs = [_value(var, more, data) for var, more, data in zip(invars, grown, from_data, strict=True)]
-    return _graph(jaxpr, larger, inputs, Where("", ""))
+    return _graph(jaxpr, larger, _inputs(jaxpr, larger, from_data), Where("", ""))
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    """Of a value, a literal or a variable; of a token too."""
+    return getattr(x.aval, "shape", ())
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
@@ -182,15 +190,21 @@ def inner_jaxprs(equation: JaxprEqn) -> list[Any]:
 
 def is_elementwise(equation: JaxprEqn) -> bool:
     """Whether an equation, or the function with a custom derivative in it, is elementwise; scalars may be broadcast."""
-    shapes = {atom.aval.shape for atom in [*equation.invars, *equation.outvars] if getattr(atom.aval, "shape", ())}
+    shapes = set(map(_shape, [*equation.invars, *equation.outvars])) - {()}
     kind = equation.primitive.name
     if kind == "broadcast_in_dim":
-        return not getattr(equation.invars[0].aval, "shape", ())
+        return not _shape(equation.invars[0])
     if kind in CALLS | CUSTOM:
         bodies = [open_jaxpr(inner)[0] for inner in inner_jaxprs(equation)[:1]]
         inside = [eqn for body in bodies for eqn in body.eqns]
         return len(shapes) <= 1 and len(equation.outvars) == 1 and all(map(is_elementwise, inside))
     return kind in ELEMENTWISE and len(equation.outvars) == 1
+
+
+def _inputs(jaxpr: Any, larger: Any, from_data: Sequence[bool]) -> list[Value]:
+    invars = open_jaxpr(jaxpr)[0].invars
+    grown = open_jaxpr(larger)[0].invars if larger is not None else [None] * len(invars)
+    return [_value(var, more, data) for var, more, data in zip(invars, grown, from_data, strict=True)]
 
 
 def _graph(jaxpr: Any, larger: Any, inputs: list[Value], where: Where) -> Graph:
@@ -263,14 +277,14 @@ def _op(body: Jaxpr, equation: JaxprEqn, same: JaxprEqn | None, operands: list[A
 
 def _inner(op: Op, jaxpr: Any, larger: Any) -> Graph:
     """The graph inside an operation; what it knows of its inputs is what the operation knows of its operands."""
-    invars = open_jaxpr(jaxpr)[0].invars
-    grown = open_jaxpr(larger)[0].invars if larger is not None else [None] * len(invars)
-    operands = op.operands[len(op.operands) - len(invars) :]  # a cond has an index before them
-    flags = [isinstance(x, Value) and x.from_data for x in operands]
-    if op.kind in ("scan", "while"):
-        flags = _carried(op, flags, len(invars))
-    inputs = [_value(var, more, flag) for var, more, flag in zip(invars, grown, flags, strict=True)]
-    for value, operand in zip(inputs, operands, strict=False):
+    first = len(op.operands) - len(open_jaxpr(jaxpr)[0].invars)
+    operands = op.operands[first:]  # a cond has an index before them
+    from_data = [isinstance(x, Value) and x.from_data for x in operands]
+    if op.kind in ("scan", "while"):  # what is carried is data as soon as anything is
+        n_consts, n_carry, _ = map(len, loop_parts(op, op.operands))
+        from_data[n_consts : n_consts + n_carry] = [any(from_data)] * n_carry
+    inputs = _inputs(jaxpr, larger, from_data)
+    for value, operand in zip(inputs, operands, strict=True):
         if isinstance(operand, Value) and operand.shape == value.shape:
             value.axes = operand.axes
         elif isinstance(operand, Value) and operand.shape[1:] == value.shape and operand.from_data:
@@ -278,35 +292,36 @@ def _inner(op: Op, jaxpr: Any, larger: Any) -> Graph:
     return _graph(jaxpr, larger, inputs, op.where)
 
 
-def _carried(op: Op, flags: list[bool], count: int) -> list[bool]:
-    """Which inputs of a loop's body are data: what is carried is, as soon as anything is."""
-    if op.kind == "scan":
-        consts, carry = scan_parts(op.equation)
-    else:
-        consts, carry = op.equation.params["body_nconsts"], count - op.equation.params["body_nconsts"]
-    flags = flags[-count:]
-    return [*flags[:consts], *[any(flags)] * carry, *flags[consts + carry :]]
+def loop_parts(op: Op, operands: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """The operands of a loop's body: its constants, what it carries, and what a scan goes over.
 
-
-def scan_parts(equation: Any) -> tuple[int, int]:
-    """How many constants and how many carried values a scan has, told by their shapes: JAX' names for them change.
-
-    What is scanned over loses its leading axis on the way in, and what is stacked gains one on the way out.
+    Those of a scan are told by their shapes, for JAX' names for them change: what it goes over loses its leading axis
+    on the way in, and what is stacked gains one on the way out.
     """
-    body = open_jaxpr(equation.params["jaxpr"])[0]
-    sliced = sum(_rank(outer) > _rank(inner) for outer, inner in zip(equation.invars, body.invars, strict=True))
-    carry = sum(_rank(outer) == _rank(inner) for outer, inner in zip(equation.outvars, body.outvars, strict=True))
-    return len(body.invars) - sliced - carry, carry
+    params = op.equation.params
+    if op.kind == "while":
+        operands, carry = operands[params["cond_nconsts"] :], params["body_nconsts"]
+        return operands[:carry], operands[carry:], []
+    body = open_jaxpr(params["jaxpr"])[0]
+    over = _of_equal_rank(op.equation.invars, body.invars)
+    carry = over - _of_equal_rank(op.equation.outvars, body.outvars)
+    return operands[:carry], operands[carry:over], operands[over:]
 
 
-def _rank(var: Any) -> int:
-    return len(getattr(var.aval, "shape", ()))
+def _of_equal_rank(outer: list[Any], inner: list[Any]) -> int:
+    return sum(len(_shape(a)) == len(_shape(b)) for a, b in zip(outer, inner, strict=True))
+
+
+def goes_on(op: Op, operands: list[Any], carry: list[Any]) -> Any:
+    """Whether a while loop takes another step."""
+    cond, consts = op.equation.params["cond_jaxpr"], operands[: op.equation.params["cond_nconsts"]]
+    return eval_jaxpr(cond.jaxpr, cond.consts, *consts, *carry)[0]
 
 
 def _value(var: Any, grown: Any, from_data: bool) -> Value:
     """A value whose channels are along the last axis that is not of samples."""
-    shape = getattr(var.aval, "shape", ())
-    larger = shape if grown is None else getattr(grown.aval, "shape", ())
+    shape = _shape(var)
+    larger = shape if grown is None else _shape(grown)
     samples = tuple(k for k, (a, b) in enumerate(zip(shape, larger, strict=True)) if a != b)
     if grown is None and shape and from_data:
         samples = (0,)
@@ -356,10 +371,6 @@ def _axes_of_broadcast(data: list[Value], shape: tuple[int, ...]) -> Axes | None
         return None
     data = sorted(data, key=lambda x: -math.prod(f.size for axis in x.axes for f in axis if f.is_unit))  # masks last
     return tuple(next((x.axes[k] for x in data if x.shape[k] == n), (Factor(n, True),)) for k, n in enumerate(shape))
-
-
-def _shape(x: Any) -> tuple[int, ...]:
-    return x.aval.shape
 
 
 def _axes_of_product(op: Op) -> Axes:

@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import eval_jaxpr
 from jax.extend.core import Literal
 from jaxtyping import Array, Bool
 
-from linked_jax.histograms import log_histogram
-from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, graph_of, scan_parts
+from linked_jax.histograms import BINS, log_histogram
+from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, goes_on, graph_of, loop_parts
 from linked_jax.probe.models import is_key, merge, split
 from linked_jax.probe.names import module_of, named_calls
-from linked_jax.probe.recognise import activations, evaluate_op
+from linked_jax.probe.recognise import activations
 from linked_jax.probe.regions import Region
 from linked_jax.probe.taps import Tap, all_times, is_tap, kept, measure, nothing_yet, together, whole
 
@@ -24,7 +23,6 @@ Key = tuple[int, ...]
 """Where an activation begins: the number of the operation, after those of the operations that it is inside."""
 Taps = OrderedDict[Key, Any]
 """A `Tap` for each activation, and a `NotSeen`: in order of execution. JAX keeps their order."""
-Env = dict[int, Any]
 
 
 @jax.tree_util.register_dataclass
@@ -67,8 +65,8 @@ def observe(
       >>> dead_units(jnp.array([[1.0, -1.0]]), jnp.ones((5, 1)))[1]
       Array(1, dtype=int32)
     """
-    outputs, taps = Trace.of(f, parameters, inputs).evaluate(mask=mask)
-    return outputs, [tap for tap in with_gradients(taps, {}).values() if is_tap(tap)]
+    outputs, taps = Trace.of(f, parameters, inputs).evaluate(Watch(mask))
+    return outputs, [tap for tap in taps.values() if is_tap(tap)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,27 +100,25 @@ class Trace:
             graph = graph_of(jaxpr, None, from_data)
         return cls(graph, [*parts[0], *parts[1]], jax.tree.structure(outputs))
 
-    def evaluate(
-        self, probes: Mapping[Key, "Gradients"] | None = None, mask: Array | None = None, *, scale: int = 1
-    ) -> tuple[Any, Taps]:
-        """The outputs and the taps.
-
-        Args:
-          probes: for activations, by their keys, the `Gradients` of their taps, zeros: the "gradients" for them are the
-            statistics of the gradient for z.
-          mask: as for `observe`.
-          scale: what the gradient for z is multiplied with.
-        """
-        leaves, taps = _evaluate(self.graph, self.arguments, Watch(probes or {}, mask, scale))
+    def evaluate(self, watch: "Watch") -> tuple[Any, Taps]:
+        """The outputs and the taps."""
+        leaves, taps = _evaluate(self.graph, self.arguments, watch)
         return jax.tree.unflatten(self.structure, leaves), taps
 
 
 class Watch(NamedTuple):
-    """What is asked for of a graph, see `Trace.evaluate`."""
+    """What is asked for of a graph.
 
-    probes: Mapping[Key, Any]
-    mask: Array | None
-    scale: int = 1
+    Attributes:
+      mask: as for `observe`.
+      scale: what the gradient for z is multiplied with. If None, the taps have no place for its statistics.
+      probes: for activations, by their keys, the `Gradients` of their taps, zeros: the "gradients" for them are the
+        statistics of the gradient for z.
+    """
+
+    mask: Array | None = None
+    scale: int | None = None
+    probes: Mapping[Key, Any] = {}
 
     def inside(self, i: int) -> "Watch":
         """Of the graph inside an operation, by its number."""
@@ -133,22 +129,13 @@ class Watch(NamedTuple):
 class Gradients(NamedTuple):
     """The statistics of the gradient for a z, of its tap."""
 
-    square_sum: Any
-    histogram: Any
-
-
-NO_GRADIENTS = Gradients(None, None)
+    gradient_square_sum: Any
+    gradient_histogram: Any
 
 
 def with_gradients(taps: Taps, gradients: Mapping[Key, Gradients]) -> Taps:
-    """The taps with these statistics, by their keys; None where there is none."""
-    return Taps((key, _with_gradients(entry, gradients.get(key, NO_GRADIENTS))) for key, entry in taps.items())
-
-
-def _with_gradients(entry: Any, found: Gradients) -> Any:
-    if not is_tap(entry):
-        return entry
-    return dataclasses.replace(entry, gradient_square_sum=found.square_sum, gradient_histogram=found.histogram)
+    """The taps with these statistics, by their keys."""
+    return Taps(taps | {key: dataclasses.replace(taps[key], **found._asdict()) for key, found in gradients.items()})
 
 
 def _twice(x: Any) -> Any:
@@ -159,15 +146,17 @@ def _twice(x: Any) -> Any:
 def _evaluate(graph: Graph, arguments: list[Any], watch: Watch) -> tuple[list[Any], Taps]:
     """The outputs of a graph and the taps inside."""
     found, unseen = activations(graph)
-    env: Env = {}
-    watched = [((region.place,), region.z) for region in found] + _arguments_of_custom(graph)
+    env: dict[Value, Any] = {}
+    customs = [(i, op) for i, op in enumerate(graph.ops) if op.kind in CUSTOM and op.graphs]
+    watched = [((region.place,), region.z) for region in found]
+    watched += [((i, region.place), x) for i, op in customs for region, x in _of_arguments(op)]
 
     def define(value: Value, x: Any) -> None:
         for key, z in watched:
             if z is value and key in watch.probes:
                 where = jnp.ones((), bool) if watch.mask is None else kept(value, watch.mask)
                 x = _measured(watch.scale, x, where, watch.probes[key])
-        env[id(value)] = x
+        env[value] = x
 
     for value, x in [*zip(graph.inputs, arguments, strict=True), *graph.constants]:
         define(value, x)
@@ -178,17 +167,20 @@ def _evaluate(graph: Graph, arguments: list[Any], watch: Watch) -> tuple[list[An
             outputs, inside = _enter(op, operands, watch.inside(i))
             taps |= {(i, *key): tap for key, tap in inside.items()}
         else:
-            outputs = evaluate_op(op, operands)
+            outputs = op.evaluate(operands)
             taps |= {(i,): _not_seen(op)} if op in unseen else {}
         for value, x in zip(op.outputs, outputs, strict=True):
             define(value, x)
     taps |= {(region.place,): measure(region, env, watch.mask) for region in found}
-    return [read(x, env) for x in graph.outputs], Taps(sorted(taps.items()))
+    taps = Taps(sorted(taps.items()))
+    if watch.scale is not None:
+        taps = with_gradients(taps, {(region.place,): _no_sums() for region in found})
+    return [read(x, env) for x in graph.outputs], taps
 
 
-def read(x: Atom, env: Env) -> Any:
+def read(x: Atom, env: dict[Value, Any]) -> Any:
     """The value of an operand."""
-    return x.val if isinstance(x, Literal) else env[id(x)]
+    return x.val if isinstance(x, Literal) else env[x]
 
 
 def has_activation(graph: Graph) -> bool:
@@ -198,18 +190,19 @@ def has_activation(graph: Graph) -> bool:
 
 def _enter(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], dict[Key, Any]]:
     """The outputs of an operation that has graphs inside, and the taps there."""
-    if op.kind == "scan":
-        return _scan(op, operands, watch)
-    if op.kind == "cond":
-        return _cond(op, operands, watch)
-    if op.kind == "while":
-        return _while(op, operands, watch.mask)
-    outputs = evaluate_op(op, operands)
+    loops = {"scan": _scan, "cond": _cond, "while": _while}
+    if op.kind in loops:
+        return loops[op.kind](op, operands, watch)
+    outputs = op.evaluate(operands)
     if op.kind in CUSTOM:  # its own derivative hides what is inside, but not the gradient for its arguments
-        inside = _evaluate(op.graphs[0], jax.lax.stop_gradient(operands), Watch({}, watch.mask))[1]
-        shown = {(region.place,) for region, _ in _of_arguments(op)}
-        return outputs, {key: x if key in shown else _with_gradients(x, NO_GRADIENTS) for key, x in inside.items()}
+        inside = _evaluate(op.graphs[0], jax.lax.stop_gradient(operands), Watch(watch.mask))[1]
+        shown = [] if watch.scale is None else [(region.place,) for region, _ in _of_arguments(op)]
+        return outputs, with_gradients(inside, {key: _no_sums() for key in shown})
     return outputs, {(0,): _not_seen(op)}
+
+
+def _no_sums() -> Gradients:
+    return Gradients(jnp.zeros((), jnp.float32), jnp.zeros(BINS, jnp.float32))
 
 
 def _not_seen(op: Op) -> NotSeen:
@@ -223,21 +216,10 @@ def _of_arguments(op: Op) -> list[tuple[Region, Atom]]:
     return [(region, x) for region in activations(inner)[0] for z, x in pairs if region.z is z]
 
 
-def _arguments_of_custom(graph: Graph) -> list[tuple[Key, Atom]]:
-    return [
-        ((i, region.place), x)
-        for i, op in enumerate(graph.ops)
-        if op.kind in CUSTOM and op.graphs
-        for region, x in _of_arguments(op)
-    ]
-
-
 def _scan(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], Taps]:
     """Where the scan goes over the data its iterations are times of one layer, else each is a layer."""
     params, graph = op.equation.params, op.graphs[0]
-    n_consts, n_carry = scan_parts(op.equation)
-    first_x = n_consts + n_carry
-    consts, carry, xs = operands[:n_consts], operands[n_consts:first_x], operands[first_x:]
+    consts, carry, xs = loop_parts(op, operands)
     data = scanned_data(op)
     probes, masks = {} if data else dict(watch.probes), step_masks(op, watch.mask)
 
@@ -254,7 +236,7 @@ def _scan(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], Taps]:
 
 def scanned_data(op: Op) -> list[Value]:
     """The data that a scan goes over."""
-    return [x for x in op.operands[sum(scan_parts(op.equation)) :] if isinstance(x, Value) and x.from_data]
+    return [x for x in loop_parts(op, op.operands)[2] if isinstance(x, Value) and x.from_data]
 
 
 def step_masks(op: Op, mask: Array | None) -> Array | None:
@@ -289,25 +271,20 @@ def _cond(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], dict[Ke
     return outputs, {(i, *key): tap for i, inside in enumerate(taps) for key, tap in inside.items()}
 
 
-def _while(op: Op, operands: list[Any], mask: Array | None) -> tuple[list[Any], dict[Key, Any]]:
+def _while(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], dict[Key, Any]]:
     """The iterations of a loop are times of one layer; the gradient of an unbounded loop does not exist."""
-    params, graph = op.equation.params, op.graphs[0]
-    split_at = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-    cond_consts, consts, carry = operands[: split_at[0]], operands[split_at[0] : split_at[1]], operands[split_at[1] :]
+    consts, carry, _ = loop_parts(op, operands)
 
     def body(carry: list[Any]) -> tuple[list[Any], Taps]:
-        return _evaluate(graph, [*consts, *carry], Watch({}, mask))
-
-    def more(state: tuple[list[Any], Any]) -> Any:
-        return eval_jaxpr(params["cond_jaxpr"].jaxpr, params["cond_jaxpr"].consts, *cond_consts, *state[0])[0]
+        return _evaluate(op.graphs[0], [*consts, *carry], Watch(watch.mask))
 
     def step(state: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
         carry, taps = body(state[0])
         return carry, jax.tree.map(together, state[1], taps, is_leaf=is_tap)
 
     start = nothing_yet(jax.eval_shape(body, carry)[1])
-    carry, taps = jax.lax.while_loop(more, step, (list(carry), start))
-    return carry, with_gradients(taps, {})
+    carry, taps = jax.lax.while_loop(lambda state: goes_on(op, operands, state[0]), step, (carry, start))
+    return carry, taps
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -103,10 +103,9 @@ def _after(before: Report | None, report: Report, checks: int) -> Report:
 
 def _dead_time(before: LayerReport | None, layer: LayerReport, checks: int) -> dict[str, np.ndarray]:
     """For how many checks each unit has been dead without a break, and at which share of all of them it was dead."""
-    if before is None or before.dead_checks is None or before.dead_share is None:
-        return {"dead_checks": layer.dead.astype(np.int32), "dead_share": layer.dead.astype(np.float32)}
-    dead = np.rint(checks * before.dead_share.astype(np.float64)) + layer.dead
+    so_far, share = getattr(before, "dead_checks", 0), np.float64(getattr(before, "dead_share", 0))
+    dead = np.rint(checks * share) + layer.dead
     return {
-        "dead_checks": np.where(layer.dead, before.dead_checks + 1, 0).astype(np.int32),
+        "dead_checks": np.where(layer.dead, so_far + 1, 0).astype(np.int32),
         "dead_share": (dead / (checks + 1)).astype(np.float32),
     }

@@ -15,7 +15,6 @@ from flax import nnx
 _JAX, _FLAX = (str(Path(str(package.__file__)).parent) for package in (jax, flax))
 _LIBRARIES = (_JAX, _FLAX, str(Path(__file__).parents[1]), "<")
 
-
 LINK = "linked_jax:"
 """What the scope of a link begins with."""
 
@@ -36,7 +35,7 @@ def named_calls(model: Any) -> Iterator[None]:
         if isinstance(module, nnx.Sequential):
             for i, function in enumerate(module.layers):
                 if not isinstance(function, nnx.Module):
-                    module.layers[i] = _scoped(function, ".".join(map(str, (*path, "layers", i))))
+                    module.layers[i] = jax.named_scope(".".join(map(str, (*path, "layers", i))))(function)
     with contextlib.ExitStack() as stack:
         for cls in {type(module) for _, module in modules if callable(module)}:
             stack.enter_context(_scoped_class(cls, paths))
@@ -77,24 +76,11 @@ def module_of(scope: str) -> str:
 
 def source_of(equation: Any, outer: str = "") -> str:
     """`file.py:12`, the innermost line outside JAX, Flax and this library; that of the caller where JAX kept none."""
-    for frame in _frames(equation):
+    # The traceback is no documented part of JAX: without it names are less good and nothing else changes.
+    for frame in getattr(getattr(equation.source_info, "traceback", None), "frames", None) or []:
         if not frame.file_name.startswith(_LIBRARIES):
             return f"{Path(frame.file_name).name}:{frame.line_num}"
     return outer
-
-
-def _frames(equation: Any) -> list[Any]:
-    # The traceback is no documented part of JAX: without it names are less good and nothing else changes.
-    return getattr(getattr(equation.source_info, "traceback", None), "frames", None) or []
-
-
-def _scoped(function: Any, path: str) -> Any:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with jax.named_scope(path):
-            return function(*args, **kwargs)
-
-    return call
 
 
 @contextlib.contextmanager

@@ -1,20 +1,18 @@
 """Where the first NaN or infinity was made. Operation by operation and slow: for a model that is known to have some."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import eval_jaxpr
 from jax.extend.core import Literal
 from jaxtyping import Array, Bool
 
-from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, inner_jaxprs, open_jaxpr, scan_parts
+from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, goes_on, inner_jaxprs, loop_parts, open_jaxpr
 from linked_jax.probe.interpret import Trace, has_activation, scanned_data, step_masks
 from linked_jax.probe.names import module_of
-from linked_jax.probe.recognise import activations, evaluate_op, name_of
+from linked_jax.probe.recognise import activations, name_of
 from linked_jax.probe.regions import Region
 from linked_jax.probe.taps import kept
 
@@ -74,24 +72,10 @@ def origin_of(trace: Trace, names: list[tuple[str, str]], mask: Array | None) ->
       trace: of the model and its inputs.
       names: kind and name of each argument of the trace.
       mask: as for `observe`; the others may be not finite, and so may outputs, which can have any shape.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> from linked_jax.probe.interpret import Trace
-      >>> from linked_jax.probe.origin import origin_of
-      >>> trace = Trace.of(lambda w, x: jax.nn.relu(jnp.log(x) @ w), jnp.ones((2, 3)), jnp.zeros((5, 2)))
-      >>> origin = origin_of(trace, [("parameter", "w"), ("input", "")], None)
-      >>> origin.kind, origin.name, origin.value
-      ('operation', 'log', '-inf')
     """
-
-    def argument(x: Any, kind: str, name: str, value: Value) -> Marked:
-        bad = _not_finite(x, value, mask)
-        return x, Origin(kind, name, "", "", bad) if bad else None
-
     with jax.debug_nans(False), jax.debug_infs(False):
         triples = zip(trace.arguments, names, trace.graph.inputs, strict=True)
-        arguments = [argument(x, *name, value) for x, name, value in triples]
+        arguments = [_marked(x, value, mask, (*name, "", "")) for x, name, value in triples]
         try:
             outputs = _walk(trace.graph, arguments, mask, "")
         except _Seen as seen:
@@ -105,11 +89,19 @@ def is_sound(x: Any) -> Bool[Array, ""]:
     return ~(jnp.isnan(x) | jnp.isposinf(jnp.real(x))).any()
 
 
-def _not_finite(x: Any, value: Value | None, mask: Array | None) -> str:
+def _marked(
+    x: Any, value: Value, mask: Array | None, made: tuple[str, str, str, str], passed: Origin | None = None
+) -> Marked:
+    """With its origin if it is not finite: the one that was passed on, or else one with these first fields."""
+    bad = _not_finite(x, value, mask)
+    return x, (passed or Origin(*made, bad)) if bad else None
+
+
+def _not_finite(x: Any, value: Value | None = None, mask: Array | None = None) -> str:
     """The gravest value that is not finite; empty if there is none."""
     if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
         return ""
-    if mask is not None and value is not None and value.from_data:
+    if mask is not None and value and value.from_data:
         x = jnp.where(kept(value, mask), x, 0)
     if bool(jnp.isfinite(x).all()):
         return ""
@@ -122,16 +114,16 @@ def _walk(graph: Graph, arguments: list[Marked], mask: Array | None, index: str)
     Raises:
       _Seen: at the first activation that is not finite.
     """
-    readers: dict[int, Region] = {}
+    readers: dict[Value, Region] = {}
     for region in activations(graph)[0]:
         for value in (region.z, *region.members):
-            readers.setdefault(id(value), region)
-    env: dict[int, Marked] = {}
+            readers.setdefault(value, region)
+    env: dict[Value, Marked] = {}
 
     def define(value: Value, marked: Marked) -> None:
-        env[id(value)] = marked
-        if marked[1] and id(value) in readers:
-            region = readers[id(value)]
+        env[value] = marked
+        if marked[1] and value in readers:
+            region = readers[value]
             where = region.ops[0].where
             place = " at ".join(filter(None, (_module(where.scope, index), where.source)))
             raise _Seen(dataclasses.replace(marked[1], seen_by=f"{name_of(region)} in {place or 'the model'}"))
@@ -139,8 +131,7 @@ def _walk(graph: Graph, arguments: list[Marked], mask: Array | None, index: str)
     for value, marked in zip(graph.inputs, arguments, strict=True):
         define(value, marked)
     for value, x in graph.constants:
-        bad = _not_finite(x, None, None)
-        define(value, (x, Origin("constant", f"of shape {jnp.shape(x)}", "", "", bad) if bad else None))
+        define(value, _marked(x, value, mask, ("constant", f"of shape {jnp.shape(x)}", "", "")))
     for op in graph.ops:
         operands = [_read(x, env) for x in op.operands]
         for value, marked in zip(op.outputs, _apply(op, operands, mask, index), strict=True):
@@ -148,8 +139,8 @@ def _walk(graph: Graph, arguments: list[Marked], mask: Array | None, index: str)
     return [_read(x, env) for x in graph.outputs]
 
 
-def _read(x: Atom, env: dict[int, Marked]) -> Marked:
-    return (x.val, None) if isinstance(x, Literal) else env[id(x)]
+def _read(x: Atom, env: dict[Value, Marked]) -> Marked:
+    return (x.val, None) if isinstance(x, Literal) else env[x]
 
 
 def _module(scope: str, index: str) -> str:
@@ -159,19 +150,19 @@ def _module(scope: str, index: str) -> str:
 def _apply(op: Op, operands: list[Marked], mask: Array | None, index: str) -> list[Marked]:
     """The outputs of an operation, entered where it has activations inside."""
     if any(map(has_activation, op.graphs)):
-        if op.kind in _LOOPS:
-            return _LOOPS[op.kind](op, operands, mask, index)
+        if op.kind == "scan":
+            return _scan(op, operands, mask, index)
+        if op.kind == "while":
+            return _while(op, operands, mask, index)
+        if op.kind == "cond":
+            taken = int(np.clip(operands[0][0], 0, len(op.graphs) - 1))
+            return _walk(op.graphs[taken], operands[1:], mask, index)
         if op.kind in CUSTOM:
             return _walk(op.graphs[0], operands, mask, index)
     passed = min((origin for _, origin in operands if origin), key=lambda one: _GRAVEST.index(one.value), default=None)
-
-    def mark(value: Value, x: Any) -> Marked:
-        bad = _not_finite(x, value, mask)
-        made = Origin("operation", _operation(op), _module(op.where.scope, index), op.where.source, bad)
-        return x, (passed or made) if bad else None
-
-    outputs = evaluate_op(op, [x for x, _ in operands])
-    return [mark(value, x) for value, x in zip(op.outputs, outputs, strict=True)]
+    made = "operation", _operation(op), _module(op.where.scope, index), op.where.source
+    outputs = op.evaluate([x for x, _ in operands])
+    return [_marked(x, value, mask, made, passed) for value, x in zip(op.outputs, outputs, strict=True)]
 
 
 def _operation(op: Op) -> str:
@@ -184,26 +175,19 @@ def _operation(op: Op) -> str:
 
 def _scan(op: Op, operands: list[Marked], mask: Array | None, index: str) -> list[Marked]:
     params, graph = op.equation.params, op.graphs[0]
-    first_carry, n_carry = scan_parts(op.equation)
-    first_x = first_carry + n_carry
-    consts, carry, xs = operands[:first_carry], operands[first_carry:first_x], operands[first_x:]
+    consts, carry, xs = loop_parts(op, operands)
     over_data = bool(scanned_data(op))
     masks = step_masks(op, mask)
     ys: list[list[Marked]] = [[] for _ in range(len(graph.outputs) - len(carry))]
     times = range(params["length"])
     for i in reversed(times) if params["reverse"] else times:
-        step = [_slice(value, x, i) for value, x in zip(graph.inputs[first_x:], xs, strict=True)]
+        step = [(x[i], origin if origin and _not_finite(x[i]) else None) for x, origin in xs]
         inside = mask if masks is None else masks[i]
         outputs = _walk(graph, [*consts, *carry, *step], inside, index if over_data else f"{index}[{i}]")
         carry = outputs[: len(carry)]
         for y, output in zip(ys, outputs[len(carry) :], strict=True):
             y.append(output)
     return [*carry, *(_stack(value, y, params) for value, y in zip(op.outputs[len(carry) :], ys, strict=True))]
-
-
-def _slice(value: Value, marked: Marked, i: int) -> Marked:
-    x = marked[0][i]
-    return x, marked[1] if marked[1] and _not_finite(x, value, None) else None
 
 
 def _stack(value: Value, steps: list[Marked], params: dict[str, Any]) -> Marked:
@@ -214,23 +198,8 @@ def _stack(value: Value, steps: list[Marked], params: dict[str, Any]) -> Marked:
     return jnp.stack(arrays[::-1] if params["reverse"] else arrays), origin
 
 
-def _cond(op: Op, operands: list[Marked], mask: Array | None, index: str) -> list[Marked]:
-    taken = int(np.clip(int(operands[0][0]), 0, len(op.graphs) - 1))
-    return _walk(op.graphs[taken], operands[1:], mask, index)
-
-
 def _while(op: Op, operands: list[Marked], mask: Array | None, index: str) -> list[Marked]:
-    params = op.equation.params
-    split_at = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-    cond_consts, consts, carry = operands[: split_at[0]], operands[split_at[0] : split_at[1]], operands[split_at[1] :]
-    cond = params["cond_jaxpr"]
-    while bool(eval_jaxpr(cond.jaxpr, cond.consts, *(x for x, _ in [*cond_consts, *carry]))[0]):
+    consts, carry, _ = loop_parts(op, operands)
+    while goes_on(op, [x for x, _ in operands], [x for x, _ in carry]):
         carry = _walk(op.graphs[0], [*consts, *carry], mask, index)
     return carry
-
-
-_LOOPS: dict[str, Callable[[Op, list[Marked], Any, str], list[Marked]]] = {
-    "scan": _scan,
-    "cond": _cond,
-    "while": _while,
-}

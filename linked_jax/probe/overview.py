@@ -5,48 +5,24 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-_WIDTH = 80
-
 
 def _high(x: float, _first: float) -> float:
     return x
 
 
-def _low(x: float, _first: float) -> float:
-    return -x
-
-
-def _far_from_zero(x: float, _first: float) -> float:
-    return abs(x)
-
-
-def _near_zero(x: float, _first: float) -> float:
-    return -abs(x)
-
-
-def _far_from_one(x: float, _first: float) -> float:
+def _far_from_one(x: float) -> float:
     return abs(math.log(x)) if x > 0 else math.inf
 
 
-def _far_from_first(x: float, first: float) -> float:
-    return _far_from_one(x / first, 1.0) if first > 0 else x
-
-
+_SHARES = "dead", "dead_checks", "dead_share", "dormant", "not_finite", "linearised", "saturated", "dead_band"
 _BADNESS: dict[str, Callable[[float, float], float]] = {
-    "dead": _high,
-    "dead_checks": _high,
-    "dead_share": _high,
-    "dormant": _high,
-    "not_finite": _high,
-    "linearised": _high,
-    "saturated": _high,
-    "dead_band": _high,
-    "negative_slope": _near_zero,
-    "activation_shift": _far_from_zero,
-    "mean_square": _far_from_one,
-    "gradient_mean_square": _far_from_first,
-    "effective_rank": _low,
-    "stable_rank": _low,
+    **dict.fromkeys(_SHARES, _high),
+    "negative_slope": lambda x, _: -abs(x),
+    "activation_shift": lambda x, _: abs(x),
+    "mean_square": lambda x, _: _far_from_one(x),
+    "gradient_mean_square": lambda x, first: _far_from_one(x / first) if first > 0 else x,
+    "effective_rank": lambda x, _: -x,
+    "stable_rank": lambda x, _: -x,
     "drift": _high,
 }
 """How bad a value is, beside the first one."""
@@ -89,7 +65,7 @@ def overview(history: Iterable[Mapping[str, Any]]) -> str:
             shown = layer
     for entry in entries:
         if entry.get("not_finite_first"):
-            lines += textwrap.wrap(f"not finite at step {entry['step']}: {entry['not_finite_first']}", _WIDTH)
+            lines += textwrap.wrap(f"not finite at step {entry['step']}: {entry['not_finite_first']}", 80)
     return "\n".join(lines)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import eval_jaxpr
 from jax.extend.core import JaxprEqn, Literal
 from jaxtyping import Array
 
@@ -48,7 +47,7 @@ KNOWN: dict[str, Callable[[Any], Any]] = {
 """Functions that have a name; those with slopes or bounds are recognised by their form."""
 
 UNKNOWN = "unknown"
-_GRID = np.concatenate([np.linspace(-6, 6, 97), [-19.0, -8.5, 8.5, 19.0]])  # odd ends: 20 would saturate in float16
+_GRID = np.array([-19, -8.5, *np.linspace(-6, 6, 97), 8.5, 19])  # odd ends: 20 would saturate in float16
 _PARAMETER = 0.3  # in the place of one: a slope, a scale
 
 
@@ -56,26 +55,14 @@ def activations(graph: Graph) -> tuple[list[Region], list[Op]]:
     """`regions.find`, once: each activation from where it has a plain name; those that are affine in fact are none."""
     if graph.found is None:
         regions, others = find(graph)
-        graph.found = [_widest(region) for region in regions if not _is_affine(region)], others
+        graph.found = [_widest(region) for region in regions if not _judge(region)[1]], others
     return graph.found
 
 
 def name_of(region: Region) -> str:
-    """The name of a link, or of the function that its members are; "unknown" if no function that has one fits.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> from linked_jax.probe.graph import graph_of
-      >>> from linked_jax.probe.recognise import name_of
-      >>> from linked_jax.probe.regions import find
-      >>> z = jnp.ones((3, 4))
-      >>> forms = jax.nn.silu, lambda z: z / (1 + jnp.exp(-z)), lambda z: jnp.where(z < 0, 0.2 * z, z)
-      >>> [name_of(find(graph_of(jax.make_jaxpr(f)(z), None, [True]))[0][0]) for f in forms]
-      ['silu', 'silu', 'leaky_relu']
-    """
+    """The name of a link, or of the function that its members are; "unknown" if no function that has one fits."""
     links = {link_of(op.where.scope) for op in region.ops}
-    names = links.pop() if len(links) == 1 else ""
-    names = names or _judge(region)[0]
+    names = (links.pop() if len(links) == 1 else "") or _judge(region)[0]
     return names.removesuffix("(z)") if len(region.members) == 1 else names
 
 
@@ -85,23 +72,16 @@ def _widest(region: Region) -> Region:
     Where no step back gives one, the region itself.
     """
     candidate: Region | None = region
-    while candidate is not None:
-        if name_of(candidate) in KNOWN:
-            return candidate
+    while candidate is not None and name_of(candidate) not in KNOWN:
         candidate = candidate.wider
-    return region
-
-
-def _is_affine(region: Region) -> bool:
-    """Whether all members are affine, as far as numbers can tell."""
-    return _judge(region)[1]
+    return candidate or region
 
 
 _judged: dict[Any, tuple[str, bool]] = {}
 
 
 def _judge(region: Region) -> tuple[str, bool]:
-    """The name, and whether all members are affine; regions that compute the same are evaluated once."""
+    """The name, and whether all members are affine in fact; regions that compute the same are evaluated once."""
     key = _key(region)
     if key not in _judged:
         values = _values(region)
@@ -118,27 +98,27 @@ def _fits_a_line(region: Region, values: np.ndarray) -> bool:
 
 def _key(region: Region) -> Any:
     """Equal for regions that compute the same, whatever their values are."""
-    numbers = {id(region.z): 0}
+    numbers = {region.z: 0}
 
     def atom(x: Atom) -> Any:
-        return str(x) if isinstance(x, Literal) else numbers.get(id(x), f"{_constant(x)}:{x.aval.dtype}")
+        return str(x) if isinstance(x, Literal) else numbers.get(x, f"{_constant(x)}:{x.aval.dtype}")
 
     found: list[Any] = [str(region.z.aval.dtype)]
     for op in region.ops:
         found.append((*params_of(op.equation), *map(atom, op.operands)))
-        numbers |= {id(output): len(numbers) + i for i, output in enumerate(op.outputs)}
-    return (*found, *(numbers[id(v)] for v in region.members))
+        numbers |= {output: len(numbers) + i for i, output in enumerate(op.outputs)}
+    return (*found, *(numbers[v] for v in region.members))
 
 
 def _values(region: Region) -> np.ndarray | None:
     """The members on the grid, (d, grid), in float32 at least; None if they cannot be evaluated."""
     try:
         with jax.ensure_compile_time_eval():
-            env: dict[int, Any] = {id(region.z): _wide(jnp.asarray(_GRID, region.z.aval.dtype))}
+            env: dict[Value, Any] = {region.z: _wide(jnp.asarray(_GRID, region.z.aval.dtype))}
             for op in region.ops:
                 operands = [_operand(x, env) for x in op.operands]
-                env |= zip(map(id, op.outputs), _on_grid(op.equation, operands), strict=True)
-            return np.stack([np.asarray(env[id(v)], np.float64) for v in region.members])
+                env |= zip(op.outputs, _on_grid(op.equation, operands), strict=True)
+            return np.stack([np.asarray(env[v], np.float64) for v in region.members])
     except Exception:  # an operation that asks for one shape, or has no rule here
         return None
 
@@ -148,11 +128,11 @@ def _wide(x: Any) -> Array:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 else x
 
 
-def _operand(x: Atom, env: dict[int, Any]) -> Any:
+def _operand(x: Atom, env: dict[Value, Any]) -> Any:
     if isinstance(x, Literal):
         return _wide(x.val)
-    if id(x) in env:
-        return env[id(x)]
+    if x in env:
+        return env[x]
     value = _wide(jnp.asarray(_constant(x), x.aval.dtype))
     return jnp.broadcast_to(value, _GRID.shape) if x.shape else value
 
@@ -185,17 +165,9 @@ def _constant(x: Value) -> Any:
     if x.op.kind == "broadcast_in_dim":
         return operands[0]
     with jax.ensure_compile_time_eval():
-        arrays = [
-            _wide(jnp.asarray(o, getattr(a.aval, "dtype", None))) for o, a in zip(operands, x.op.operands, strict=True)
-        ]
+        typed = zip(operands, x.op.operands, strict=True)
+        arrays = [_wide(jnp.asarray(o, getattr(a.aval, "dtype", None))) for o, a in typed]
         return np.asarray(_on_grid(x.op.equation, arrays)[0]).ravel()[0]
-
-
-def evaluate_op(op: Op, operands: list[Any]) -> list[Any]:
-    """The outputs of an operation."""
-    pairs = zip(op.equation.invars, operands, strict=True)
-    given = {var: x for var, x in pairs if not isinstance(var, Literal)}
-    return list(eval_jaxpr(op.jaxpr, (), *(given[var] for var in op.jaxpr.invars)))
 
 
 def _name(values: np.ndarray) -> str:
@@ -203,11 +175,11 @@ def _name(values: np.ndarray) -> str:
     if not np.isfinite(values).all():
         return UNKNOWN
     for name, known in _known().items():
-        for mirrored, wanted in ((False, known), (True, known[_mirror()])):
+        for z, wanted in (("z", known), ("-z", known[::-1])):
             scale = float(values @ wanted / (wanted @ wanted))
             if scale > 0 and _close(values, scale * wanted):
                 factor = "" if abs(scale - 1) < 2e-2 else f"{scale:.3g} "
-                return f"{factor}{name}({'-' if mirrored else ''}z)"
+                return f"{factor}{name}({z})"
     return _by_form(values)
 
 
@@ -217,8 +189,7 @@ def _by_form(values: np.ndarray) -> str:
     if _close(values, np.where(positive, a, b) * _GRID):
         if abs(a - b) < 2e-2 * abs(a):
             return "z" if abs(a - 1) < 2e-2 else f"{a:.3g} z"
-        mirrored = abs(b) > abs(a)
-        return f"leaky_relu({'-' if mirrored else ''}z)"
+        return "leaky_relu(-z)" if abs(b) > abs(a) else "leaky_relu(z)"
     if _close(values, np.clip(_GRID, values.min(), values.max())):
         return "clip(z)"
     return UNKNOWN
@@ -233,8 +204,3 @@ def _known() -> dict[str, np.ndarray]:
     with jax.ensure_compile_time_eval():
         values = jax.jit(lambda z: [f(z) for f in KNOWN.values()])(jnp.asarray(_GRID, jnp.float32))
     return {name: np.asarray(x, np.float64) for name, x in zip(KNOWN, values, strict=True)}
-
-
-@functools.cache
-def _mirror() -> np.ndarray:
-    return np.array([int(np.flatnonzero(-z == _GRID)[0]) for z in _GRID])

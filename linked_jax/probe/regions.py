@@ -44,17 +44,6 @@ def find(graph: Graph) -> tuple[list[Region], list[Op]]:
 
     The latter choose between values by what else was computed of them: the k largest of a layer, `jnp.piecewise`.
     What is inside of operations has graphs of its own.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> from linked_jax.probe.graph import graph_of
-      >>> from linked_jax.probe.regions import find
-      >>> def f(x):
-      ...     z = x @ jnp.ones((4, 2)) + 1
-      ...     return jnp.maximum(z, 0) + 0.2 * jnp.minimum(z, 0)  # a leaky relu, however it is written
-      >>> (region,), _ = find(graph_of(jax.make_jaxpr(f)(jnp.ones((3, 4))), None, [True]))
-      >>> [op.kind for op in region.ops], len(region.members)
-      (['max', 'min', 'mul', 'add'], 1)
     """
     finder = _Finder(graph)
     every = [region for values in finder.values.values() for region in finder.regions(values[0], values)]
@@ -62,7 +51,7 @@ def find(graph: Graph) -> tuple[list[Region], list[Op]]:
 
 
 class _Finder:
-    """Attributes, by the `id` of a value.
+    """Attributes, of each value.
 
     root: the first value of its region.
     core: the last value before it that is not affine in others of its region.
@@ -73,10 +62,10 @@ class _Finder:
     def __init__(self, graph: Graph):
         self.graph = graph
         self.uses = Uses(graph)
-        self.root: dict[int, Value] = {}
-        self.core: dict[int, Value] = {}
-        self.values: dict[int, list[Value]] = {}
-        self.order: dict[int, tuple[int, ...]] = {}
+        self.root: dict[Value, Value] = {}
+        self.core: dict[Value, Value] = {}
+        self.values: dict[Value, list[Value]] = {}
+        self.order: dict[Value, tuple[int, ...]] = {}
         for value in [*graph.inputs, *(value for value, _ in graph.constants)]:
             self._begin(value)
         for op in graph.ops:
@@ -88,81 +77,81 @@ class _Finder:
         if op.kind != "select_n" or op.operands[0] not in op.data:
             return False
         which, *cases = op.data
-        roots = [self._unmoved(self.root[id(x)]) for x in cases]
-        own = self._unmoved(self.root[id(which)])
+        roots = [self._unmoved(self.root[x]) for x in cases]
+        own = self._unmoved(self.root[which])
         return any(root is not own and self.uses.derives(which, root) for root in roots)
 
     def _unmoved(self, root: Value) -> Value:
         while root.op is not None and root.op.kind in MOVEMENT and root.op.data:
-            root = self.root[id(root.op.data[0])]
+            root = self.root[root.op.data[0]]
         return root
 
     def _begin(self, value: Value) -> None:
-        self.root[id(value)] = self.core[id(value)] = value
-        self.values[id(value)] = [value]
-        self.order[id(value)] = tuple(range(len(value.shape)))
+        self.root[value] = self.core[value] = value
+        self.values[value] = [value]
+        self.order[value] = tuple(range(len(value.shape)))
 
     def _place(self, op: Op, output: Value) -> None:
         """Put an output into the region of its operands, or let a new one begin."""
         data = op.data
-        roots, orders = {id(self.root[id(x)]) for x in data}, {self.order[id(x)] for x in data}
+        roots, orders = {self.root[x] for x in data}, {self.order[x] for x in data}
         moves = op.kind == "transpose" or (op.is_elementwise and all(x.shape == output.shape for x in data))
         if not moves or len(roots) != 1 or len(orders) != 1:
             self._begin(output)
             return
-        root, (order,) = self.root[id(data[0])], orders
+        (root,), (order,) = roots, orders
         if _is_float(output) and not _is_float(root):  # pixels, labels
             self._begin(output)
             return
         permutation = op.equation.params["permutation"] if op.kind == "transpose" else range(len(order))
-        self.order[id(output)] = tuple(order[k] for k in permutation)
-        cores = {id(self.core[id(x)]): self.core[id(x)] for x in data}
-        self.root[id(output)] = root
-        self.core[id(output)] = next(iter(cores.values())) if len(cores) == 1 and _is_affine(op) else output
-        self.values[id(root)].append(output)
+        self.order[output] = tuple(order[k] for k in permutation)
+        cores = {self.core[x] for x in data}
+        self.root[output] = root
+        self.core[output] = cores.pop() if len(cores) == 1 and _is_affine(op) else output
+        self.values[root].append(output)
 
     def regions(self, root: Value, values: list[Value]) -> Iterable[Region]:
         if not root.from_data or len(values) == 1:
             return
         exits = [v for v in values if _is_float(v) and any(True for _ in self._outside(v))]
-        curved = [v for v in exits if self.core[id(v)] is not root and not self._is_summed(v)]
+        curved = [v for v in exits if self.core[v] is not root and not self._is_summed(v)]
         for group in self._links(curved):
             members = list(dict.fromkeys(map(self._member, group)))
-            by_core: dict[int, list[Value]] = {}
+            by_core: dict[Value, list[Value]] = {}
             for v in members:
-                by_core.setdefault(id(self.core[id(v)]), []).append(v)
-            members = [same[0] if len(same) == 1 else self.core[id(same[0])] for same in by_core.values()]
+                by_core.setdefault(self.core[v], []).append(v)
+            members = [same[0] if len(same) == 1 else core for core, same in by_core.items()]
             region = self._region(root, values, [*members, *self._linear_members(exits, group)])
             if region is not None:
                 yield region
 
     def _region(self, root: Value, values: list[Value], members: list[Value]) -> Region | None:
-        members.sort(key=lambda v: self.uses.number.get(id(v.op), -1))
+        members.sort(key=lambda v: self.uses.number.get(v.op, -1))
         region = None
-        for z in self._pre_activations(root, values, [v for v in members if self.core[id(v)] is not root]):
+        for z in self._pre_activations(root, values, [v for v in members if self.core[v] is not root]):
             ops = _between(z, members, values)
             step = _between(region.z, [z], values) if region is not None else []
             wider = region if all(_adds_numbers(op) for op in step) else None
-            orders = [tuple(self.order[id(v)].index(k) for k in self.order[id(z)]) for v in members]
-            region = Region(z, members, orders, ops, self.uses.number[id(ops[-1])], wider)
+            orders = [tuple(self.order[v].index(k) for k in self.order[z]) for v in members]
+            region = Region(z, members, orders, ops, self.uses.number[ops[-1]], wider)
         if region is None:
             return None
         first = [op for op in region.ops if self._is_nearly_affine(op.data[-1])]
-        last = [op for v in members if (op := self.core[id(v)].op)]
+        last = [op for v in members if (op := self.core[v].op)]
         return None if self.uses.is_statistic(root, region.z, first, last, members) else region
 
     def _is_nearly_affine(self, value: Value) -> bool:
-        core = self.core[id(value)]
-        return core is self.root[id(value)] or (core.op is not None and core.op.kind in _BOUNDS)
+        core = self.core[value]
+        return core is self.root[value] or (core.op is not None and core.op.kind in _BOUNDS)
 
     def _outside(self, value: Value) -> Iterable[Op | None]:
         """What reads the value and is not of its region."""
         for user in self.uses.of(value):
-            if user is None or all(self.root[id(x)] is not self.root[id(value)] for x in user.outputs):
+            if user is None or all(self.root[x] is not self.root[value] for x in user.outputs):
                 yield user
 
     def _is_summed(self, value: Value) -> bool:
-        core = self.core[id(value)]
+        core = self.core[value]
         return self._divides(core) or self.uses.is_of_a_sum(value, core, self._outside(value))
 
     def _divides(self, value: Value) -> bool:
@@ -174,9 +163,9 @@ class _Finder:
 
     def _links(self, curved: list[Value]) -> list[list[Value]]:
         """Those of one link are concatenated, or affine in the same value; the others are alone."""
-        groups: list[tuple[set[int], list[Value]]] = []
+        groups: list[tuple[set[Value | Op], list[Value]]] = []
         for v in curved:
-            marks = {id(self.core[id(v)]), *map(id, self.uses.joins(v))}
+            marks = {self.core[v], *self.uses.joins(v)}
             same = [group for group in groups if group[0] & marks]
             groups = [group for group in groups if group not in same]
             groups.append((marks.union(*(group[0] for group in same)), [x for group in same for x in group[1]] + [v]))
@@ -184,13 +173,13 @@ class _Finder:
 
     def _linear_members(self, exits: list[Value], group: list[Value]) -> list[Value]:
         """What is affine and is concatenated with what is not: a member of the same link."""
-        joined = {id(op) for v in group for op in self.uses.joins(v)}
-        affine = [v for v in exits if self.core[id(v)] is self.root[id(v)]]
-        return [v for v in affine if joined & set(map(id, self.uses.joins(v)))]
+        joined = {op for v in group for op in self.uses.joins(v)}
+        affine = [v for v in exits if self.core[v] is self.root[v]]
+        return [v for v in affine if joined & set(self.uses.joins(v))]
 
     def _member(self, value: Value) -> Value:
         """The last value from the core on that is made with numbers alone: before a dropout, a scale for each unit."""
-        core, member, x = self.core[id(value)], value, value
+        core, member, x = self.core[value], value, value
         while x is not core:
             assert x.op is not None
             x, op = x.op.data[0], x.op
@@ -202,12 +191,12 @@ class _Finder:
 
     def _pre_activations(self, root: Value, values: list[Value], curved: list[Value]) -> list[Value]:
         """The values that are affine in the root and on every way to what is not; the last one is z."""
-        on_all_ways: dict[int, set[int]] = {id(root): {id(root)}}
+        on_all_ways: dict[Value, set[Value]] = {root: {root}}
         for v in values[1:]:
             assert v.op is not None
-            on_all_ways[id(v)] = set.intersection(*(on_all_ways[id(x)] for x in v.op.data)) | {id(v)}
-        common = set.intersection(*(on_all_ways[id(v)] for v in curved))
-        return [v for v in values if id(v) in common and self.core[id(v)] is root and _is_float(v)]
+            on_all_ways[v] = set.intersection(*(on_all_ways[x] for x in v.op.data)) | {v}
+        common = set.intersection(*(on_all_ways[v] for v in curved))
+        return [v for v in values if v in common and self.core[v] is root and _is_float(v)]
 
 
 def _is_float(value: Value) -> bool:
@@ -236,10 +225,10 @@ def _adds_numbers(op: Op) -> bool:
 
 def _between(z: Value, members: list[Value], values: list[Value]) -> list[Op]:
     """The operations that make the members of z."""
-    needed = {id(v) for v in members}
+    needed = set(members)
     ops = []
     for v in reversed(values[values.index(z) + 1 :]):
-        if id(v) in needed and v.op is not None:
+        if v in needed and v.op is not None:
             ops.append(v.op)
-            needed |= {id(x) for x in v.op.data if x is not z}
+            needed |= {x for x in v.op.data if x is not z}
     return ops[::-1]

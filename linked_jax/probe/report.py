@@ -99,7 +99,13 @@ class LayerReport:
 
         Of the negative slopes it is the steepest member's, of `dead_checks` that of the unit that is longest dead.
         """
-        return {name: float(x) if x is not None and math.isfinite(x) else None for name, x in _scalars(self).items()}
+        shares = ("dead", "dormant", "not_finite", "linearised", "saturated", "dead_band")
+        found = {name: None if (x := getattr(self, name)) is None else x.mean() for name in shares}
+        found |= {name: getattr(self, name) for name in _SCALARS}
+        found["negative_slope"] = None if self.negative_slope is None else max(self.negative_slope, key=abs)
+        found["dead_checks"] = None if self.dead_checks is None else self.dead_checks.max()
+        found["dead_share"] = None if self.dead_share is None else self.dead_share.mean()
+        return {name: float(x) if x is not None and math.isfinite(x) else None for name, x in found.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,11 +145,8 @@ class Report:
         columns = self._columns()
         adjusts = [str.ljust] * 2 + [str.rjust] * (len(columns) - 2)
         widths = [max(map(len, column)) for column in columns]
-        lines = [
-            "  ".join(f(x, n) for f, x, n in zip(adjusts, row, widths, strict=True))
-            for row in zip(*columns, strict=True)
-        ]
-        return "\n".join([*lines, *self._remarks()])
+        cells = [[f(x, n) for x in column] for f, column, n in zip(adjusts, columns, widths, strict=True)]
+        return "\n".join([*map("  ".join, zip(*cells, strict=True)), *self._remarks()])
 
     def _columns(self) -> list[tuple[str, ...]]:
         """The columns of the table, each with its head; without gradients, ranks and NaN where there are none."""
@@ -152,9 +155,8 @@ class Report:
         return [(head, *cells) for head, *cells in columns if not cells or set(cells) != {nothing.get(head, "")}]
 
     def _remarks(self) -> list[str]:
-        found = [*_LEGEND]
-        found += [] if self.not_finite_first is None else [f"not finite: {self.not_finite_first}"]
-        return [*found, *(f"not seen: {what}" for what in self.not_seen)]
+        first = [] if self.not_finite_first is None else [f"not finite: {self.not_finite_first}"]
+        return [*_LEGEND, *first, *(f"not seen: {what}" for what in self.not_seen)]
 
     def print(self) -> None:
         """The table in colours; needs rich (pip install linked_jax[probe])."""
@@ -226,7 +228,7 @@ _LEGEND = (
     "units that are dead, have no gradient, are dormant, never change the sign of z, are saturated",
     "shift: mean of z; z² and grad²: mean squares of z and of its gradient; rank: effective, of outputs",
 )
-_SCALARS = ("activation_shift", "mean_square", "gradient_mean_square", "effective_rank", "stable_rank")
+_SCALARS = ("activation_shift", "mean_square", "gradient_mean_square", "effective_rank", "stable_rank", "drift")
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
@@ -234,16 +236,6 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
     shown = (layer.activation_shift, layer.mean_square, layer.gradient_mean_square, layer.effective_rank)
     cells = ("" if x is None else f"{x:.3g}" for x in shown)
     return (layer.name, layer.activation, str(layer.units), *(str(int(x.sum())) for x in counts), *cells)
-
-
-def _scalars(layer: LayerReport) -> dict[str, Any]:
-    shares = ("dead", "dormant", "not_finite", "linearised", "saturated", "dead_band")
-    found = {name: None if (x := getattr(layer, name)) is None else x.mean() for name in shares}
-    found |= {name: getattr(layer, name) for name in (*_SCALARS, "drift")}
-    found["negative_slope"] = None if layer.negative_slope is None else max(layer.negative_slope, key=abs)
-    found["dead_checks"] = None if layer.dead_checks is None else layer.dead_checks.max()
-    found["dead_share"] = None if layer.dead_share is None else layer.dead_share.mean()
-    return found
 
 
 def _encoded(layer: LayerReport) -> dict[str, Any]:

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from linked_jax.diagnostics import not_finite_units
-from linked_jax.probe.interpret import Gradients, NotSeen, Taps, Trace, with_gradients
+from linked_jax.probe.interpret import Gradients, NotSeen, Taps, Trace, Watch, with_gradients
 from linked_jax.probe.models import check_model, is_key, kind_of, merge, split
 from linked_jax.probe.origin import OUTPUTS, Origin, is_sound, origin_of
 from linked_jax.probe.report import Report, make_report
-from linked_jax.probe.taps import is_tap, together, unstack
+from linked_jax.probe.taps import is_tap, nothing_yet, together, unstack
 
 
 def probe(
@@ -170,8 +170,7 @@ class Probe:
 
 def _name(path: Any) -> str:
     """layers.0.kernel, of a path of a pytree."""
-    keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
-    return ".".join(keys).removesuffix(".value")
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def _taps_of_batch(call: Any, loss_fn: Any, mask: Any, static: Any, arrays: Any, batch: Any) -> tuple[Taps, Any]:
@@ -179,22 +178,22 @@ def _taps_of_batch(call: Any, loss_fn: Any, mask: Any, static: Any, arrays: Any,
     inputs, labels = batch if loss_fn else (batch, None)
     trace, where = Trace.of(call, merge(static, arrays), inputs), _checked_mask(mask, inputs)
     if loss_fn is None:
-        outputs, taps = trace.evaluate(mask=where)
-        return with_gradients(taps, {}), _sound(outputs, where)
+        outputs, taps = trace.evaluate(Watch(where))
+        return taps, _sound(outputs, where)
 
-    n = next(x.shape[0] for x in jax.tree.leaves(inputs) if not is_key(x))
+    n = _samples(inputs)
 
     def loss(probes: Any) -> tuple[Any, Any]:
-        outputs, taps = trace.evaluate(probes, where, scale=n)  # n times the mean is a sample's own loss
+        outputs, taps = trace.evaluate(Watch(where, n, probes))  # n times the mean is a sample's own loss
         value = loss_fn(outputs, labels)
         if not jax.tree.all(jax.tree.map(lambda x: not jnp.shape(x), value)) or isinstance(value, (tuple, list, dict)):
             raise ValueError(f"loss_fn returns a scalar, the mean over the batch, got {kind_of(value)}")
         return value, (taps, _sound(outputs, where))
 
-    silent = jax.eval_shape(lambda: trace.evaluate(mask=where)[1])
+    silent = jax.eval_shape(lambda: trace.evaluate(Watch(where, n))[1])
     taps = {key: tap for key, tap in silent.items() if is_tap(tap) and tap.gradient_square_sum is not None}
     shapes = {key: Gradients(tap.gradient_square_sum, tap.gradient_histogram) for key, tap in taps.items()}
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    zeros = nothing_yet(shapes)
     gradients, (taps, sound) = jax.grad(loss, has_aux=True)(zeros)
     return with_gradients(taps, gradients), sound
 
@@ -209,10 +208,14 @@ def _checked_mask(mask: Any, inputs: Any) -> Any:
     """Which samples and steps count; None for all."""
     if mask is None:
         return None
-    where, n = jnp.asarray(mask(inputs)), next(x.shape[0] for x in jax.tree.leaves(inputs) if not is_key(x))
+    where, n = jnp.asarray(mask(inputs)), _samples(inputs)
     if where.dtype != jnp.bool_ or where.ndim not in (1, 2) or len(where) != n:
         raise ValueError(f"mask(inputs) has booleans of shape ({n}, T) or ({n},), got {kind_of(where)}")
     return where
+
+
+def _samples(inputs: Any) -> int:
+    return next(x.shape[0] for x in jax.tree.leaves(inputs) if not is_key(x))
 
 
 @jax.jit

@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from linked_jax.diagnostics import combine, unit_statistics
-from linked_jax.histograms import BINS, log_histogram
+from linked_jax.histograms import log_histogram
 from linked_jax.probe.graph import Factor, Value, inner_jaxprs, open_jaxpr
 from linked_jax.probe.names import module_of
-from linked_jax.probe.recognise import evaluate_op, name_of
+from linked_jax.probe.recognise import name_of
 from linked_jax.probe.regions import Region
 from linked_jax.signal_statistics import combine_features, feature_moments
 from linked_jax.slopes import combine_slopes, slope_statistics
@@ -126,7 +126,7 @@ def nothing_yet(tap: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tap)
 
 
-def measure(region: Region, env: dict[int, Any], mask: Array | None = None) -> Tap:
+def measure(region: Region, env: dict[Value, Any], mask: Array | None = None) -> Tap:
     """The tap of an activation, from the values of its graph.
 
     The statistics need z, h = f(z) and f'(z); f is the operations of the region. See `kept` for the mask.
@@ -135,14 +135,14 @@ def measure(region: Region, env: dict[int, Any], mask: Array | None = None) -> T
     where = None if mask is None else by_unit(kept(region.z, mask))[:, 0]
 
     def f(z: Array) -> Array:
-        inside = {id(region.z): z}
+        inside = {region.z: z}
         for op in region.ops:
-            operands = [x.val if isinstance(x, Literal) else inside.get(id(x), env.get(id(x))) for x in op.operands]
-            inside |= zip(map(id, op.outputs), evaluate_op(op, operands), strict=True)
+            operands = [x.val if isinstance(x, Literal) else inside.get(x, env.get(x)) for x in op.operands]
+            inside |= zip(op.outputs, op.evaluate(operands), strict=True)
         pairs = zip(region.members, region.orders, strict=True)
-        return jnp.stack([inside[id(member)].transpose(order).astype(z.dtype) for member, order in pairs])
+        return jnp.stack([inside[member].transpose(order).astype(z.dtype) for member, order in pairs])
 
-    z = jax.lax.stop_gradient(env[id(region.z)])
+    z = jax.lax.stop_gradient(env[region.z])
     h, slopes = (
         jnp.concatenate([by_unit(x) for x in whole(xs)], axis=-1)
         for xs in jax.lax.stop_gradient(_with_slopes(f, z, region))
@@ -153,8 +153,8 @@ def measure(region: Region, env: dict[int, Any], mask: Array | None = None) -> T
         slopes=slope_statistics(z, slopes, arity=arity, where=where),
         features=feature_moments(h, where=where) if h.shape[-1] <= LARGEST_SCATTER else None,
         histogram=log_histogram(z, where=None if where is None else where[:, None]),
-        gradient_square_sum=jnp.zeros((), jnp.float32),
-        gradient_histogram=jnp.zeros(BINS, jnp.float32),
+        gradient_square_sum=None,
+        gradient_histogram=None,
         name=module_of(region.ops[0].where.scope),
         source=region.ops[0].where.source,
         activation=name_of(region),
@@ -172,11 +172,10 @@ def whole(x: Array) -> Array:
 def rows_of(z: Value) -> Callable[[Array], Array]:
     """How to bring arrays of the shape of z to (samples and positions, units)."""
     factors, _ = _factors(z)
-    units = [k for k, factor in enumerate(factors) if factor.is_unit]
-    rest = [k for k, factor in enumerate(factors) if not factor.is_unit]
+    units_last = sorted(range(len(factors)), key=lambda k: factors[k].is_unit)
     sizes = [factor.size for factor in factors]
-    count = math.prod(sizes[k] for k in units)
-    return lambda x: x.reshape(sizes).transpose([*rest, *units]).reshape(-1, count)
+    count = math.prod(factor.size for factor in factors if factor.is_unit)
+    return lambda x: x.reshape(sizes).transpose(units_last).reshape(-1, count)
 
 
 def _factors(z: Value) -> tuple[list[Factor], list[bool]]:

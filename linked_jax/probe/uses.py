@@ -15,31 +15,32 @@ class Uses:
     """What reads each value of a graph.
 
     Attributes:
-      number: of each operation, in order, by its `id`.
+      number: of each operation, in order.
     """
 
     def __init__(self, graph: Graph):
         self._has_samples = graph.has_samples
-        self.number = {id(op): i for i, op in enumerate(graph.ops)}
-        self._of: dict[int, list[Op | None]] = {}
+        self.number: dict[Op | None, int] = {op: i for i, op in enumerate(graph.ops)}
+        self._of: dict[Value, list[Op | None]] = {}
         for op, operands in [*((op, op.operands) for op in graph.ops), (None, graph.outputs)]:
             for x in operands:
-                self._of.setdefault(id(x), []).append(op)
-        self._sums: set[int] = set()  # reductions, and what is elementwise of reductions alone: a variance, say
+                if isinstance(x, Value):
+                    self._of.setdefault(x, []).append(op)
+        self._sums: set[Value] = set()  # reductions, and what is elementwise of reductions alone: a variance, say
         for op in graph.ops:
-            passes = op.kind in MOVEMENT | ELEMENTWISE and op.data and all(id(x) in self._sums for x in op.data)
+            passes = op.kind in MOVEMENT | ELEMENTWISE and self._sums.issuperset(op.data)
             if op.data and (op.kind in REDUCTIONS or passes):
-                self._sums.update(map(id, op.outputs))
-        self._averaged: dict[int, bool] = {}
-        self._summed: dict[int, bool] = {}
+                self._sums.update(op.outputs)
+        self._averaged: dict[Value, bool] = {}
+        self._summed: dict[Value, bool] = {}
         for op in reversed(graph.ops):
             for v in op.outputs:
-                self._averaged[id(v)] = all(user is not None and self._averages(user, v) for user in self.of(v))
-                self._summed[id(v)] = all(user is not None and self._sums_up(user) for user in self.of(v))
+                self._averaged[v] = all(user is not None and self._averages(user, v) for user in self.of(v))
+                self._summed[v] = all(user is not None and self._sums_up(user) for user in self.of(v))
 
     def of(self, value: Value) -> list[Op | None]:
         """The operations that read it; None where it leaves the graph."""
-        return self._of.get(id(value), [])
+        return self._of.get(value, [])
 
     def joins(self, value: Value) -> Iterable[Op]:
         """The operations that lay it beside others, as the members of a link."""
@@ -51,13 +52,13 @@ class Uses:
 
     def derives(self, x: Value, value: Value) -> bool:
         """Whether x is computed from the value."""
-        first, seen, left = self.number.get(id(value.op), -1), set(), [x]
+        first, seen, left = self.number.get(value.op, -1), set(), [x]
         while left:
             v = left.pop()
             if v is value:
                 return True
-            if id(v) not in seen and self.number.get(id(v.op), -1) > first:
-                seen.add(id(v))
+            if v not in seen and self.number.get(v.op, -1) > first:
+                seen.add(v)
                 left += v.op.data if v.op else []
         return False
 
@@ -69,7 +70,7 @@ class Uses:
           core: the last value before it that is not affine in others.
           users: of the value, outside of its region.
         """
-        if self._averaged[id(value)]:
+        if self._averaged[value]:
             return True
         is_term = core.op is not None and (_is_power(core.op) or core.op.kind in ("exp", "exp2"))
         return is_term and all(user is not None and self._norms(user, value) for user in users)
@@ -84,7 +85,7 @@ class Uses:
           last: those that are not followed by others but affine ones.
           members: what is computed of z.
         """
-        if id(root) not in self._sums:
+        if root not in self._sums:
             return False
         if (self._has_samples and not z.samples) or any(map(_is_power, last)):
             return True
@@ -98,11 +99,11 @@ class Uses:
         if user.kind in REDUCTIONS and set(value.samples) & _reduced_axes(user, value):
             return True
         passes = user.is_elementwise or user.kind in REDUCTIONS | MOVEMENT
-        return passes and all(self._averaged[id(x)] for x in user.outputs)
+        return passes and all(self._averaged[x] for x in user.outputs)
 
     def _sums_up(self, user: Op) -> bool:
         """The same of any sums."""
-        return user.kind in REDUCTIONS or (user.is_elementwise and all(self._summed[id(x)] for x in user.outputs))
+        return user.kind in REDUCTIONS or (user.is_elementwise and all(self._summed[x] for x in user.outputs))
 
     def _norms(self, user: Op, value: Value) -> bool:
         """Whether it sums a value up, or divides it by a sum of itself."""

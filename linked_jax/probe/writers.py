@@ -153,8 +153,7 @@ class TensorBoard:
 def _raw(counts: np.ndarray) -> dict[str, Any]:
     """A histogram as TensorBoard has it; the sums are those of the middles of the bins."""
     edges = bin_edges()
-    middles = (edges[1:-1][:-1] + edges[1:-1][1:]) / 2
-    middles = np.concatenate([edges[1:2], middles, edges[-2:-1]])
+    middles = np.concatenate([edges[1:2], (edges[1:-2] + edges[2:-1]) / 2, edges[-2:-1]])
     some = np.flatnonzero(counts)
     return {
         "min": middles[some[0]],

@@ -9,7 +9,6 @@ So no table of optimisers is needed. What shapes cannot tell is tried: beside we
 anew must move, and not wildly. (acprop divides by the last step's moment, which is 0 for a new weight.)
 """
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from linked_jax.revive.names import Names, edit, ending, leaf_names, leaves_by_name
+from linked_jax.revive.names import Names, edit, ending, leaves_by_name, named_leaves
 
 Place = Callable[[Array], Array]
 """A weight's array -> that of the new weight, in which new entries are 0, or False."""
@@ -50,12 +49,16 @@ def carry(
         or tx is None and has to be known.
     """
     if tx is None:
-        _check_no_arrays(opt_state)
+        if arrays := [name for name, leaf in named_leaves(opt_state) if jnp.ndim(leaf)]:
+            raise ValueError(
+                f"opt_state has arrays, e.g. {'/'.join(arrays[0])}, and what they mean only their optimiser knows; "
+                "pass tx=, the Optax transformation that made it"
+            )
         return opt_state
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise ValueError(f"tx is an Optax transformation, the one that made opt_state, got {type(tx).__name__}")
     _check_state(opt_state, tx, params)
-    if any(ending(name, places) for name, _ in _named(jax.eval_shape(tx.init, params))):
+    if any(ending(name, places) for name, _ in named_leaves(jax.eval_shape(tx.init, params))):
         tried = tx, jax.tree.structure(params), tuple((a.shape, a.dtype) for a in jax.tree.leaves(params))
         try:
             hash(tried)
@@ -71,39 +74,30 @@ def _carried(opt_state: Any, tx: Any, params: Any, new_params: Any, places: Mapp
     weights, news = leaves_by_name(params), leaves_by_name(new_params)
     before, fresh = jax.eval_shape(tx.init, params), tx.init(new_params)
     # A weight that keeps its shape is made larger here, to see what depends on its shape.
-    larger = {n: _larger for n in places if jnp.shape(weights[n]) == jnp.shape(news[n])}
-    other_params = edit(new_params, larger)
-    others = leaves_by_name(other_params)
-    old, was, new, other = (_named(tree) for tree in (opt_state, before, fresh, jax.eval_shape(tx.init, other_params)))
+    same = [name for name in places if jnp.shape(weights[name]) == jnp.shape(news[name])]
+    larger = lambda a: jax.ShapeDtypeStruct(tuple(n + 1 for n in a.shape), a.dtype)  # noqa: E731
+    other_params = edit(new_params, dict.fromkeys(same, larger))
+    others, states = leaves_by_name(other_params), (opt_state, before, fresh, jax.eval_shape(tx.init, other_params))
+    old, was, new, other = map(jax.tree.leaves, states)
     if not len(was) == len(new) == len(other):
         raise ValueError("tx.init gives a state of other arrays for the new parameters; start it anew: tx.init")
-    names = [ending(name, weights) for name, _ in was]
-    of_one = {
-        i
-        for i, name in enumerate(names)
-        if name in places and (was[i][1].shape, other[i][1].shape) == (weights[name].shape, others[name].shape)
-    }
-    of_many = {i for i in range(len(was)) if was[i][1].shape != other[i][1].shape} - of_one
+    names = [ending(name, weights) for name, _ in named_leaves(before)]
+    shapes = [(a.shape, b.shape) for a, b in zip(was, other, strict=True)]
+    mine = {i: name for i, name in enumerate(names) if name in places}
+    of_one = {i for i, name in mine.items() if shapes[i] == (weights[name].shape, others[name].shape)}
+    of_many = {i for i, (shape, grown) in enumerate(shapes) if shape != grown} - of_one
     indices = jax.tree.unflatten(jax.tree.structure(before), range(len(was)))
     anew = _anew(indices, of_many, {type(node) for node in _nodes(params)})
 
     def leaf(i: int) -> Any:
         if i in anew:
-            return new[i][1]
+            return new[i]
         if i not in of_one:
-            return old[i][1]
-        place, mine = places[names[i]], jnp.asarray(old[i][1])
-        return jnp.where(place(jnp.ones(mine.shape, bool)), place(mine), new[i][1].astype(mine.dtype))
+            return old[i]
+        place, kept = places[names[i]], jnp.asarray(old[i])
+        return jnp.where(place(jnp.ones(kept.shape, bool)), place(kept), new[i].astype(kept.dtype))
 
     return jax.tree.unflatten(jax.tree.structure(opt_state), [leaf(i) for i in range(len(was))])
-
-
-def _named(tree: Any) -> list[tuple[Names, Any]]:
-    return [(leaf_names(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
-
-
-def _larger(a: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(tuple(n + 1 for n in a.shape), a.dtype)
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -124,12 +118,8 @@ def _anew(node: Any, of_many: set[int], of_params: set[type]) -> set[int]:
 
 def _is_record(node: Any, of_params: set[type]) -> bool:
     """Whether it is a transformation's state, such as a ScaleByAdamState: no mere container, and no part of params."""
-    plain = (
-        type(node) in (tuple, list, dict, type(None), optax.MaskedNode)
-        or isinstance(node, Mapping)
-        or type(node) in of_params
-    )
-    return not plain and not jax.tree_util.all_leaves([node])
+    plain = {tuple, list, type(None), optax.MaskedNode} | of_params
+    return not (type(node) in plain or isinstance(node, Mapping) or jax.tree_util.all_leaves([node]))
 
 
 def _nodes(tree: Any) -> Iterator[Any]:
@@ -146,15 +136,6 @@ def _parts(node: Any) -> list[Any]:
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def _check_no_arrays(opt_state: Any) -> None:
-    arrays = [name for name, leaf in _named(opt_state) if jnp.ndim(leaf)]
-    if arrays:
-        raise ValueError(
-            f"opt_state has arrays, e.g. {'/'.join(arrays[0])}, and what they mean only their optimiser knows; pass "
-            "tx=, the Optax transformation that made it"
-        )
-
-
 def _check_state(opt_state: Any, tx: Any, params: Any) -> None:
     """Refuse a state that has not the shapes of tx.init(params)."""
     for name, leaf in leaves_by_name(params).items():
@@ -163,7 +144,7 @@ def _check_state(opt_state: Any, tx: Any, params: Any) -> None:
                 f"params are arrays, got a {type(leaf).__name__} at {'/'.join(name)}; pass what tx.init was given, "
                 "e.g. equinox.filter(model, equinox.is_array)"
             )
-    wanted, found = _named(jax.eval_shape(tx.init, params)), _named(opt_state)
+    wanted, found = named_leaves(jax.eval_shape(tx.init, params)), named_leaves(opt_state)
     differ = [(name, a.shape, jnp.shape(b)) for (name, a), (_, b) in zip(wanted, found, strict=False)]
     differ = [f"{'/'.join(name)} has the shape {is_} and not {due}" for name, due, is_ in differ if due != is_]
     if len(wanted) != len(found):
@@ -179,21 +160,6 @@ _GIVEN = (("value", "grad", "value_fn"), ("obj_fn",), ())
 """What updates are given beside gradients: line searches and such, sophia, sam."""
 
 
-@contextlib.contextmanager
-def _no_switches() -> Iterator[None]:
-    """Without JAX' strict switches: what is tried may be what they stop."""
-    with contextlib.ExitStack() as stack:
-        for switch in (
-            jax.debug_nans(False),
-            jax.debug_infs(False),
-            jax.disable_jit(False),
-            jax.numpy_dtype_promotion("standard"),
-            jax.numpy_rank_promotion("allow"),
-        ):
-            stack.enter_context(switch)
-        yield
-
-
 @functools.lru_cache(maxsize=4)
 def _check_moves(tx: Any, structure: Any, leaves: tuple[tuple[tuple[int, ...], Any], ...]) -> None:
     """Try, on weights of at most 2 entries an axis: after some updates the first entry of each starts anew.
@@ -204,7 +170,14 @@ def _check_moves(tx: Any, structure: Any, leaves: tuple[tuple[tuple[int, ...], A
     leaves = tuple((shape, jnp.promote_types(dtype, jnp.float32)) for shape, dtype in leaves)
     small = tuple((tuple(min(n, 2) for n in shape), dtype) for shape, dtype in leaves)
     reason = ""
-    with jax.ensure_compile_time_eval(), _no_switches():
+    with (  # without JAX' strict switches: what is tried may be what they stop
+        jax.ensure_compile_time_eval(),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+        jax.disable_jit(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
         for sizes, given in itertools.product((small, leaves), _GIVEN):  # leaves: it may know the weights' true shapes
             try:
                 params = jax.tree.unflatten(structure, [jnp.ones(shape, dtype) for shape, dtype in sizes])

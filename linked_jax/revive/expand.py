@@ -20,9 +20,6 @@ from linked_jax.linking import Link, join
 from linked_jax.revive.carry import carry
 from linked_jax.revive.names import Names, edit, leaves_by_name, split
 
-Fill = Callable[[Array], Array]
-Axes = dict[Names, tuple[int, int, Fill]]
-
 _ROWS = {"kernel": -2, "w": -2, "weight": 1}
 """Weights -> the axis of rows, their inputs: Flax' and Haiku's (*window, in, out), Equinox' (out, in, *window)."""
 _UNITS = {-2: -1, 0: -1, 1: 0, -1: 0}
@@ -152,7 +149,7 @@ def link_params(params: Any, pairs: Sequence[Pair], link: Link) -> Any:
       (512, 3)
       >>> np.testing.assert_allclose(Net(lk_relu).apply(revived, x), Net().apply(variables, x), atol=1e-6)
     """
-    return _linked(params, _axes(params, pairs, link, check=True), link)
+    return edit(params, _edits(params, pairs, link, check_norms=True))
 
 
 def link_params_opt_state(
@@ -189,12 +186,9 @@ def link_params_opt_state(
       >>> state[0].mu["out"]["kernel"].shape
       (8, 3)
     """
-    axes = _axes(params, pairs, link, check=False)
-    places = {
-        name: functools.partial(_widened, axis=axis, units=units, link=link, fill=jnp.zeros_like)
-        for name, (axis, units, _) in axes.items()
-    }
-    return carry(opt_state, tx, params, _linked(params, axes, link), places)
+    edits = _edits(params, pairs, link, check_norms=False)
+    places = {name: functools.partial(widen, fill=jnp.zeros_like) for name, widen in edits.items()}
+    return carry(opt_state, tx, params, edit(params, edits), places)
 
 
 def check_link(link: Any) -> Link:
@@ -211,12 +205,12 @@ def check_link(link: Any) -> Link:
     return link
 
 
-def _axes(params: Any, pairs: Sequence[Pair], link: Link, *, check: bool) -> Axes:
-    """For each weight that grows: the axis, its number of units, and what new entries are."""
+def _edits(params: Any, pairs: Sequence[Pair], link: Link, *, check_norms: bool) -> dict[Names, Callable[..., Array]]:
+    """For each weight that grows, how."""
     check_link(link)
     if not isinstance(pairs, Sequence) or not pairs or not all(isinstance(pair, Pair) for pair in pairs):
         raise ValueError(f"pairs is a list of one or more Pair, got {pairs!r}")
-    leaves, axes = leaves_by_name(params), {}
+    leaves, edits = leaves_by_name(params), {}
     for pair in pairs:
         names, rows = pair.weights(leaves, pair.after)
         if link.axis != -1 and names[-1] == "kernel":
@@ -224,28 +218,18 @@ def _axes(params: Any, pairs: Sequence[Pair], link: Link, *, check: bool) -> Axe
         units = _units(leaves, pair)
         found = {names: (rows, jnp.zeros_like)}
         if pair.norm:
-            if check:
+            if check_norms:
                 _check_norm(leaves, pair.norm, units)
             fills = {"mean": jnp.zeros_like, "var": jnp.ones_like, "scale": lambda a: a, "bias": jnp.zeros_like}
             found |= {(*pair.norm, name): (0, fill) for name, fill in fills.items() if (*pair.norm, name) in leaves}
         for name, (axis, fill) in found.items():
-            if name in axes:
+            if name in edits:
                 raise ValueError(f"{'/'.join(name)} is in two pairs; give each activation one pair")
-            axes[name] = (axis, units, fill)
-    return axes
+            edits[name] = functools.partial(_widened, axis=axis, units=units, link=link, fill=fill)
+    return edits
 
 
-def _linked(params: Any, axes: Axes, link: Link) -> Any:
-    return edit(
-        params,
-        {
-            name: functools.partial(_widened, axis=axis, units=units, link=link, fill=fill)
-            for name, (axis, units, fill) in axes.items()
-        },
-    )
-
-
-def _widened(a: Array, *, axis: int, units: int, link: Link, fill: Fill) -> Array:
+def _widened(a: Array, *, axis: int, units: int, link: Link, fill: Callable[[Array], Array]) -> Array:
     """An axis of positions * C entries -> positions * d * C, where fill gives those of the added members.
 
     With channels first: C * positions -> d * C * positions.

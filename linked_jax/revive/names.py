@@ -26,6 +26,11 @@ def leaf_names(path: Any) -> Names:
     return split([jax.tree_util.keystr((key,), simple=True) for key in (path[:-1] if is_value else path)])
 
 
+def named_leaves(tree: Any) -> list[tuple[Names, Any]]:
+    """The names of each leaf, and the leaf."""
+    return [(leaf_names(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+
+
 def leaves_by_name(tree: Any) -> dict[Names, Any]:
     """Names -> leaf.
 
@@ -33,7 +38,7 @@ def leaves_by_name(tree: Any) -> dict[Names, Any]:
     >>> leaves_by_name({"params": {"Dense_0": {"bias": 1.0}}})
     {('Dense_0', 'bias'): 1.0}
     """
-    return {leaf_names(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return dict(named_leaves(tree))
 
 
 def ending(names: Names, known: Collection[Names]) -> Names:
