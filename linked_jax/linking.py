@@ -166,7 +166,10 @@ def linked(*members: Member, axis: int = -1, layout: Layout = "blocked") -> Link
 
     Reference: Riera and Pujol, Solving internal covariate shift in deep learning with linked neurons, 2017.
     """
-    members = tuple(_single_member(member) for member in members)
+    for member in members:
+        if isinstance(member, Link) and member.arity > 1:
+            raise ValueError(f"a link's members are plain functions, got a link of {member.arity}; pass its members")
+    members = tuple(member.members[0] if isinstance(member, Link) else member for member in members)
     if len(members) == 1:
         members = (members[0], Mirrored(members[0]))
     return Link(members, axis=axis, layout=layout)
@@ -251,14 +254,6 @@ def _value_of_derivative_of(value: Array, carrier: Array) -> Array:
 
 
 _value_of_derivative_of.defjvps(None, lambda tangent, _out, _value, _carrier: tangent)
-
-
-def _single_member(member: Member) -> Member:
-    if not isinstance(member, Link):
-        return member
-    if member.arity > 1:
-        raise ValueError(f"a link's members are plain functions, got a link of {member.arity}; pass its members")
-    return member.members[0]
 
 
 def _positive_part(z: Array) -> Array:
