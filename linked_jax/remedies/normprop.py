@@ -1,7 +1,5 @@
 """Normalisation propagation (NormProp): unit filters and normalised activations keep N(0, 1), without batch statistics.
 
-    u = gamma (w.x) / ||w|| + beta,   o = (g(u) - c1) / c2,   c1, c2 = mean and deviation of g on N(0, 1)
-
 Standardise the network's input, and put no activation after the last layer. The result for an example does not depend
 on the others of its batch: nothing changes at batch size 1, or from training to evaluation.
 """
