@@ -313,12 +313,7 @@ def conv_start(
 
 
 def check_link(link: Activation) -> Activation:
-    """The activation, if a Flax layer can come after it.
-
-    Raises:
-      TypeError: if it is no activation.
-      ValueError: if its axis is not the last.
-    """
+    """The activation; TypeError or ValueError if a Flax layer cannot come after it."""
     if isinstance(link, type) or not isinstance(link, Activation):
         raise TypeError(
             f"link is a Link or a built module with an arity, got {brief(link)}; pass e.g. linked(jax.nn.relu)"

@@ -176,11 +176,7 @@ def linked(*members: Member, axis: int = -1, layout: Layout = "blocked") -> Link
 
 
 def link_of(activation: Activation) -> Link:
-    """The link that an activation is, or that it is before training.
-
-    Raises:
-      TypeError: if it does not say.
-    """
+    """The link that an activation is, or that it is before training; TypeError if it does not say."""
     link = getattr(activation, "link", None)
     if not isinstance(link, Link):
         raise TypeError(
@@ -191,11 +187,7 @@ def link_of(activation: Activation) -> Link:
 
 
 def floating(z: ArrayLike) -> Array:
-    """The array z.
-
-    Raises:
-      TypeError: if it is none of floating-point numbers.
-    """
+    """The array z; TypeError if it is none of floating-point numbers."""
     array = as_array(z)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"a link needs a floating-point z, got {array.dtype}; pass z.astype(jnp.float32)")

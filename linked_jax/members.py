@@ -164,11 +164,7 @@ def brief(value: Any) -> str:
 
 
 def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
-    """The value, an integer or several, as a tuple.
-
-    Raises:
-      TypeError: if it is neither.
-    """
+    """The value, an integer or several, as a tuple; TypeError if it is neither."""
     numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
     if any(isinstance(number, bool) or not isinstance(number, int | np.integer) for number in numbers):
         raise TypeError(f"{name} is an integer or a tuple of integers, got {brief(value)}; pass e.g. 3")
@@ -176,11 +172,7 @@ def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
 
 
 def as_array(value: Any) -> Array:
-    """The value as an array.
-
-    Raises:
-      TypeError: if it is none.
-    """
+    """The value as an array; TypeError if it is none."""
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
@@ -260,12 +252,7 @@ def _is_elementwise(equation: Any) -> bool:
 
 
 def check_member(member: Any) -> None:
-    """Refuse what a link cannot have for a member.
-
-    Raises:
-      TypeError: if it is not a function of JAX, not hashable, or a module with arrays of its own.
-      ValueError: if it is not elementwise.
-    """
+    """TypeError if it is no hashable function of JAX or has arrays of its own, ValueError if it is not elementwise."""
     if not callable(member) or isinstance(member, type):
         raise TypeError(f"every member of a link is a function of z, got {brief(member)}; pass e.g. jax.nn.relu")
     name = " ".join(formula(member).split())

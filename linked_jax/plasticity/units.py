@@ -50,11 +50,7 @@ def outgoing_size(kernel: Float[Array, "*window rows c_out"], units: int) -> Flo
 
 
 def check_paths(params: Any, units: Sequence[Units]) -> None:
-    """Refuse paths that are not there.
-
-    Raises:
-      ValueError: with the kernels that there are.
-    """
+    """Raise ValueError if a path is not there, or the kernels do not fit."""
     leaves = leaves_by_name(params)
     for layer in units:
         for name in layer.kernels:
@@ -116,11 +112,7 @@ def renewing_step(
 
 
 def listed(magnitudes: Any, units: Sequence[Units], name: str) -> list[Float[Array, "_"]]:
-    """The magnitudes of each layer, in order.
-
-    Raises:
-      ValueError: if there are not as many as layers of units.
-    """
+    """The magnitudes of each layer, in order; ValueError if there are not as many as layers of units."""
     found = [jnp.asarray(leaf) for leaf in jax.tree.leaves(magnitudes)]
     if len(found) != len(units):
         raise ValueError(
@@ -131,11 +123,7 @@ def listed(magnitudes: Any, units: Sequence[Units], name: str) -> list[Float[Arr
 
 
 def needs_params(params: Any, name: str) -> None:
-    """Refuse an update without parameters.
-
-    Raises:
-      ValueError: if there are none.
-    """
+    """Raise ValueError if an update has no parameters."""
     if params is None:
         raise ValueError(
             f"{name} changes parameters by their values, got params=None; call update(grads, state, params)"
