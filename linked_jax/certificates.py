@@ -115,34 +115,44 @@ def certify(
     dtype = _known_dtype(dtype)
     if isinstance(link, Link):
         link = dataclasses.replace(link, axis=-1)
-    start = time.perf_counter()
+    start, chunks, lowest = time.perf_counter(), [], float("inf")
     with jax.debug_nans(False), jax.debug_infs(False):
-        derivatives = functools.partial(_derivatives(link, dtype), link)
-        least = jax.jit(functools.partial(_least, derivatives, dtype))
+        derivatives = _derivatives(link, dtype)
+        least = jax.jit(lambda first_key: _scores(derivatives, dtype, first_key)[1].min())
         details = jax.jit(functools.partial(_details, derivatives, dtype))
-        found = _Findings()
         num_keys = 2 ** (dtype.itemsize * 8)
         for first_key in range(0, num_keys, _CHUNK):
-            if float(least(jnp.uint32(first_key))) < max(found.min_gradient, FLAT):
-                found.add(first_key, jax.tree.map(np.asarray, details(jnp.uint32(first_key))))
+            if float(least(jnp.uint32(first_key))) < max(lowest, FLAT):
+                chunk = jax.tree.map(np.asarray, details(jnp.uint32(first_key)))
+                chunks.append(chunk | {name: _runs(chunk[name], first_key) for name in ("dead", "flat")})
+                lowest = min(lowest, float(chunk["least"]))
             if progress is not None:
                 progress(min(1.0, (first_key + _CHUNK) / num_keys))
-    ends = np.asarray(found.dead_keys, dtype=np.uint32).reshape(-1, 2)
-    intervals = np.asarray(_ordered_values(jnp.asarray(ends), dtype), np.float64)
-    flat = np.asarray(_ordered_values(jnp.asarray(_joined(np.concatenate(found.flat_keys))), dtype), np.float64)
+    return _certificate(chunks, dtype, time.perf_counter() - start)
+
+
+def _certificate(chunks: list[dict[str, np.ndarray]], dtype: np.dtype, seconds: float) -> Certificate:
+    """What the chunks with a finding say together."""
+    dead, flat = (_joined(np.concatenate([chunk[name] for chunk in chunks])) for name in ("dead", "flat"))
+    intervals, band = (
+        np.asarray(_ordered_values(jnp.asarray(keys), dtype), np.float64) for keys in (dead[:_KEPT_INTERVALS], flat)
+    )
+    lowest = min(chunks, key=lambda chunk: chunk["least"])
+    min_gradient, nonfinite_count = float(lowest["least"]), sum(int(chunk["bad_count"]) for chunk in chunks)
+    nonfinite = [float(chunk["nearest_bad"]) for chunk in reversed(chunks) if chunk["bad_count"]]
     return Certificate(
-        linked=found.nonfinite == 0 and found.min_gradient > 0,
+        linked=nonfinite_count == 0 and min_gradient > 0,
         dtype=dtype.name,
-        min_gradient=found.min_gradient,
-        argmin=found.argmin,
+        min_gradient=min_gradient,
+        argmin=float(lowest["argmin"]),
         dead_intervals=tuple((float(low), float(high)) for low, high in intervals),
-        dead_interval_count=found.dead_count,
-        nonfinite_count=found.nonfinite,
-        first_nonfinite=found.first_nonfinite,
+        dead_interval_count=len(dead),
+        nonfinite_count=nonfinite_count,
+        first_nonfinite=min(nonfinite, key=abs, default=None),  # the positive one of two, which comes first here
         num_inputs=2 * int(np.array(np.inf, dtype).view(f"uint{dtype.itemsize * 8}")),  # finite patterns lie below
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         platform=jax.default_backend(),
-        dead_band=float(np.diff(flat).sum()) / (2 * _RANGE),
+        dead_band=float(np.diff(band).sum()) / (2 * _RANGE),
     )
 
 
@@ -159,8 +169,8 @@ def _known_dtype(dtype: Any) -> np.dtype:
     return known
 
 
-def _derivatives(link: Callable, dtype: np.dtype) -> Callable[[Callable, Array], Array]:
-    """The way to a link's derivatives, once it is known to be one."""
+def _derivatives(link: Callable, dtype: np.dtype) -> Callable[[Array], Array]:
+    """z (N, 1) -> all g_i'(z), (N, d), once the link is known to be one."""
     if not callable(link) or isinstance(link, type):
         raise TypeError(f"certify needs a link or a function of z, got {brief(link)}; pass e.g. linked(jax.nn.relu)")
     z = jax.ShapeDtypeStruct((8, 1), dtype)
@@ -174,17 +184,14 @@ def _derivatives(link: Callable, dtype: np.dtype) -> Callable[[Callable, Array],
             f"certify needs an elementwise function, or one of z of shape (N, 1) to (N, d), got {brief(link)}, which "
             f"makes {'no array' if shape is None else shape} of (8, 1); pass e.g. linked(jax.nn.relu)"
         )
-    pulled = any("custom_vjp" in e.primitive.name for e in equations(jax.make_jaxpr(link)(z)))  # has no forward mode
-    return _pulled if pulled else _pushed
+    if not any("custom_vjp" in e.primitive.name for e in equations(jax.make_jaxpr(link)(z))):
+        return lambda z: jax.jvp(link, (z,), (jnp.ones_like(z),))[1]
 
+    def pulled(z: Array) -> Array:  # a custom_vjp has no forward mode
+        h, pull = jax.vjp(link, z)
+        return jnp.concatenate([pull(jnp.zeros_like(h).at[:, i].set(1))[0] for i in range(h.shape[-1])], axis=-1)
 
-def _pushed(link: Callable, z: Array) -> Array:
-    return jax.jvp(link, (z,), (jnp.ones_like(z),))[1]
-
-
-def _pulled(link: Callable, z: Array) -> Array:
-    h, pull = jax.vjp(link, z)
-    return jnp.concatenate([pull(jnp.zeros_like(h).at[:, i].set(1))[0] for i in range(h.shape[-1])], axis=-1)
+    return pulled
 
 
 def _ordered_values(keys: Array, dtype: np.dtype) -> Array:
@@ -204,17 +211,13 @@ def _scores(derivatives: Callable, dtype: np.dtype, first_key: Array) -> tuple[A
     return z, jnp.where(jnp.isfinite(z), largest, jnp.inf)
 
 
-def _least(derivatives: Callable, dtype: np.dtype, first_key: Array) -> Array:
-    return _scores(derivatives, dtype, first_key)[1].min()
-
-
 def _details(derivatives: Callable, dtype: np.dtype, first_key: Array) -> dict[str, Array]:
     z, scores = _scores(derivatives, dtype, first_key)
     bad = scores < 0
     largest = jnp.where(bad, jnp.inf, scores)
     return {
         "least": largest.min(),
-        "argmin": z[largest.argmin()].astype(jnp.float32),
+        "argmin": jnp.where(jnp.isinf(largest.min()), jnp.nan, z[largest.argmin()].astype(jnp.float32)),
         "bad_count": bad.sum(),
         "nearest_bad": _nearest_to_zero(z, bad).astype(jnp.float32),
         "dead": largest == 0,
@@ -231,46 +234,14 @@ def _nearest_to_zero(z: Array, mask: Array) -> Array:
     return z[z.size - 1 - backwards.argmin()]
 
 
-class _Findings:
-    """The findings of all chunks so far; runs of dead keys are merged across chunks."""
+def _runs(mask: np.ndarray, first_key: int) -> np.ndarray:
+    """First and last key of each run of True, (runs, 2).
 
-    def __init__(self):
-        self.nonfinite = self.dead_count = 0
-        self.min_gradient, self.argmin = float("inf"), float("nan")
-        self.first_nonfinite: float | None = None
-        self.dead_keys: list[list[int]] = []  # [first key, last key] of the kept runs
-        self.flat_keys = [np.zeros((0, 2), np.uint32)]  # first and last of the runs of the dead band, chunk by chunk
-        self._last_dead = -2
-
-    def add(self, first_key: int, chunk: dict[str, np.ndarray]) -> None:
-        self.nonfinite += int(chunk["bad_count"])
-        if chunk["least"] < self.min_gradient:
-            self.min_gradient, self.argmin = float(chunk["least"]), float(chunk["argmin"])
-        if chunk["bad_count"]:
-            nearest = float(chunk["nearest_bad"])
-            if self.first_nonfinite is None or abs(nearest) <= abs(self.first_nonfinite):
-                self.first_nonfinite = nearest
-        for low, high in _runs(chunk["dead"]):
-            self._add_dead_run(first_key + int(low), first_key + int(high))
-        self.flat_keys.append((_runs(chunk["flat"]) + first_key).astype(np.uint32))
-
-    def _add_dead_run(self, low: int, high: int) -> None:
-        if low != self._last_dead + 1:
-            self.dead_count += 1
-            if self.dead_count <= _KEPT_INTERVALS:
-                self.dead_keys.append([low, high])
-        elif self.dead_count <= _KEPT_INTERVALS:
-            self.dead_keys[-1][1] = high
-        self._last_dead = high
-
-
-def _runs(mask: np.ndarray) -> np.ndarray:
-    """First and last index of each run of True, (runs, 2).
-
-    >>> _runs(np.array([True, False, True, True])).tolist()
+    >>> _runs(np.array([True, False, True, True]), 0).tolist()
     [[0, 0], [2, 3]]
     """
-    return np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2) - [0, 1]
+    ends = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
+    return (first_key + ends - [0, 1]).astype(np.uint32)
 
 
 def _joined(runs: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from linked_jax.arrays import wide_dtype
+from linked_jax.arrays import wide
 
 LOWEST, HIGHEST = -40, 23
 """The exponents k of the bins 2^k <= |x| < 2^(k+1): gradients vanish in the first, pre-activations explode in the last.
@@ -50,7 +50,7 @@ def log_histogram(x: Float[Array, "*n"], *, where: Bool[Array, "..."] | None = N
       >>> [(float(edge), int(n)) for edge, n in zip(bin_edges()[1:], counts) if n]
       [(-2.0, 1), (9.094947017729282e-13, 1), (2.0, 2)]
     """
-    x = x.astype(wide_dtype(x.dtype))
+    x = wide(x)
     kept = ~jnp.isnan(x) if where is None else ~jnp.isnan(x) & where
     info = jnp.finfo(x.dtype)
     bits = jax.lax.bitcast_convert_type(jnp.abs(x), f"int{info.bits}")

@@ -28,7 +28,6 @@ A function here takes a link, or a module such as `LinkedPReLU` for the link tha
 TypeError. Those for kernels return an init(key, shape, dtype) for the whole kernel of the layer, as Flax wants it.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -141,16 +140,13 @@ def read_out(link: Activation) -> tuple[float, ...]:
       >>> [round(a, 6) for a in read_out(lk_swish)]
       [1.0, -1.0]
     """
-    coefficients, deviation = _weights_of_z((link := link_of(link)).members)
+    coefficients, deviation = weights_of_z((link := link_of(link)).members)
     if deviation > _READ_OUT_TOLERANCE:
         raise ValueError(
             f"looks_linear needs a link whose members sum to z with some weights; the best weights of {link} miss z by "
             f"{deviation:.2g} (relative; allowed {_READ_OUT_TOLERANCE:g}), so use variance_preserving(link)"
         )
     return tuple(float(round(a, 12)) for a in coefficients)
-
-
-_weights_of_z = functools.lru_cache(maxsize=1024)(weights_of_z)
 
 
 def looks_linear(

@@ -307,24 +307,13 @@ def conv_start(
     padding: Padding,
 ) -> Initializer:
     """The default kernel_init of a convolution; one that dilates its input is a transposed one."""
-    steps = 1 if input_dilation is None else input_dilation
-    transpose = bool(np.max(steps) > 1)
-    return default_kernel_init(
-        link,
-        strides=steps if transpose else strides,
-        feature_group_count=groups,
-        transpose=transpose,
-        padding=padding,
-    )
+    transpose = input_dilation is not None and bool(np.max(input_dilation) > 1)
+    steps: Any = input_dilation if transpose else strides
+    return default_kernel_init(link, strides=steps, feature_group_count=groups, transpose=transpose, padding=padding)
 
 
 def check_link(link: Activation) -> Activation:
-    """The activation, if a Flax layer can come after it.
-
-    Raises:
-      TypeError: if it is no activation.
-      ValueError: if its axis is not the last.
-    """
+    """The activation; TypeError or ValueError if a Flax layer cannot come after it."""
     if isinstance(link, type) or not isinstance(link, Activation):
         raise TypeError(
             f"link is a Link or a built module with an arity, got {brief(link)}; pass e.g. linked(jax.nn.relu)"

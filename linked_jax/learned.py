@@ -23,17 +23,7 @@ def apply_slopes(
 ) -> Float[Array, "..."]:
     """PReLU with one array of slopes, linked PReLU with two; `linked_jax.probe` sees one activation.
 
-    Args:
-      z: pre-activations, (..., C).
-      *slopes: each of the shape of z's last axes, or a scalar.
-      layout: of two, see `Link`.
-
-    Returns:
-      (..., C) with one array of slopes, (..., 2*C) with two.
-
-    Raises:
-      ValueError: if slopes are not of the shape of z's last axes.
-      TypeError: if z is no array.
+    Slopes are scalars or of the shape of z's last axes; else it is a ValueError.
     """
     z = as_array(z)
     for slope in slopes:

@@ -166,18 +166,17 @@ def linked(*members: Member, axis: int = -1, layout: Layout = "blocked") -> Link
 
     Reference: Riera and Pujol, Solving internal covariate shift in deep learning with linked neurons, 2017.
     """
-    members = tuple(_single_member(member) for member in members)
+    for member in members:
+        if isinstance(member, Link) and member.arity > 1:
+            raise ValueError(f"a link's members are plain functions, got a link of {member.arity}; pass its members")
+    members = tuple(member.members[0] if isinstance(member, Link) else member for member in members)
     if len(members) == 1:
         members = (members[0], Mirrored(members[0]))
     return Link(members, axis=axis, layout=layout)
 
 
 def link_of(activation: Activation) -> Link:
-    """The link that an activation is, or that it is before training.
-
-    Raises:
-      TypeError: if it does not say.
-    """
+    """The link that an activation is, or that it is before training; TypeError if it does not say."""
     link = getattr(activation, "link", None)
     if not isinstance(link, Link):
         raise TypeError(
@@ -188,11 +187,7 @@ def link_of(activation: Activation) -> Link:
 
 
 def floating(z: ArrayLike) -> Array:
-    """The array z.
-
-    Raises:
-      TypeError: if it is none of floating-point numbers.
-    """
+    """The array z; TypeError if it is none of floating-point numbers."""
     array = as_array(z)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"a link needs a floating-point z, got {array.dtype}; pass z.astype(jnp.float32)")
@@ -251,14 +246,6 @@ def _value_of_derivative_of(value: Array, carrier: Array) -> Array:
 
 
 _value_of_derivative_of.defjvps(None, lambda tangent, _out, _value, _carrier: tangent)
-
-
-def _single_member(member: Member) -> Member:
-    if not isinstance(member, Link):
-        return member
-    if member.arity > 1:
-        raise ValueError(f"a link's members are plain functions, got a link of {member.arity}; pass its members")
-    return member.members[0]
 
 
 def _positive_part(z: Array) -> Array:

@@ -13,7 +13,7 @@ import functools
 import importlib
 import operator
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -44,23 +44,27 @@ class Value:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Mirrored(Value):
-    """The mirrored member z -> g(-z) of equation (6); equal to another one over an equal g."""
+class Wrapped(Value):
+    """A member made of another one, g; equal to one of its kind over an equal g."""
 
     g: Member
+
+    def __eq__(self, other: object) -> bool:
+        return member_key(self.g) == member_key(other.g) if isinstance(other, type(self)) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((type(self), member_key(self.g)))
+
+    def __reduce__(self) -> tuple:
+        return type(self), (Saved(self.g),)
+
+
+class Mirrored(Wrapped):
+    """The mirrored member z -> g(-z) of equation (6)."""
 
     def __call__(self, z: Any) -> Any:
         """g(-z)."""
         return self.g(-z)
-
-    def __eq__(self, other: object) -> bool:
-        return member_key(self.g) == member_key(other.g) if isinstance(other, Mirrored) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash((Mirrored, member_key(self.g)))
-
-    def __reduce__(self) -> tuple:
-        return Mirrored, (Saved(self.g),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,11 +164,7 @@ def brief(value: Any) -> str:
 
 
 def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
-    """The value, an integer or several, as a tuple.
-
-    Raises:
-      TypeError: if it is neither.
-    """
+    """The value, an integer or several, as a tuple; TypeError if it is neither."""
     numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
     if any(isinstance(number, bool) or not isinstance(number, int | np.integer) for number in numbers):
         raise TypeError(f"{name} is an integer or a tuple of integers, got {brief(value)}; pass e.g. 3")
@@ -172,11 +172,7 @@ def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
 
 
 def as_array(value: Any) -> Array:
-    """The value as an array.
-
-    Raises:
-      TypeError: if it is none.
-    """
+    """The value as an array; TypeError if it is none."""
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
@@ -184,15 +180,7 @@ def as_array(value: Any) -> Array:
 
 
 def evaluate(member: Member, z: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
-    """g(z) in float64, also while JAX traces something else and whether or not x64 is enabled.
-
-    Args:
-      member: an elementwise function built from jax.numpy.
-      z: any shape.
-
-    Returns:
-      A NumPy float64 array like z.
-    """
+    """g(z) in float64, also while JAX traces something else and whether or not x64 is enabled."""
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         # jit: a bare custom_jvp, as jax.nn.relu is, would still join a vmap around us
         return np.asarray(jax.jit(member)(jnp.asarray(z, jnp.float64)), np.float64)
@@ -221,18 +209,12 @@ def is_elementwise(member: Member) -> bool:
     """Whether g keeps z's shape and every value depends on the z in its own place alone.
 
     Read off g's jaxpr; if that has more than elementwise operations, g is evaluated at two z that share one value.
+    True if g cannot be measured, or has an array of its own, such as one slope a channel.
 
-    Args:
-      member: a function of z.
-
-    Returns:
-      A boolean; True if g cannot be measured, or has an array of its own, such as one slope a channel.
-
-    Examples:
-      >>> import jax
-      >>> from linked_jax.members import is_elementwise
-      >>> is_elementwise(jax.nn.silu), is_elementwise(jax.nn.softmax)
-      (True, False)
+    >>> import jax
+    >>> from linked_jax.members import is_elementwise
+    >>> is_elementwise(jax.nn.silu), is_elementwise(jax.nn.softmax)
+    (True, False)
     """
     traced = jax.make_jaxpr(member)(jax.ShapeDtypeStruct(_PLACES, jnp.float32))
     shapes = [value.shape for value in traced.out_avals]
@@ -270,12 +252,7 @@ def _is_elementwise(equation: Any) -> bool:
 
 
 def check_member(member: Any) -> None:
-    """Refuse what a link cannot have for a member.
-
-    Raises:
-      TypeError: if it is not a function of JAX, not hashable, or a module with arrays of its own.
-      ValueError: if it is not elementwise.
-    """
+    """TypeError if it is no hashable function of JAX or has arrays of its own, ValueError if it is not elementwise."""
     if not callable(member) or isinstance(member, type):
         raise TypeError(f"every member of a link is a function of z, got {brief(member)}; pass e.g. jax.nn.relu")
     name = " ".join(formula(member).split())
@@ -305,36 +282,24 @@ def slopes(member: Member) -> tuple[float, float] | None:
 
         g(z) = a max(z, 0) + b min(z, 0)
 
-    Args:
-      member: a function of z.
+    None if g has another form or cannot be measured.
 
-    Returns:
-      (a, b), or None if g has another form or cannot be measured.
-
-    Examples:
-      >>> import jax
-      >>> from linked_jax.members import slopes
-      >>> slopes(jax.nn.leaky_relu), slopes(jax.nn.silu)
-      ((1.0, 0.01), None)
+    >>> import jax
+    >>> from linked_jax.members import slopes
+    >>> slopes(jax.nn.leaky_relu), slopes(jax.nn.silu)
+    ((1.0, 0.01), None)
     """
     return _slopes(member, rtol=1e-12, atol=0.0)
 
 
 @_measured(otherwise=False)
 def is_homogeneous(member: Member) -> bool:
-    """Whether g(a z) = a g(z) for every a > 0: `slopes` exist, here to a relative 1e-6.
+    """Whether g(a z) = a g(z) for every a > 0: `slopes` exist, here to a relative 1e-6. False if g cannot be measured.
 
-    Args:
-      member: a function of z.
-
-    Returns:
-      A boolean; False if g cannot be measured.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> from linked_jax.members import is_homogeneous
-      >>> is_homogeneous(jnp.abs), is_homogeneous(jax.nn.elu)
-      (True, False)
+    >>> import jax, jax.numpy as jnp
+    >>> from linked_jax.members import is_homogeneous
+    >>> is_homogeneous(jnp.abs), is_homogeneous(jax.nn.elu)
+    (True, False)
     """
     return _slopes(member, rtol=1e-6, atol=1e-6) is not None
 
@@ -347,26 +312,21 @@ def _slopes(member: Member, *, rtol: float, atol: float) -> tuple[float, float] 
     return (a, b) if close(positive, a * z) and close(negative, -b * z) else None
 
 
-def weights_of_z(members: Sequence[Member]) -> tuple[Float[np.ndarray, " d"], float]:
+@functools.lru_cache(maxsize=1024)
+def weights_of_z(members: tuple[Member, ...]) -> tuple[Float[np.ndarray, " d"], float]:
     """The weights that read z back from its members, and by how much the best weights miss z.
 
         sum_i a_i g_i(z) = z
 
     Minimum-norm least squares over |z| from 1e-3 to 1e3, so that members that saturate miss z. A member and its mirror
-    image have weights (1, -1) / c where g(z) - g(-z) = c z.
+    image have weights (1, -1) / c where g(z) - g(-z) = c z. The largest deviation is absolute where |z| < 1, else
+    relative; infinite if a member is not finite.
 
-    Args:
-      members: d functions of z.
-
-    Returns:
-      d weights, and the largest deviation: absolute where |z| < 1, else relative; infinite if a member is not finite.
-
-    Examples:
-      >>> import jax
-      >>> from linked_jax.members import Mirrored, weights_of_z
-      >>> weights, deviation = weights_of_z((jax.nn.silu, Mirrored(jax.nn.silu)))
-      >>> weights.round(6).tolist(), deviation < 1e-6
-      ([1.0, -1.0], True)
+    >>> import jax
+    >>> from linked_jax.members import Mirrored, weights_of_z
+    >>> weights, deviation = weights_of_z((jax.nn.silu, Mirrored(jax.nn.silu)))
+    >>> weights.round(6).tolist(), deviation < 1e-6
+    ([1.0, -1.0], True)
     """
     size = np.geomspace(1e-3, 1e3, 601)
     z = np.concatenate([-size[::-1], size])
@@ -382,18 +342,13 @@ def weights_of_z(members: Sequence[Member]) -> tuple[Float[np.ndarray, " d"], fl
 def jumps_at_zero(member: Member) -> bool:
     """Whether the limit z -> 0+ of the derivative differs, by more than rounding, from what JAX uses at 0.
 
-    Args:
-      member: a function of z.
+    True if g cannot be measured: the limit is right for a jump, and for a smooth g it changes the derivative by less
+    than rounding.
 
-    Returns:
-      A boolean. True if g cannot be measured: the limit is right for a jump, and for a smooth g it changes the
-      derivative by less than rounding.
-
-    Examples:
-      >>> import jax
-      >>> from linked_jax.members import jumps_at_zero
-      >>> jumps_at_zero(jax.nn.relu), jumps_at_zero(jax.nn.silu)
-      (True, False)
+    >>> import jax
+    >>> from linked_jax.members import jumps_at_zero
+    >>> jumps_at_zero(jax.nn.relu), jumps_at_zero(jax.nn.silu)
+    (True, False)
     """
 
     @jax.jit  # a bare custom_jvp, as jax.nn.relu is, would still join a vmap around us

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from linked_jax.arrays import wide_dtype
+from linked_jax.arrays import wide
 from linked_jax.diagnostics import UnitStatistics
 
 
@@ -181,7 +181,7 @@ def feature_moments(h: Float[Array, "n k"], *, where: Bool[Array, " n"] | None =
       Array([[2., 0.],
              [0., 0.]], dtype=float32)
     """
-    h = h.astype(wide_dtype(h.dtype))
+    h = wide(h)
     count = jnp.asarray(len(h), h.dtype) if where is None else where.sum(dtype=h.dtype)
     kept = h if where is None else jnp.where(where[:, None], h, 0)
     mean = kept.sum(axis=0) / jnp.maximum(count, 1)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from linked_jax.arrays import wide_dtype
+from linked_jax.arrays import wide
 
 
 def update_ratios(updates: Any, weights: Any) -> Any:
@@ -54,8 +54,7 @@ def _ratio(update: Array, weight: Array) -> Float[Array, ""]:
 
 
 def _norm(x: Array) -> Float[Array, ""]:
-    x = jnp.abs(x)
-    x = x.astype(wide_dtype(x.dtype))
+    x = wide(jnp.abs(x))
     largest = x.max(initial=0)
     unit = jnp.where((largest == 0) | ~jnp.isfinite(largest), 1, largest)
     return unit * jnp.sqrt(jnp.square(x / unit).sum())

@@ -64,9 +64,11 @@ def conv_general_dilated(
     def plain(x: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
 
-    at = _covered(lhs, rhs, window_strides, padding, options) if _on_cpu() else None
+    on_cpu = jax.default_backend() == "cpu" and not _plain.get()
+    at = _covered(lhs, rhs, window_strides, padding, options) if on_cpu else None
     if at is not None and math.prod(at.window) == 1:
-        return pointwise(lhs, rhs, at)
+        pixels = lhs[:, *(slice(None, None, stride) for stride in at.strides)]
+        return jnp.matmul(pixels, rhs.reshape(rhs.shape[-2:]), precision=at.precision)
     form = None if at is None else _form(lhs, rhs, at)
     if form is None:
         return plain(lhs, rhs)
@@ -76,15 +78,13 @@ def conv_general_dilated(
     def fast_convolution(x: Array, kernel: Array) -> Array:
         return form.convolve(x, kernel, at)
 
-    def by_dx(dx: Array, kernel: Array) -> Array:
-        """Linear in dx."""
-        return _transpose(lambda g: form.image_gradient(g, kernel, at), y)(dx)
+    def transposed(gradient: Callable[[Array], Array], tangent: Array) -> Array:
+        return jax.linear_transpose(gradient, jax.ShapeDtypeStruct(y.shape, y.dtype))(tangent)[0]
 
-    def by_dkernel(x: Array, dkernel: Array) -> Array:
-        """Linear in dkernel."""
-        return _transpose(lambda g: form.kernel_gradient(x, g, at), y)(dkernel)
-
-    fast_convolution.defjvps(lambda dx, _, x, kernel: by_dx(dx, kernel), lambda dk, _, x, kernel: by_dkernel(x, dk))
+    fast_convolution.defjvps(
+        lambda dx, _, x, kernel: transposed(lambda g: form.image_gradient(g, kernel, at), dx),
+        lambda dkernel, _, x, kernel: transposed(lambda g: form.kernel_gradient(x, g, at), dkernel),
+    )
     return fast_convolution(lhs, rhs)
 
 
@@ -110,16 +110,6 @@ def plain_convolutions() -> Iterator[None]:
         _plain.reset(token)
 
 
-def _transpose(linear: Callable[[Array], Array], argument: Any) -> Callable[[Array], Array]:
-    return lambda ct: jax.linear_transpose(linear, jax.ShapeDtypeStruct(argument.shape, argument.dtype))(ct)[0]
-
-
-def pointwise(x: Array, kernel: Array, at: Geometry) -> Array:
-    """x * K for a window of one pixel."""
-    x = x[:, *(slice(None, None, stride) for stride in at.strides)]
-    return jnp.matmul(x, kernel.reshape(kernel.shape[-2:]), precision=at.precision)
-
-
 def _form(x: Any, kernel: Any, at: Geometry) -> Any:
     """The module with the form that is fast for this convolution."""
     channels, strided = math.prod(kernel.shape[-2:]), max(at.strides) > 1
@@ -138,10 +128,12 @@ def _covered(x: Any, kernel: Any, strides: Sequence[int], padding: Any, options:
     if numbers is None or not 3 <= x.ndim == kernel.ndim or not x.size:
         return None
     numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, numbers)
+    space = "DHW"[5 - x.ndim :]
+    as_in_flax = f"N{space}C", f"{space}IO", f"N{space}C"
     dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
     groups = options.get("feature_group_count", 1), options.get("batch_group_count", 1)
     if (
-        numbers != lax.conv_dimension_numbers(x.shape, kernel.shape, _as_in_flax(x.ndim))
+        numbers != lax.conv_dimension_numbers(x.shape, kernel.shape, as_in_flax)
         or max(*dilations, *groups) > 1
         or x.dtype != kernel.dtype
         or any(jax.typeof(x).sharding.spec)  # split on an Explicit mesh, where a reshape may have no rule
@@ -156,15 +148,6 @@ def _covered(x: Any, kernel: Any, strides: Sequence[int], padding: Any, options:
     within = all(0 <= p < k for k, pad in zip(window, pads, strict=True) for p in pad)
     at = Geometry(space, window, tuple(strides), pads, options.get("precision"))
     return at if within and min(at.outputs) > 0 else None
-
-
-def _as_in_flax(ndim: int) -> tuple[str, str, str]:
-    space = "DHW"[3 - (ndim - 2) :]
-    return f"N{space}C", f"{space}IO", f"N{space}C"
-
-
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu" and not _plain.get()
 
 
 def _several_devices() -> bool:

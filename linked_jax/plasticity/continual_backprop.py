@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from linked_jax.plasticity.units import Draw, Units, check_paths, listed, needs_params, outgoing_size, renew_if
+from linked_jax.plasticity.units import Draw, Units, check_paths, listed, needs_params, outgoing_size, renewing_step
 from linked_jax.revive.names import leaves_by_name
 
 
@@ -73,7 +72,6 @@ def continual_backprop(
         raise ValueError(f"maturity is at least 0 steps, got {maturity}; the paper's is 100 to 10,000")
     if not 0 <= decay < 1:
         raise ValueError(f"decay is at least 0 and below 1, got {decay}; the paper's is 0.99")
-    inner_tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> ContinualBackpropState:
         check_paths(params, units)
@@ -96,9 +94,8 @@ def continual_backprop(
             age.append(jnp.where(least, 0, a))
             due.append(c)
             chosen.append(least)
-        step = inner_tx.update(updates, state.inner, params, **extra)
-        rest, now = jax.random.split(state.key)
-        steps, inner = renew_if(jnp.concatenate(chosen).any(), tx, step, params, lambda: draw(now), units, chosen)
+        any_chosen = jnp.concatenate(chosen).any()
+        steps, rest, inner = renewing_step(tx, updates, state, params, extra, any_chosen, draw, units, chosen)
         return steps, ContinualBackpropState(tuple(utility), tuple(age), tuple(due), rest, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)

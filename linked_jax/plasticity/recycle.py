@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from linked_jax.diagnostics import relative_sizes
-from linked_jax.plasticity.units import Draw, Units, check_paths, listed, needs_params, renew_if
+from linked_jax.plasticity.units import Draw, Units, check_paths, listed, needs_params, renewing_step
 
 
 class RecycleState(NamedTuple):
@@ -64,7 +63,6 @@ def recycle_dormant(
         raise ValueError(f"period is at least 1 step, got {period}; a task's number of steps is usual")
     if not tau >= 0:
         raise ValueError(f"tau is at least 0, got {tau}; 0 finds the units that never fire")
-    inner_tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> RecycleState:
         check_paths(params, units)
@@ -74,11 +72,10 @@ def recycle_dormant(
         updates: Any, state: Any, params: Any = None, *, magnitudes: Any = None, **extra: Any
     ) -> tuple[Any, RecycleState]:
         needs_params(params, "recycle_dormant")
-        sizes = listed(magnitudes, units, "recycle_dormant")
-        step, count = inner_tx.update(updates, state.inner, params, **extra), state.steps + 1
-        rest, now = jax.random.split(state.key)
+        sizes, count = listed(magnitudes, units, "recycle_dormant"), state.steps + 1
         dormant = [relative_sizes(size, finite=jnp.isfinite(size)) <= tau for size in sizes]
-        steps, inner = renew_if(count % period == 0, tx, step, params, lambda: draw(now), units, dormant)
+        due = count % period == 0
+        steps, rest, inner = renewing_step(tx, updates, state, params, extra, due, draw, units, dormant)
         return steps, RecycleState(count, rest, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)

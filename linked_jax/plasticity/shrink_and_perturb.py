@@ -1,13 +1,12 @@
 """Shrink and perturb: after each step the parameters shrink, and get a little of a fresh start."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import optax
 from jaxtyping import PRNGKeyArray
 
-from linked_jax.plasticity.units import needs_params
+from linked_jax.plasticity.units import Draw, needs_params
 
 
 class ShrinkAndPerturbState(NamedTuple):
@@ -16,9 +15,7 @@ class ShrinkAndPerturbState(NamedTuple):
     key: PRNGKeyArray
 
 
-def shrink_and_perturb(
-    shrink: float, perturb: float, draw: Callable[[PRNGKeyArray], Any], *, key: PRNGKeyArray
-) -> optax.GradientTransformation:
+def shrink_and_perturb(shrink: float, perturb: float, draw: Draw, *, key: PRNGKeyArray) -> optax.GradientTransformation:
     """Shrink the parameters after a step and add a perturbation; it stands last in a chain, after the rate.
 
         theta' = (1 - shrink) (theta + u) + perturb * epsilon,   epsilon drawn as the parameters' start is

@@ -1,13 +1,13 @@
 """Hidden units, where their weights are in a tree of parameters, and how they start anew."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from linked_jax.revive.names import Names, leaf_names, leaves_by_name
 
@@ -50,11 +50,7 @@ def outgoing_size(kernel: Float[Array, "*window rows c_out"], units: int) -> Flo
 
 
 def check_paths(params: Any, units: Sequence[Units]) -> None:
-    """Refuse paths that are not there.
-
-    Raises:
-      ValueError: with the kernels that there are.
-    """
+    """Raise ValueError if a path is not there, or the kernels do not fit."""
     leaves = leaves_by_name(params)
     for layer in units:
         for name in layer.kernels:
@@ -69,68 +65,54 @@ def check_paths(params: Any, units: Sequence[Units]) -> None:
 
 
 def renewed(params: Any, fresh: Any, units: Sequence[Units], chosen: Sequence[Bool[Array, "_"]]) -> tuple[Any, Any]:
-    """The parameters with new weights for the chosen units, and where they changed.
-
-        incoming weights and bias as drawn anew, outgoing weights 0
-
-    Returns:
-      The parameters, and a tree like them of booleans.
-    """
-    places: dict[Names, Array] = {}
-    leaves = leaves_by_name(params)
+    """The parameters with the chosen units' incoming weights and bias drawn anew and outgoing weights 0, and where."""
+    leaves, no = leaves_by_name(params), jnp.zeros((), bool)
     drawn: dict[Names, Array] = {}
+    cut: dict[Names, Array] = {}
     for layer, mask in zip(units, chosen, strict=True):
         before, after = layer.kernels
-        for name in (before, layer.bias):
-            if name in leaves:
-                drawn[name] = jnp.broadcast_to(mask, leaves[name].shape)
+        drawn |= {name: jnp.broadcast_to(mask, leaves[name].shape) for name in (before, layer.bias) if name in leaves}
         rows = jnp.tile(mask, leaves[after].shape[-2] // mask.size)[:, None]
-        places[after] = jnp.broadcast_to(rows, leaves[after].shape)
-    no = jnp.zeros((), bool)
+        cut[after] = jnp.broadcast_to(rows, leaves[after].shape)
 
     def new(path: Any, p: Array, start: Array) -> Array:
         name = leaf_names(path)
         p = jnp.where(drawn.get(name, no), start, p)  # a layer's own weights first, then what its inputs have there
-        return jnp.where(places.get(name, no), 0, p).astype(p.dtype)
+        return jnp.where(cut.get(name, no), 0, p).astype(p.dtype)
 
     def changed(path: Any, p: Array) -> Array:
         name = leaf_names(path)
-        return jnp.broadcast_to(drawn.get(name, no) | places.get(name, no), p.shape)
+        return jnp.broadcast_to(drawn.get(name, no) | cut.get(name, no), p.shape)
 
     at = jax.tree_util.tree_map_with_path
     return at(new, params, fresh), at(changed, params)
 
 
-def without_past(tx: optax.GradientTransformation, state: Any, where: Any) -> Any:
-    """The optimiser's state with 0 at these places of all that it holds of each parameter, such as Adam's moments."""
-    return optax.tree_utils.tree_map_params(tx, lambda s, here: jnp.where(here, 0, s).astype(s.dtype), state, where)
-
-
-def renew_if(
-    due: Bool[Array, ""], tx: optax.GradientTransformation, step: tuple[Any, Any], params: Any,
-    fresh: Callable[[], Any], units: Sequence[Units], chosen: Sequence[Bool[Array, "_"]],
-) -> tuple[Any, Any]:  # fmt: skip
-    """An optimiser's updates and its state, such that after them the chosen units have started anew, if it is due."""
-    updates, state = step
-
-    def replaced() -> tuple[Any, Any]:
-        new, where = renewed(optax.apply_updates(params, updates), fresh(), units, chosen)
-        return jax.tree.map(jnp.subtract, new, params), without_past(tx, state, where)
-
-    return jax.lax.cond(due, replaced, lambda: (updates, state))
-
-
 Draw = Callable[[Array], Any]
 """key -> parameters at a fresh start."""
-Magnitudes = Sequence[Float[ArrayLike, "_"]] | Mapping[Any, Float[ArrayLike, "_"]]
 
 
-def listed(magnitudes: Magnitudes | None, units: Sequence[Units], name: str) -> list[Float[Array, "_"]]:
-    """The magnitudes of each layer, in order.
+def renewing_step(
+    tx: optax.GradientTransformation, updates: Any, state: Any, params: Any, extra: dict[str, Any],
+    due: Bool[Array, ""], draw: Draw, units: Sequence[Units], chosen: Sequence[Bool[Array, "_"]],
+) -> tuple[Any, PRNGKeyArray, Any]:  # fmt: skip
+    """Updates after which the chosen units have started anew, if it is due; the next key, and the optimiser's state."""
+    updates, inner = optax.with_extra_args_support(tx).update(updates, state.inner, params, **extra)
+    rest, now = jax.random.split(state.key)
 
-    Raises:
-      ValueError: if there are not as many as layers of units.
-    """
+    def forget(s: Array, here: Array) -> Array:  # all that the optimiser holds of a parameter, such as Adam's moments
+        return jnp.where(here, 0, s).astype(s.dtype)
+
+    def replaced() -> tuple[Any, Any]:
+        new, where = renewed(optax.apply_updates(params, updates), draw(now), units, chosen)
+        return jax.tree.map(jnp.subtract, new, params), optax.tree_utils.tree_map_params(tx, forget, inner, where)
+
+    updates, inner = jax.lax.cond(due, replaced, lambda: (updates, inner))
+    return updates, rest, inner
+
+
+def listed(magnitudes: Any, units: Sequence[Units], name: str) -> list[Float[Array, "_"]]:
+    """The magnitudes of each layer, in order; ValueError if there are not as many as layers of units."""
     found = [jnp.asarray(leaf) for leaf in jax.tree.leaves(magnitudes)]
     if len(found) != len(units):
         raise ValueError(
@@ -141,11 +123,7 @@ def listed(magnitudes: Magnitudes | None, units: Sequence[Units], name: str) -> 
 
 
 def needs_params(params: Any, name: str) -> None:
-    """Refuse an update without parameters.
-
-    Raises:
-      ValueError: if there are none.
-    """
+    """Raise ValueError if an update has no parameters."""
     if params is None:
         raise ValueError(
             f"{name} changes parameters by their values, got params=None; call update(grads, state, params)"

@@ -1,7 +1,5 @@
 """Amplitude-phase recombination (APR): images with the phase of one picture and the amplitude of another.
 
-    x' = Re ifft(|fft(x_1)| exp(i angle(fft(x_2))))
-
 What is to be recognised lies mostly in the phase. Training on such images makes nets look there, and not at the
 amplitude, which blur and noise change. It is an augmentation: the net stays as it is. Pure functions, for inside jit.
 """

@@ -8,22 +8,14 @@ import jax
 
 
 def check_sizes(**sizes: int | Sequence[int]) -> None:
-    """Refuse numbers of features and kernel sizes below 1, by name.
-
-    Raises:
-      ValueError: with the name and what was received.
-    """
+    """Raise ValueError if a number of features or a kernel size is below 1."""
     for name, size in sizes.items():
         if min((size,) if isinstance(size, int) else size, default=1) < 1:
             raise ValueError(f"{name} is at least 1, got {size}")
 
 
 def check_shares(**shares: float) -> None:
-    """Refuse shares that are kept, such as a momentum, outside [0, 1), by name.
-
-    Raises:
-      ValueError: with the name and what was received.
-    """
+    """Raise ValueError if a share that is kept, such as a momentum, is outside [0, 1)."""
     for name, share in shares.items():
         if not 0 <= share < 1:
             raise ValueError(f"{name} is at least 0 and below 1, got {share}")

@@ -1,7 +1,5 @@
 """Batch-channel normalisation (BCN): batch norm, then group norm, which keeps neurons away from staying deactivated.
 
-    x1 = batch_norm(x),   y = channel_normalize(x1)
-
 The batch part may be estimated from running statistics, so that it works on batches of one or two examples.
 """
 

@@ -1,9 +1,4 @@
-"""BKN, batch Kalman normalisation: what a small batch says of a layer, fused with what the layer before predicts.
-
-    m = p m_pred + (1 - p) m_B,   v = p v_pred + (1 - p) v_B + p (1 - p) (m_B - m_pred)^2
-
-These are the mean and the variance of a mixture of the predicted and the observed distribution, weights p and 1 - p.
-"""
+"""BKN, batch Kalman normalisation: what a small batch says of a layer, fused with what the layer before predicts."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -37,7 +32,7 @@ def channel_moments(x: Float[Array, "... c"]) -> Moments:
 
 
 def fuse(predicted: Moments, observed: Moments, p: float) -> Moments:
-    """The posterior of a layer: the moments of a mixture of what was predicted and what was observed.
+    """The posterior of a layer: the moments of a mixture of what was predicted, weight p, and what was observed.
 
         m = m_B + p (m_pred - m_B),   v = v_B + p (v_pred - v_B) + p (1 - p) (m_B - m_pred)^2
 

@@ -1,14 +1,4 @@
-"""DReLU: the difference of two rectifiers on two pre-activations of their own. Unlike a ReLU it has both signs.
-
-    DReLU and the min-max link are two things:
-
-    drelu(a, b) = max(0, a) - max(0, b)       two pre-activations, one value; flat where both are below 0
-    min_max(z)  = (max(0, z), min(0, z))      one pre-activation, two values; never flat
-
-The linked-neurons paper describes DReLU as a concatenation that is symmetric to the origin. That is the min-max link,
-`linked_jax.min_max`. Godin's DReLU is a subtraction: since -max(0, b) = min(0, -b), it is the sum of the two members
-of the min-max link, one at a and the other at -b. At b = -a it is a itself.
-"""
+"""DReLU: the difference of two rectifiers on two pre-activations of their own. Unlike a ReLU it has both signs."""
 
 import jax
 from jaxtyping import Array, Float
@@ -30,7 +20,8 @@ def drelu(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]
       An array like a.
 
     Reference: Godin et al., Dual rectified linear units (DReLUs), 2017. The linked-neurons paper describes it as a
-    concatenation that is symmetric to the origin; that is `linked_jax.min_max`.
+    concatenation that is symmetric to the origin; that is `linked_jax.min_max`. Since -max(0, b) = min(0, -b), DReLU is
+    the sum of the two members of that link, one at a and the other at -b. At b = -a it is a itself.
 
     Examples:
       >>> import jax.numpy as jnp

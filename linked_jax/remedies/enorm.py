@@ -9,6 +9,7 @@ dropout and flattening between layers do no harm. A norm between layers does, an
 changes units in between, such as a skip connection.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -253,10 +254,9 @@ def _check(chain: Sequence[Layer], c: float) -> None:
     for layer in chain:
         if not isinstance(layer, Layer):
             raise TypeError(f"a chain is made of Layer, got {layer!r}; pass e.g. Layer('conv1')")
-    paths = [layer.path for layer in chain]
-    for a, b in itertools.combinations(paths, 2):
-        if a == b:
-            raise ValueError(f"a layer that is used twice cannot be balanced, got {a!r} twice; name each layer once")
+    for path, times in collections.Counter(layer.path for layer in chain).items():
+        if times > 1:
+            raise ValueError(f"a layer that is used twice cannot be balanced, got {path!r} twice; name each layer once")
     if not 0 < c < math.inf:
         raise ValueError(f"c is positive and finite, got {c!r}; pass 1.0 for equal norms")
 

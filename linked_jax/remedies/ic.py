@@ -1,7 +1,5 @@
 """The independent-component (IC) layer: batch norm and dropout between an activation and the next weights.
 
-    x -> dropout(batch_norm(x)),   in   ... -> activation -> IC -> weights -> ...
-
 Batch norm whitens each unit, and dropout makes units less dependent: with the probability p of keeping a value, the
 correlation of two units becomes p times what it was.
 """

@@ -98,9 +98,11 @@ def through_link(moments: Moments, link: Link) -> Moments:
       >>> through_link(Moments(jnp.zeros(1), jnp.ones(1)), lk_relu).mean
       Array([0.3989423, 0.3989423], dtype=float32)
     """
-    parts = [_through_member(moments, member) for member in link.members]
-    mean, variance = (join(list(part), -1, link.layout) for part in zip(*parts, strict=True))
-    return Moments(mean, variance)
+    parts = []
+    for member in link.members:
+        of_sides = slopes(member)
+        parts.append(piecewise_linear(moments, *of_sides) if of_sides else by_quadrature(moments, member))
+    return Moments(*(join(part, -1, link.layout) for part in zip(*parts, strict=True)))
 
 
 def through_pool(moments: Moments, positions: int, *, kind: Literal["average", "max"] = "average") -> Moments:
@@ -130,9 +132,7 @@ def through_pool(moments: Moments, positions: int, *, kind: Literal["average", "
       Array([1.0294], dtype=float32)
     """
     if positions < 1 or kind not in ("average", "max"):
-        raise ValueError(
-            f"a pool is 'average' or 'max' over 1 or more positions, got {kind!r} over {positions}"
-        )  # fmt: skip
+        raise ValueError(f"a pool is 'average' or 'max' over 1 or more positions, got {kind!r} over {positions}")
     if kind == "average":
         return Moments(moments.mean, moments.variance / positions)
     mean, std = max_moments(positions)
@@ -219,11 +219,6 @@ def by_quadrature(moments: Moments, function: Callable[[Any], Any]) -> Moments:
     values = function(mu + sigma * e)
     mean = (w * values).sum(0, keepdims=True)
     return Moments(mean[0], (w * jnp.square(values - mean)).sum(0))
-
-
-def _through_member(moments: Moments, member: Callable[[Any], Any]) -> Moments:
-    of_sides = slopes(member)
-    return by_quadrature(moments, member) if of_sides is None else piecewise_linear(moments, *of_sides)
 
 
 def _sigma(moments: Moments) -> Array:

@@ -1,8 +1,5 @@
 """Noise-aware batch normalisation: recalibrate the running statistics of a trained net for weights under noise.
 
-    w' = w + N(0, sigma^2),   sigma = eta max|w| or eta std(w)
-    mean = 1/K sum_k mean_k,   var = 1/K sum_k var_k      over K batches, each with new noise
-
 Analogue hardware holds such weights. Only the running statistics change: no training, no labels.
 """
 

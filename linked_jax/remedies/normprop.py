@@ -1,14 +1,12 @@
 """Normalisation propagation (NormProp): unit filters and normalised activations keep N(0, 1), without batch statistics.
 
-    u = gamma (w.x) / ||w|| + beta,   o = (g(u) - c1) / c2,   c1, c2 = mean and deviation of g on N(0, 1)
-
 Standardise the network's input, and put no activation after the last layer. The result for an example does not depend
 on the others of its batch: nothing changes at batch size 1, or from training to evaluation.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,37 +17,29 @@ from jaxtyping import Array, Float
 
 from linked_jax.arrays import like, wide
 from linked_jax.linking import Link
-from linked_jax.members import Saved, Value
+from linked_jax.members import Member, Wrapped
 from linked_jax.moments import expectation
 from linked_jax.remedies.arguments import check_sizes
 from linked_jax.remedies.kernels import ComputedKernel
 
 
-class Normalized(Value):
-    """The member z -> (g(z) - c1) / c2; equal to every other of an equal g. Made by `normalized`."""
+class Normalized(Wrapped):
+    """The member z -> (g(z) - c1) / c2. Made by `normalized`."""
 
-    def __init__(self, g: Callable[[Any], Any]):
-        self.g = g
-        self.mean = expectation(g)
-        self.std = math.sqrt(expectation(lambda z: (g(z) - self.mean) ** 2))
-        if not self.std > 0:
+    def __init__(self, g: Member):
+        super().__init__(g)
+        mean = expectation(g)
+        std = math.sqrt(expectation(lambda z: (g(z) - mean) ** 2))
+        if not std > 0:
             raise ValueError(f"a constant member has no deviation to divide by, got {g!r}; pass one that depends on z")
+        vars(self).update(mean=mean, std=std)
 
-    def __call__(self, z: Any) -> Any:
+    def __call__(self: Any, z: Any) -> Any:
         """(g(z) - c1) / c2."""
         return (self.g(z) - self.mean) / self.std
 
     def __repr__(self) -> str:
         return f"Normalized({Link((self.g,))!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return Link((self.g,)) == Link((other.g,)) if isinstance(other, Normalized) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash((Normalized, Link((self.g,))))
-
-    def __reduce__(self) -> tuple:
-        return Normalized, (Saved(self.g),)
 
 
 def normalized(link: Link) -> Link:

@@ -1,7 +1,5 @@
 """A quasi-recurrent layer: causal convolutions give all gates at once, and only a pooling runs along time.
 
-    c_t = f_t c_{t-1} + (1 - f_t) z_t,   h_t = o_t c_t,   c_0 = 0
-
 The candidate z is tanh of one pre-activation, DReLU of two, or any link of one.
 """
 
@@ -14,8 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from linked_jax.arrays import wide
-from linked_jax.layers import Activation
-from linked_jax.linking import Link
+from linked_jax.linking import Activation, Link
 from linked_jax.remedies.arguments import check_sizes
 from linked_jax.remedies.drelu import drelu
 
@@ -113,27 +110,11 @@ class QuasiRecurrent(nnx.Module):
         branches = hidden_features * (2 if self.link is None else 1)
         states = hidden_features * (1 if self.link is None else self.link.arity)
         self.splits = (branches, branches + states)  # branches, forget gates, output gates
-        self.conv = nnx.Conv(
-            in_features,
-            branches + 2 * states,
-            (kernel_size,),
-            padding="CAUSAL",
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
-        self.norm = nnx.data(
-            nnx.BatchNorm(
-                branches,
-                momentum=momentum,
-                scale_init=nnx.initializers.constant(0.5),
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
-            if use_norm
-            else None
-        )
+        shared: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.conv = nnx.Conv(in_features, branches + 2 * states, (kernel_size,), padding="CAUSAL", **shared)
+        half = nnx.initializers.constant(0.5)
+        norm = nnx.BatchNorm(branches, momentum=momentum, scale_init=half, **shared) if use_norm else None
+        self.norm = nnx.data(norm)
 
     def __call__(self, x: Float[Array, "n t c"], *, use_running_average: bool | None = None) -> Float[Array, "n t h"]:
         """x (N, T, in_features) -> h (N, T, d*H). The argument wins over what `train()` and `eval()` set."""

@@ -166,15 +166,13 @@ def scale_invariant(params: Any, names: Sequence[str]) -> Any:
       >>> scale_invariant({"conv": {"kernel": jnp.ones((3, 3, 1, 4)), "bias": jnp.ones(4)}}, ["conv"])
       {'conv': {'bias': False, 'kernel': True}}
     """
-    shapes = {dotted(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
-    shapes = {name: shape for name, shape in shapes.items() if name.endswith(".kernel")}
-    named: set[str] = set()
+    shapes = {dotted(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    kernels = [name for name in shapes if name.endswith(".kernel")]
     for each in names:
-        found = {kernel for kernel in shapes if kernel.startswith(f"{each}.")}
-        if not found:
-            layers = [kernel.removesuffix(".kernel") for kernel in shapes]
+        if not any(kernel.startswith(f"{each}.") for kernel in kernels):
+            layers = [kernel.removesuffix(".kernel") for kernel in kernels]
             raise ValueError(f"{each!r} has no kernel in params; the nearest layers: {nearest(each, layers)}")
-        named |= found
+    named = [kernel for kernel in kernels if kernel.startswith(tuple(f"{each}." for each in names))]
     tall = {kernel for kernel in named if math.prod(shapes[kernel][:-1]) > shapes[kernel][-1]}
     if not tall:
         raise ValueError(

@@ -1,7 +1,4 @@
-"""Weight standardisation: each output filter has mean 0 and standard deviation 1, so its gradient is centred too.
-
-K_o = (w_o - mean(w_o)) / (std(w_o) + epsilon)
-"""
+"""Weight standardisation: each output filter has mean 0 and standard deviation 1, so its gradient is centred too."""
 
 import math
 from collections.abc import Sequence

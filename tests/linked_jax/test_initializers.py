@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from linked_jax import initializers
 from linked_jax.activations import ACTIVATIONS, elu, lk_elu, lk_relu, lk_selu, lk_sigmoid, lk_softplus, lk_tanh, relu
 from linked_jax.initializers import (
     default_kernel_init,
@@ -20,7 +19,7 @@ from linked_jax.initializers import (
 )
 from linked_jax.learned import LinkedPReLU
 from linked_jax.linking import Link, fourier, linked, min_max
-from linked_jax.members import evaluate
+from linked_jax.members import evaluate, weights_of_z
 from tests.cases import first_fast
 
 LINKS = {name: link for name, link in ACTIVATIONS.items() if isinstance(link, Link) and name != "crelu"}
@@ -565,7 +564,7 @@ def test_init_under_jit_and_vmap_is_init_outside(init):
 
 @pytest.mark.parametrize("link", first_fast([lk_relu, lk_elu, fourier]), ids=["lk_relu", "lk_elu", "fourier"])
 def test_init_may_be_built_inside_jit(link):
-    initializers._weights_of_z.cache_clear()
+    weights_of_z.cache_clear()
     shape = (2 * 4, 4)
     inside = jax.jit(lambda key: default_kernel_init(link)(key, shape))(KEY)
     close(inside, default_kernel_init(link)(KEY, shape), 1e-5)
