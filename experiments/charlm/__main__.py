@@ -60,11 +60,7 @@ class Settings:
 
 
 def check(settings: Settings) -> Settings:
-    """Refuse what cannot run; name all rows, and each value once.
-
-    Raises:
-      UsageError: with what is wrong, what was received and what to do.
-    """
+    """Refuse what cannot run, with a UsageError; name all rows, and each value once."""
     in_range(
         settings, {"seeds": (1, 100), "tenfold_seeds": (0, 100), "iterations": (1, math.inf), "time_steps": (0, 10_000)}
     )
@@ -131,7 +127,16 @@ def main() -> None:
     text, console = text_data.load(settings.text, settings.data_dir, block=BLOCK), Console()
     work = Work(text, settings.iterations)
     says = {row: ROWS[row].says for row in ROWS}
-    with open_record("charlm", settings.out, protocol=protocol(settings), data=text, rows=says) as record:
+    protocol = {
+        "iterations": settings.iterations,
+        "batch": BATCH,
+        "block": BLOCK,
+        "width": WIDTH,
+        "heads": HEADS,
+        "optimizer": OPTIMIZER,
+        "measured": MEASURED,
+    }
+    with open_record("charlm", settings.out, protocol=protocol, data=text, rows=says) as record:
         study = Study(settings, record, work, console)
         for depth in settings.depths:
             study.costs(depth)
@@ -142,19 +147,6 @@ def main() -> None:
         )
     write_whole(record.folder / "table.md", markdown(record.config, record.lines))
     console.say(f"record   {record.folder}\npicture  {picture(record.lines, record.folder / 'charlm.png')}")
-
-
-def protocol(settings: Settings) -> dict[str, Any]:
-    """What determines a run beside its row, depth, rate and seed."""
-    return {
-        "iterations": settings.iterations,
-        "batch": BATCH,
-        "block": BLOCK,
-        "width": WIDTH,
-        "heads": HEADS,
-        "optimizer": OPTIMIZER,
-        "measured": MEASURED,
-    }
 
 
 if __name__ == "__main__":

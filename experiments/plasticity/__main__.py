@@ -70,11 +70,7 @@ class Settings:
 
 
 def check(settings: Settings) -> Settings:
-    """Refuse what cannot run; name all methods.
-
-    Raises:
-      UsageError: with what is wrong, what was received and what to do.
-    """
+    """Refuse what cannot run, with a UsageError; name all methods."""
     in_range(settings, {"tasks": (2, 10_000), "seeds": (1, 100)})
     return dataclasses.replace(
         settings,
