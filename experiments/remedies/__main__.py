@@ -50,13 +50,8 @@ class Settings:
 
 
 def check(settings: Settings) -> Settings:
-    """Refuse what cannot run; name all methods.
-
-    Raises:
-      UsageError: with what is wrong, what was received and what to do.
-    """
-    methods = tuple(METHODS) if "all" in settings.methods else tuple(dict.fromkeys(settings.methods))
-    known("methods", methods, METHODS)
+    """Refuse what cannot run, with a UsageError; name all methods."""
+    methods = known("methods", METHODS if "all" in settings.methods else settings.methods, METHODS)
     known("nets", settings.nets, NETS)
     in_range(settings, {"seeds": (1, math.inf), "epochs": (1, math.inf), "time_steps": (0, math.inf)})
     return dataclasses.replace(settings, methods=methods)

@@ -72,14 +72,14 @@ def relative_shift(model: nnx.Module, images: Any) -> float:
 
     std over units of E[z] / sqrt(mean over units of var z), averaged over the layers that `probe` sees
     """
+    return statistics.fmean(map(float, _shifts(model, images)))
 
-    def shifts(state: Any, images: Any) -> list[jax.Array]:
-        _, taps = observe(lambda state, x: nnx.merge(graph, state)(x, train=False), state, images)
-        tiny = jnp.finfo(jnp.float32).tiny
-        return [activation_shift(tap.stats).spread / jnp.sqrt(variance(tap.stats).mean() + tiny) for tap in taps]
 
-    graph, state = nnx.split(model)
-    return statistics.fmean(map(float, jax.jit(shifts)(state, images)))
+@jax.jit
+def _shifts(model: Any, images: Any) -> list[jax.Array]:
+    _, taps = observe(lambda model, x: model(x, train=False), model, images)
+    tiny = jnp.finfo(jnp.float32).tiny
+    return [activation_shift(tap.stats).spread / jnp.sqrt(variance(tap.stats).mean() + tiny) for tap in taps]
 
 
 def planned(methods: Sequence[str], nets: Sequence[str], seeds: int, stress: bool) -> int:
@@ -93,13 +93,8 @@ def of_method(
 ) -> Iterator[int]:
     """Every run of a method in a network, once: its rates with seed 0, the other seeds at the best, then under stress.
 
-    Args:
-      record: of the runs; those that it has are not made again.
-      net: of `NETS`.
-      method: of `METHODS`.
-      seeds: how many, from 0.
-      stress: whether methods that learn run under stress too.
-      make: net, row, stress, rate, seed -> the rest of a run's line.
+    Only methods that learn run under stress. Runs that the record has are not made again; the line of a new one is what
+    `make` gives for net=, row=, stress=, rate= and seed=.
 
     Yields:
       How many of the `planned` runs are done since the last time; those that a method that does not learn is spared
