@@ -8,6 +8,7 @@ is traced and compiled, is timed by itself. With --with-loss a report has gradie
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -92,18 +93,12 @@ class Bench:
         """One report of the monitor."""
         self.monitor(0, self.params)
 
-    def loop(self) -> Any:
-        """Train."""
-        carry = self.params, self.opt_state
-        for _ in range(self.settings.steps):
-            carry = self._step(*carry, self.images, self.labels)
-        return carry
-
-    def monitored_loop(self) -> Any:
-        """Train, with a report from time to time."""
+    def loop(self, monitor: Callable[[int, Any], Any] | None = None) -> Any:
+        """Train; with a monitor, there is a report from time to time."""
         carry = self.params, self.opt_state
         for step in range(self.settings.steps):
-            self.monitor(step, carry[0])
+            if monitor:
+                monitor(step, carry[0])
             carry = self._step(*carry, self.images, self.labels)
         return carry
 
@@ -115,7 +110,7 @@ def main() -> None:
     results = {"first report": turns.seconds(bench.report)}
     pieces = {"training step": bench.train_step, "forward pass": bench.forward, "report": bench.report}
     results |= turns.medians(pieces, 10 * settings.rounds, console, "pieces")
-    loops = {"loop": bench.loop, "loop with monitor": bench.monitored_loop}
+    loops = {"loop": bench.loop, "loop with monitor": lambda: bench.loop(bench.monitor)}
     results |= turns.medians(loops, settings.rounds, console, "loops")
     unit = dict.fromkeys(results, results["training step"]) | dict.fromkeys(loops, results["loop"])
     console.table(
