@@ -142,9 +142,8 @@ def main() -> None:
             study.costs(depth)
             study.runs(depth)
     for depth in settings.depths:
-        console.table(
-            f"depth {depth}: validation loss, mean ± standard deviation over seeds", table(depth, record.lines)
-        )
+        title = f"depth {depth}: validation loss, mean ± standard deviation over seeds"
+        console.table(title, table(depth, record.lines))
     write_whole(record.folder / "table.md", markdown(record.config, record.lines))
     console.say(f"record   {record.folder}\npicture  {picture(record.lines, record.folder / 'charlm.png')}")
 

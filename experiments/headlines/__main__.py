@@ -80,9 +80,8 @@ def _test(claim: Claim, settings: Settings, data: data_lib.Dataset) -> None:
                 console.say(f"{row} seed {seed}  {said}  {line['seconds']:.0f} s")
                 advance(1)
             jax.clear_caches()
-    console.table(
-        f"{claim.title}. digits, {epochs} epochs, mean ± sample standard deviation.", table(claim, record.lines)
-    )
+    title = f"{claim.title}. digits, {epochs} epochs, mean ± sample standard deviation."
+    console.table(title, table(claim, record.lines))
     write_whole(folder / "table.md", page(claim, record.config, record.lines))
     console.say(f"record   {folder}\n")
 

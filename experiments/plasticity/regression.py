@@ -198,7 +198,7 @@ def table(lines: Sequence[Line], *, first: bool = False) -> list[dict[str, str]]
 
 def page(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
     """The page of a record."""
-    bins = max(len(errors) for found in _by_net(lines).values() for errors in whole(found) or [[0]])
+    bins = max(map(len, whole(lines)), default=1)
     few = len(ends(range(bins))[0])
     parts = [
         "# Slowly changing regression",

@@ -87,10 +87,8 @@ def main() -> None:
             record.write_times({"steps": settings.time_steps, "medians": medians})
     times = records.read_times(folder)
     for net in nets:
-        rows = table(net, record.lines, record.config["nets"], times)
-        console.table(
-            f"{net}: digits, {settings.epochs} epochs, last epoch, mean ± standard deviation over seeds", rows
-        )
+        title = f"{net}: digits, {settings.epochs} epochs, last epoch, mean ± standard deviation over seeds"
+        console.table(title, table(net, record.lines, record.config["nets"], times))
     write_whole(folder / "table.md", markdown(record.config, record.lines, times))
     drawn = picture(record.config, record.lines, times, folder / "remedies.png")
     console.say(f"record   {folder}\npicture  {drawn}")

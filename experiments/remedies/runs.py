@@ -59,11 +59,10 @@ class Work:
 
     def step_seconds(self, net: str, methods: Sequence[str], steps: int, advance: Callable[[int], None]) -> list[float]:
         """Median seconds of a step of each method, in turns."""
-        plans = [self.plan(net, method, "none", METHODS[method].rates[0]) for method in methods]
-        started = [
-            (*training.start([self.build(net, method, 0)], plan), plan)
-            for method, plan in zip(methods, plans, strict=True)
-        ]
+        started = []
+        for method in methods:
+            plan = self.plan(net, method, "none", METHODS[method].rates[0])
+            started.append((*training.start([self.build(net, method, 0)], plan), plan))
         return step_times(started, self.data, steps, advance)
 
 

@@ -87,9 +87,10 @@ def main() -> None:
     total = sum(_tasks(settings, PROBLEMS[name]) for name in settings.problems) * of_method * len(settings.methods)
     told = {name: {"fingerprint": half.fingerprint, "description": str(half)} for name, half in sets.items()}
     data = SimpleNamespace(identity=told)  # of the command that began the record; each line names its own set
-    same = ("experiment", "protocol")
+    facts = {name: dataclasses.asdict(problem) for name, problem in PROBLEMS.items()}  # which are run, the lines say
+    protocol, same = {"kumar": json.loads(json.dumps(facts))}, ("experiment", "protocol")  # as JSON values
     with (
-        open_record("plasticity", settings.out, protocol=_protocol(), data=data, same=same) as record,
+        open_record("plasticity", settings.out, protocol=protocol, data=data, same=same) as record,
         console.progress("tasks", total) as advance,
     ):
         for name in settings.problems:
@@ -99,20 +100,13 @@ def main() -> None:
                 _of_row(record, name, row, work, settings, console.say, advance)
                 jax.clear_caches()
         for name, tasks in table.groups(record.lines):
-            console.table(
-                f"{PROBLEMS[name].says}, {tasks} tasks: online accuracy, %", table.table(name, tasks, record.lines)
-            )
+            title = f"{PROBLEMS[name].says}, {tasks} tasks: online accuracy, %"
+            console.table(title, table.table(name, tasks, record.lines))
             suffix = "" if tasks == PROBLEMS[name].tasks else f"_{tasks}"
             drawn = table.picture(name, tasks, record.lines, record.folder / f"{name}{suffix}.png")
             console.say(f"picture  {drawn}")
         write_whole(record.folder / "table.md", table.markdown(record.config, record.lines))
         console.say(f"record   {record.folder}")
-
-
-def _protocol() -> dict[str, Any]:
-    """What determines the runs, as JSON values; which of them there are, the lines say."""
-    facts = {name: dataclasses.asdict(problem) for name, problem in PROBLEMS.items()}
-    return {"kumar": json.loads(json.dumps(facts))}
 
 
 def _of_row(
