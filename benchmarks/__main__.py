@@ -31,7 +31,6 @@ ALL: tuple[tuple[str, ...], ...] = (
     ("pytorch", "--net", "allcnn", "--act", "relu", "--batch-size", "64"),
     ("pytorch", "--net", "resnet50", "--batch-size", "128"),
 )
-_ON_A_CPU = ("convolution", "pytorch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,7 @@ def why_not(name: str) -> str | None:
     """What this machine lacks for a benchmark."""
     if name == "pytorch" and importlib.util.find_spec("torch") is None:
         return 'PyTorch is not installed: pip install "torch>=2.13"'
-    if name in _ON_A_CPU and jax.default_backend() != "cpu":
+    if name in ("convolution", "pytorch") and jax.default_backend() != "cpu":
         return "it is about a CPU: JAX_PLATFORMS=cpu"
     return None
 

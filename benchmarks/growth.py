@@ -20,7 +20,7 @@ from benchmarks.steps import Step, noise
 from experiments import depth
 from experiments.engine.console import Console
 from experiments.engine.errors import run_command
-from experiments.engine.plots import COLOURS
+from experiments.engine.plots import COLOURS, figure, save
 
 BASE = {"depth": 50, "width": 4, "batch_size": 32}
 AXES = {
@@ -49,9 +49,8 @@ def cost(act: str, shape: dict[str, int], rounds: int, console: Console) -> dict
     """What a net of this shape costs."""
     data = noise(_SIZE, 1, shape["batch_size"])
     settings = depth.Settings(width=shape["width"], scan_layers="yes")
-    step = Step(
-        depth.build(settings, {"act": act, "init": "auto", "depth": shape["depth"]}, data, 0), data, shape["batch_size"]
-    )
+    net = depth.build(settings, {"act": act, "init": "auto", "depth": shape["depth"]}, data, 0)
+    step = Step([net], data, shape["batch_size"])
     start = time.perf_counter()
     compiled = step.compile()
     compile_seconds = time.perf_counter() - start
@@ -79,20 +78,17 @@ def table(points: list[dict[str, Any]]) -> list[dict[str, str]]:
     for axis in AXES:
         for act in NETS:
             line = _line(points, axis, act)
-            found = {COSTS[name]: exponent([p[axis] for p in line], [p[name] for p in line]) for name in COSTS}
-            span = f"{line[0][axis]:,} to {line[-1][axis]:,}"
-            rows.append(
-                {"net": act, "axis": f"{axis.replace('_', ' ')}, {span}"} | {k: f"{p:.2f}" for k, p in found.items()}
-            )
+            row = {"net": act, "axis": f"{axis.replace('_', ' ')}, {line[0][axis]:,} to {line[-1][axis]:,}"}
+            for name, title in COSTS.items():
+                row[title] = f"{exponent([p[axis] for p in line], [p[name] for p in line]):.2f}"
+            rows.append(row)
     return rows
 
 
 def picture(points: list[dict[str, Any]], path: Path) -> None:
     """Costs over axes, both logarithmic."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    panels = figure.subplots(len(COSTS), len(AXES), sharex="col", sharey="row")
+    sheet = figure(11, 8)
+    panels = sheet.subplots(len(COSTS), len(AXES), sharex="col", sharey="row")
     for row, (name, title) in zip(panels, COSTS.items(), strict=True):
         row[0].set_ylabel(title)
         for panel, axis in zip(row, AXES, strict=True):
@@ -104,7 +100,7 @@ def picture(points: list[dict[str, Any]], path: Path) -> None:
         others = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in BASE.items() if key != axis)
         panel.set_xlabel(f"{axis.replace('_', ' ')}\n({others})")
     panels[0][0].legend()
-    figure.savefig(path, dpi=120)
+    save(sheet, path, 120)
 
 
 def _line(points: list[dict[str, Any]], axis: str, act: str) -> list[dict[str, Any]]:
@@ -120,13 +116,10 @@ def main() -> None:
     points = []
     for shape in sorted(shapes):
         for act in NETS:
-            points.append(cost(act, dict(shape), settings.rounds, console))
-            console.say(
-                "  ".join(
-                    f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                    for key, value in points[-1].items()
-                )
-            )
+            point = cost(act, dict(shape), settings.rounds, console)
+            said = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in point.items()}
+            console.say("  ".join(f"{key} {value}" for key, value in said.items()))
+            points.append(point)
     console.table(f"Exponents on {jax.devices()[0].device_kind}: cost ~ axis^p.", table(points))
     turns.save(settings, "growth", points)
     if settings.out:

@@ -41,33 +41,16 @@ class Settings(turns.Settings):
     """Images."""
 
 
-class PlainLayer(nnx.Module):
-    """relu, then conv."""
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(width, width, (3, 3), rngs=rngs)
-
-    def __call__(self, z: Array) -> Array:
-        """z -> z'."""
-        return self.conv(jax.nn.relu(z))
+def naive_link(z: Array) -> Array:
+    """CReLU by concatenation."""
+    return jnp.concatenate([jax.nn.relu(z), jax.nn.relu(-z)], axis=-1)
 
 
-class NaiveLayer(nnx.Module):
-    """CReLU by concatenation, then conv."""
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(2 * width, width, (3, 3), rngs=rngs)
-
-    def __call__(self, z: Array) -> Array:
-        """z -> z'."""
-        return self.conv(jnp.concatenate([jax.nn.relu(z), jax.nn.relu(-z)], axis=-1))
-
-
-LAYERS: dict[str, Callable[..., nnx.Module]] = {
-    "plain": PlainLayer,
-    "naive": NaiveLayer,
-    "linked": lambda width, *, rngs: LinkedConv(width, width, (3, 3), rngs=rngs),
-    "lax": lambda width, *, rngs: LinkedConv(
+LAYERS: dict[str, Callable[[int, nnx.Rngs], Any]] = {
+    "plain": lambda width, rngs: nnx.Sequential(jax.nn.relu, nnx.Conv(width, width, (3, 3), rngs=rngs)),
+    "naive": lambda width, rngs: nnx.Sequential(naive_link, nnx.Conv(2 * width, width, (3, 3), rngs=rngs)),
+    "linked": lambda width, rngs: LinkedConv(width, width, (3, 3), rngs=rngs),
+    "lax": lambda width, rngs: LinkedConv(
         width, width, (3, 3), conv_general_dilated=jax.lax.conv_general_dilated, rngs=rngs
     ),
 }
@@ -75,20 +58,16 @@ LAYERS: dict[str, Callable[..., nnx.Module]] = {
 
 def compile_step(name: str, settings: Settings, *, scan: bool) -> tuple[Any, tuple[Any, Array]]:
     """The compiled gradient of a net's mean square, and its arguments."""
-    layers = nnx.vmap(lambda rngs: LAYERS[name](settings.width, rngs=rngs))(nnx.Rngs(0).split(settings.depth))
-    graph, state = nnx.split(layers)
+    layers = nnx.vmap(lambda rngs: LAYERS[name](settings.width, rngs))(nnx.Rngs(0).split(settings.depth))
 
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
-    def step(state, images: Array) -> Array:
-        def layer(z: Array, state) -> tuple[Array, None]:
-            return nnx.merge(graph, state)(z), None
-
-        z, _ = jax.lax.scan(layer, images, state, unroll=1 if scan else settings.depth)
+    def step(layers: Any, images: Array) -> Array:
+        z, _ = jax.lax.scan(lambda z, layer: (layer(z), None), images, layers, unroll=1 if scan else settings.depth)
         return jnp.square(z).mean()
 
     shape = (settings.batch_size, settings.size, settings.size, settings.width)
-    arguments = (state, jax.random.normal(jax.random.key(0), shape))
+    arguments = (layers, jax.random.normal(jax.random.key(0), shape))
     return step.lower(*arguments).compile(), arguments
 
 
@@ -107,18 +86,17 @@ def main() -> None:
     """Measure, print the ratios, and write the record."""
     settings, console = turns.parse(Settings, "linked_layer"), Console()
     results = {mode: measure(settings, console, scan=mode == "scanned") for mode in ("scanned", "unrolled")}
-    rows = []
-    for mode, nets in results.items():
-        for name, net in nets.items():
-            rows.append(
-                {
-                    "layers": mode,
-                    "net": name,
-                    "step time": f"{net['step_seconds'] / nets['plain']['step_seconds']:.2f}",
-                    "memory": f"{net['temporary_bytes'] / nets['plain']['temporary_bytes']:.2f}",
-                    "memory to naive": f"{net['temporary_bytes'] / nets['naive']['temporary_bytes']:.2f}",
-                }
-            )
+    rows = [
+        {
+            "layers": mode,
+            "net": name,
+            "step time": f"{net['step_seconds'] / nets['plain']['step_seconds']:.2f}",
+            "memory": f"{net['temporary_bytes'] / nets['plain']['temporary_bytes']:.2f}",
+            "memory to naive": f"{net['temporary_bytes'] / nets['naive']['temporary_bytes']:.2f}",
+        }
+        for mode, nets in results.items()
+        for name, net in nets.items()
+    ]
     console.table(f"{settings.depth} conv layers of {settings.width} units, relative to the plain net:", rows)
     turns.save(settings, "linked_layer", results)
 

@@ -13,13 +13,12 @@ import jax
 import numpy as np
 
 from benchmarks import turns
+from benchmarks.steps import Step
 from experiments import allcnn, depth
 from experiments.engine import data as data_lib
-from experiments.engine import training
 from experiments.engine.console import Console
 from experiments.engine.errors import run_command
 from experiments.engine.loop import advance
-from experiments.engine.optimizers import adam
 
 _BATCH_SIZE = 32
 
@@ -32,20 +31,17 @@ class Settings(turns.Settings):
     """In a block."""
 
 
-class Way:
+class Way(Step):
     """One way to make a block of updates of a net."""
 
     def __init__(self, model: Any, data: data_lib.Dataset, updates: int, *, scanned: bool):
-        plan = training.Plan(adam(1e-3), epochs=1, batch_size=_BATCH_SIZE)
-        loop, snapshot = training.start([model], plan)
-        self.loop, self.carry = dataclasses.replace(loop, scanned=scanned), snapshot.arrays
-        self.data, self.lr = plan.arrays(data)
+        super().__init__([model], data, _BATCH_SIZE)
+        self.loop = dataclasses.replace(self.loop, scanned=scanned)
         self.batches = np.arange(updates * _BATCH_SIZE, dtype=np.int32).reshape(updates, -1) % len(data.train_labels)
 
     def block(self) -> Any:
         """The updates; their losses."""
-        key = jax.random.key(0)
-        self.carry, losses = advance(self.loop, self.carry, self.data, self.batches, key, lr=self.lr)
+        self.carry, losses = advance(self.loop, self.carry, self.data, self.batches, self.key, lr=self.lr)
         return losses
 
 
@@ -60,10 +56,9 @@ def main() -> None:
     }
     results = {}
     for name, model in nets.items():
-        ways = {
-            way: Way(model, data, settings.updates, scanned=way == "one program") for way in ("calls", "one program")
-        }
-        results[name] = turns.medians({way: it.block for way, it in ways.items()}, settings.rounds, console, name)
+        ways = {"calls": False, "one program": True}
+        blocks = {way: Way(model, data, settings.updates, scanned=scanned).block for way, scanned in ways.items()}
+        results[name] = turns.medians(blocks, settings.rounds, console, name)
     rows = [
         {"net": name, "one program": f"{found['one program'] / found['calls']:.2f}"} for name, found in results.items()
     ]

@@ -8,6 +8,7 @@ is traced and compiled, is timed by itself. With --with-loss a report has gradie
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -76,35 +77,17 @@ class Bench:
             updates, opt_state = optimizer.update(grads, opt_state)
             return optax.apply_updates(params, updates), opt_state
 
-        self._step, self._forward = step, jax.jit(model_fn)
+        self.step, self.forward = step, jax.jit(model_fn)
         batches, loss = ([(self.images, self.labels)], loss_fn) if settings.with_loss else ([self.images], None)
         self.monitor = Monitor(batches, every=settings.every, call=model_fn, loss_fn=loss)
 
-    def train_step(self) -> Any:
-        """One update from the start: the parameters stay as they are."""
-        return self._step(self.params, self.opt_state, self.images, self.labels)
-
-    def forward(self) -> Array:
-        """The forward pass alone."""
-        return self._forward(self.params, self.images)
-
-    def report(self) -> None:
-        """One report of the monitor."""
-        self.monitor(0, self.params)
-
-    def loop(self) -> Any:
-        """Train."""
-        carry = self.params, self.opt_state
-        for _ in range(self.settings.steps):
-            carry = self._step(*carry, self.images, self.labels)
-        return carry
-
-    def monitored_loop(self) -> Any:
-        """Train, with a report from time to time."""
+    def loop(self, monitor: Callable[[int, Any], Any] | None = None) -> Any:
+        """Train; with a monitor, there is a report from time to time."""
         carry = self.params, self.opt_state
         for step in range(self.settings.steps):
-            self.monitor(step, carry[0])
-            carry = self._step(*carry, self.images, self.labels)
+            if monitor:
+                monitor(step, carry[0])
+            carry = self.step(*carry, self.images, self.labels)
         return carry
 
 
@@ -112,10 +95,14 @@ def main() -> None:
     """Measure, print the ratios, and write the record."""
     settings, console = turns.parse(Settings, "monitor"), Console()
     bench = Bench(settings)
-    results = {"first report": turns.seconds(bench.report)}
-    pieces = {"training step": bench.train_step, "forward pass": bench.forward, "report": bench.report}
+    pieces = {  # the parameters stay as they are
+        "training step": lambda: bench.step(bench.params, bench.opt_state, bench.images, bench.labels),
+        "forward pass": lambda: bench.forward(bench.params, bench.images),
+        "report": lambda: bench.monitor(0, bench.params),
+    }
+    results = {"first report": turns.seconds(pieces["report"])}
     results |= turns.medians(pieces, 10 * settings.rounds, console, "pieces")
-    loops = {"loop": bench.loop, "loop with monitor": bench.monitored_loop}
+    loops = {"loop": bench.loop, "loop with monitor": lambda: bench.loop(bench.monitor)}
     results |= turns.medians(loops, settings.rounds, console, "loops")
     unit = dict.fromkeys(results, results["training step"]) | dict.fromkeys(loops, results["loop"])
     console.table(

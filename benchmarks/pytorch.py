@@ -125,18 +125,12 @@ class ResNet50(nn.Module):
     def __init__(self, net: Any, act: Callable[..., Any]):
         super().__init__()
         self.act, self.stem, self.read_out = act, Conv(net.stem), Dense(net.read_out.linear)
-        self.blocks = nn.ModuleList(
-            [
-                nn.ModuleDict(
-                    {
-                        name: Conv(getattr(block, name).conv)
-                        for name in ("reduce", "spatial", "expand", "shortcut")
-                        if getattr(block, name) is not None
-                    }
-                )
-                for block in net.blocks
-            ]
-        )
+        self.blocks = nn.ModuleList()
+        for block in net.blocks:
+            layers = {name: getattr(block, name) for name in ("reduce", "spatial", "expand", "shortcut")}
+            self.blocks.append(
+                nn.ModuleDict({name: Conv(layer.conv) for name, layer in layers.items() if layer is not None})
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images -> logits."""
@@ -193,7 +187,7 @@ def main() -> None:
     model = table.build(table.Settings(), cell, data, 0)
     net = theirs(model, linked_relu if settings.act == "lk_relu" else torch.relu)
     check_same(model, net, images[:4])
-    steps = {"ours": Step(model, data, settings.batch_size).take, "PyTorch": Theirs(net, images, labels).step}
+    steps = {"ours": Step([model], data, settings.batch_size).take, "PyTorch": Theirs(net, images, labels).step}
     medians = turns.medians(steps, settings.rounds, console, "steps")
     rows = [
         {"net": f"{settings.net}, {settings.act}", "batch": str(settings.batch_size), "by": name,

@@ -112,10 +112,8 @@ def measured(compiled: Any) -> Costs:
     return Costs(costs["flops"], costs["bytes accessed"], 0.0, float(sum(sizes)), len(sizes))
 
 
-_MLP, _RESNET = (
-    {"width": 256, "depth": 3, "batch": 512, "hidden": 512},
-    {"width": 16, "depth": 2, "batch": 16, "size": 16},
-)
+_MLP = {"width": 256, "depth": 3, "batch": 512, "hidden": 512}
+_RESNET = {"width": 16, "depth": 2, "batch": 16, "size": 16}
 SMALL = {
     **{
         f"MLP, {'linked' if arity == 2 else 'plain'}, mesh {data} x {model}": (

@@ -1,5 +1,6 @@
 """A training step of a net of the experiments, to be timed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +10,9 @@ from flax import nnx
 from experiments.engine import data as data_lib
 from experiments.engine import loop, training
 from experiments.engine.optimizers import adam
-from experiments.engine.parallel import Placement
+from experiments.engine.parallel import ONE_DEVICE, Placement
+
+_ADAM = adam(1e-3)  # another one would compile anew
 
 
 def noise(size: int, channels: int, images: int) -> data_lib.Dataset:
@@ -21,13 +24,18 @@ def noise(size: int, channels: int, images: int) -> data_lib.Dataset:
 
 
 class Step:
-    """The step that the experiments run, with Adam, always on the same images."""
+    """The step that the experiments run, with Adam, always on the same images; of all models at once."""
 
-    def __init__(self, model: nnx.Module, data: data_lib.Dataset, batch_size: int):
-        plan = training.Plan(adam(1e-3), epochs=1, batch_size=batch_size)
-        self.loop, snapshot = training.start([model], plan)
+    def __init__(
+        self, models: Sequence[nnx.Module], data: data_lib.Dataset, batch_size: int, place: Placement = ONE_DEVICE
+    ):
+        plan = training.Plan(_ADAM, epochs=1, batch_size=batch_size, place=place)
+        self.loop, snapshot = training.start(models, plan)
         self.carry, (self.data, self.lr) = snapshot.arrays, plan.arrays(data)
-        self.batch, self.key = Placement().batch(np.arange(batch_size, dtype=np.int32)), jax.random.key(0)
+        batch, key = np.arange(batch_size, dtype=np.int32), jax.random.key(0)
+        if place.stacked:
+            batch, key = np.tile(batch, (len(models), 1)), jax.random.split(key, len(models))
+        self.batch, self.key = place.batch(batch), place.of_seeds(key)
 
     def compile(self) -> Any:
         """The compiled program."""

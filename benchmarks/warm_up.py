@@ -109,21 +109,13 @@ class Bench:
 
 
 def rows(results: list[dict[str, dict[str, float]]]) -> list[dict[str, str]]:
-    """Of the table: a row for each way, of all seeds."""
+    """Of the table, which docs/optimisers.md has too: a row for each way, of all seeds."""
     table = []
     for steps in map(str, _WARM_UPS):
         largest, last = ([found[steps][name] for found in results] for name in ("largest", "last"))
-        cells = np.median(largest), max(largest), np.median(last)
-        names = ("largest loss", "in the worst seed", "last loss")
-        table.append({"steps of warm-up": steps} | {n: f"{cell:.2f}" for n, cell in zip(names, cells, strict=True)})
+        worst = {"largest loss": f"{np.median(largest):.2f}", "in the worst seed": f"{max(largest):.2f}"}
+        table.append({"steps of warm-up": steps, **worst, "last loss": f"{np.median(last):.2f}"})
     return table
-
-
-def markdown(results: list[dict[str, dict[str, float]]]) -> str:
-    """The table of docs/optimisers.md."""
-    table = rows(results)
-    lines = [[*table[0]], ["---"] * len(table[0]), *(list(row.values()) for row in table)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:

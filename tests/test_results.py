@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from experiments.engine import records, tables
-from experiments.headlines import table as headlines_table
-from experiments.headlines.claims import CLAIMS
+from experiments.headlines import claim as headlines_claim
+from experiments.headlines.__main__ import CLAIMS
 from experiments.load_forecast import table as forecast_table
 from experiments.plasticity import plots as plasticity_plots
 from experiments.plasticity import regression
@@ -111,7 +111,7 @@ def test_a_linked_layer_meets_its_memory_goal():
 @pytest.mark.parametrize("name", sorted(path.name for path in (RESULTS / "remedies" / "headlines").glob("*")))
 def test_a_committed_claim_is_what_its_record_gives(name):
     folder = RESULTS / "remedies" / "headlines" / name
-    page = headlines_table.page(CLAIMS[name], records.read_config(folder), records.read_lines(folder))
+    page = headlines_claim.page(CLAIMS[name], records.read_config(folder), records.read_lines(folder))
     assert (folder / "table.md").read_text(encoding="utf-8") == page
 
 

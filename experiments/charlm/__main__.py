@@ -60,11 +60,7 @@ class Settings:
 
 
 def check(settings: Settings) -> Settings:
-    """Refuse what cannot run; name all rows, and each value once.
-
-    Raises:
-      UsageError: with what is wrong, what was received and what to do.
-    """
+    """Refuse what cannot run, with a UsageError; name all rows, and each value once."""
     in_range(
         settings, {"seeds": (1, 100), "tenfold_seeds": (0, 100), "iterations": (1, math.inf), "time_steps": (0, 10_000)}
     )
@@ -131,22 +127,7 @@ def main() -> None:
     text, console = text_data.load(settings.text, settings.data_dir, block=BLOCK), Console()
     work = Work(text, settings.iterations)
     says = {row: ROWS[row].says for row in ROWS}
-    with open_record("charlm", settings.out, protocol=protocol(settings), data=text, rows=says) as record:
-        study = Study(settings, record, work, console)
-        for depth in settings.depths:
-            study.costs(depth)
-            study.runs(depth)
-    for depth in settings.depths:
-        console.table(
-            f"depth {depth}: validation loss, mean ± standard deviation over seeds", table(depth, record.lines)
-        )
-    write_whole(record.folder / "table.md", markdown(record.config, record.lines))
-    console.say(f"record   {record.folder}\npicture  {picture(record.lines, record.folder / 'charlm.png')}")
-
-
-def protocol(settings: Settings) -> dict[str, Any]:
-    """What determines a run beside its row, depth, rate and seed."""
-    return {
+    protocol = {
         "iterations": settings.iterations,
         "batch": BATCH,
         "block": BLOCK,
@@ -155,6 +136,16 @@ def protocol(settings: Settings) -> dict[str, Any]:
         "optimizer": OPTIMIZER,
         "measured": MEASURED,
     }
+    with open_record("charlm", settings.out, protocol=protocol, data=text, rows=says) as record:
+        study = Study(settings, record, work, console)
+        for depth in settings.depths:
+            study.costs(depth)
+            study.runs(depth)
+    for depth in settings.depths:
+        title = f"depth {depth}: validation loss, mean ± standard deviation over seeds"
+        console.table(title, table(depth, record.lines))
+    write_whole(record.folder / "table.md", markdown(record.config, record.lines))
+    console.say(f"record   {record.folder}\npicture  {picture(record.lines, record.folder / 'charlm.png')}")
 
 
 if __name__ == "__main__":

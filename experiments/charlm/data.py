@@ -51,12 +51,7 @@ class Text:
 
 
 def load(text: str | None, data_dir: str | None, *, block: int) -> Text:
-    """A file's text, or Tiny Shakespeare.
-
-    Args:
-      text: a file in UTF-8; None for Tiny Shakespeare.
-      data_dir: the TFDS folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-      block: characters that the net sees; both parts have one more at least.
+    """The text of a file in UTF-8, or Tiny Shakespeare for None; both parts have a block and one more at least.
 
     Raises:
       UsageError: if it is not there, cannot be read, or is too short.

@@ -34,17 +34,6 @@ _EPSILON = 1e-5  # of the norms: PyTorch's
 Norm = Callable[[nnx.Rngs], Callable[[Array], Array]]
 
 
-class Scale(nnx.Module):
-    """x -> s x, s one learned scalar."""
-
-    def __init__(self, value: float):
-        self.s = nnx.Param(jnp.asarray(value, jnp.float32))
-
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """An array like x."""
-        return self.s[...] * x
-
-
 class DynamicTanh(nnx.Module):
     """gamma tanh(alpha x) + beta, alpha one learned scalar (DyT).
 
@@ -75,15 +64,6 @@ class DynamicErf(DynamicTanh):
         return self.gamma[...] * jax.scipy.special.erf(self.alpha[...] * x + self.s[...]) + self.beta[...]
 
 
-def no_norm(_rngs: nnx.Rngs) -> Callable[[Array], Array]:
-    """Nothing in the place of a norm."""
-    return _same
-
-
-def _same(x: Array) -> Array:
-    return x
-
-
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A row of the table.
@@ -91,7 +71,7 @@ class Row:
     Attributes:
       says: what it is, for the table.
       link: of the MLPs. A link of two members has narrower MLPs, so that all rows have as many parameters.
-      norm: rngs -> what stands in the place of a norm.
+      norm: rngs -> what stands in the place of a norm; by default nothing.
       scale: multiplies the embeddings at the start, and is learned; None for no such scalar.
       deviation: of the first kernels of a branch at the start.
       out_init: link, deviation -> how the last kernel of an MLP starts.
@@ -99,7 +79,7 @@ class Row:
 
     says: str
     link: Link = gelu
-    norm: Norm = no_norm
+    norm: Norm = lambda _rngs: lambda x: x
     scale: float | None = None
     deviation: float = STD
     out_init: Callable[[Link, float], Initializer] = lambda _link, deviation: nnx.initializers.normal(deviation)
@@ -110,12 +90,8 @@ class Row:
         return round(8 * WIDTH / (1 + self.link.arity))
 
 
-def _linear(link: Link, _deviation: float) -> Initializer:
-    return default_kernel_init(link)
-
-
 _ONES: Any = {"scale": 1 / (STD * math.sqrt(2)), "deviation": 1 / math.sqrt(WIDTH)}
-_LINEAR: Any = {"out_init": _linear}
+_LINEAR: Any = {"out_init": lambda link, _deviation: default_kernel_init(link)}
 ROWS = {
     "layer_norm": Row(
         "layer normalisation, gelu: nanoGPT",
@@ -136,13 +112,7 @@ ROWS = {
 
 
 class Attention(nnx.Module):
-    """Causal self-attention of `HEADS` heads.
-
-    Args:
-      row: with the deviation of the first kernel at the start.
-      deviation: of the last one.
-      rngs: Flax random streams.
-    """
+    """Causal self-attention of `HEADS` heads; the last kernel starts with this deviation, the first with the row's."""
 
     def __init__(self, row: Row, deviation: float, *, rngs: nnx.Rngs):
         self.qkv = _kernel(WIDTH, 3 * WIDTH, row.deviation, rngs)
@@ -156,13 +126,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """x -> K' f(K x), of a row's link f.
-
-    Args:
-      row: with the link, and how K' starts.
-      deviation: of K', where it starts as GPT-2's.
-      rngs: Flax random streams.
-    """
+    """x -> K' f(K x), of a row's link f; K' has this deviation where it starts as GPT-2's."""
 
     def __init__(self, row: Row, deviation: float, *, rngs: nnx.Rngs):
         init = row.out_init(row.link, deviation)
@@ -175,13 +139,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
-
-    Args:
-      row: of `ROWS`.
-      depth: of the whole net, in blocks.
-      rngs: Flax random streams.
-    """
+    """x + attention(norm(x)), then x + mlp(norm(x)); one of so many blocks as the depth says."""
 
     def __init__(self, row: Row, depth: int, *, rngs: nnx.Rngs):
         deviation = STD / math.sqrt(2 * depth)
@@ -195,26 +153,20 @@ class Block(nnx.Module):
 
 
 class CharTransformer(nnx.Module):
-    """Codes of characters -> logits of the next one, at each place.
-
-    Args:
-      row: of `ROWS`.
-      depth: in blocks.
-      vocabulary: how many characters there are.
-      rngs: Flax random streams.
-    """
+    """Codes of so many characters as the vocabulary has -> logits of the next one, at each place; depth: in blocks."""
 
     def __init__(self, row: Row, depth: int, vocabulary: int, *, rngs: nnx.Rngs):
         init = nnx.initializers.normal(STD)
         self.tokens = nnx.Embed(vocabulary, WIDTH, embedding_init=init, rngs=rngs)
         self.places = nnx.Embed(BLOCK, WIDTH, embedding_init=init, rngs=rngs)
-        self.scale = _same if row.scale is None else Scale(row.scale)
+        self.scale = None if row.scale is None else nnx.Param(jnp.float32(row.scale))
         self.blocks = nnx.List([Block(row, depth, rngs=rngs) for _ in range(depth)])
         self.norm = row.norm(rngs)
 
     def __call__(self, codes: Int[Array, "n t"]) -> Float[Array, "n t v"]:
         """The logits; those of a place are made from the characters up to it."""
-        x = self.scale(self.tokens(codes) + self.places(jnp.arange(codes.shape[1])))
+        x = self.tokens(codes) + self.places(jnp.arange(codes.shape[1]))
+        x = x if self.scale is None else self.scale[...] * x
         for block in self.blocks:
             x = block(x)
         return self.tokens.attend(self.norm(x))

@@ -5,20 +5,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.engine.plots import figure, save
+from experiments.engine.plots import COLOURS, figure, save
 from experiments.engine.study import Line, at_best_rate
 from experiments.engine.tables import markdown as markdown_table
 from experiments.engine.tables import provenance, spread
 
 STYLES = {
-    "layer_norm": ("black", "-"),
-    "rms_norm": ("#777777", "--"),
-    "dyt": ("#D55E00", "-"),
-    "derf": ("#E69F00", "--"),
-    "gelu": ("#CC79A7", "-"),
-    "gelu_scaled": ("#CC79A7", "--"),
-    "lk_gelu": ("#0072B2", "-"),
-    "lk_relu": ("#56B4E9", "--"),
+    "layer_norm": (COLOURS[6], "-"),
+    "rms_norm": (COLOURS[7], "--"),
+    "dyt": (COLOURS[0], "-"),
+    "derf": (COLOURS[4], "--"),
+    "gelu": (COLOURS[3], "-"),
+    "gelu_scaled": (COLOURS[3], "--"),
+    "lk_gelu": (COLOURS[1], "-"),
+    "lk_relu": (COLOURS[5], "--"),
 }
 
 
@@ -40,13 +40,10 @@ def depths(lines: Sequence[Line]) -> list[int]:
 
 def rows_at(depth: int, lines: Sequence[Line]) -> list[str]:
     """The rows that have runs at a depth, the least validation loss first."""
-    found = dict.fromkeys(line["row"] for line in lines if (line["kind"], line["depth"]) == ("run", depth))
-    found = {row: chosen(depth, row, lines) for row in found}
-    return sorted((row for row, runs in found.items() if runs), key=lambda row: _mean_loss(found[row]))
-
-
-def _mean_loss(runs: Sequence[Line]) -> float:
-    return statistics.fmean(run.get("validation_loss", float("inf")) for run in runs)
+    rows = dict.fromkeys(line["row"] for line in lines if (line["kind"], line["depth"]) == ("run", depth))
+    found = [(row, runs) for row in rows if (runs := chosen(depth, row, lines))]
+    means = {row: statistics.fmean(run.get("validation_loss", float("inf")) for run in runs) for row, runs in found}
+    return sorted(means, key=means.__getitem__)
 
 
 def table(depth: int, lines: Sequence[Line]) -> list[dict[str, str]]:
@@ -84,11 +81,10 @@ def losses(runs: Sequence[Line]) -> str:
     ('1.5000 (1 of 2 diverged)', '-')
     """
     whole = [run["validation_loss"] for run in runs if "diverged" not in run]
-    if not runs:
-        return "-"
-    gone = len(runs) - len(whole)
     said = [spread(whole)] if whole else []
-    return " ".join(said + ([f"({gone} of {len(runs)} diverged)"] if gone else []))
+    if len(whole) < len(runs):
+        said.append(f"({len(runs) - len(whole)} of {len(runs)} diverged)")
+    return " ".join(said) or "-"
 
 
 def _mean(runs: Sequence[Line], key: str, digits: str) -> str:
@@ -102,15 +98,13 @@ def _cost(line: Line | None, key: str, factor: float, digits: str) -> str:
 
 def rates_table(depth: int, lines: Sequence[Line]) -> list[dict[str, str]]:
     """Validation loss with seed 0 at each rate that was tried."""
-    tried = sorted({run["rate"] for row in rows_at(depth, lines) for run in of_row(depth, row, lines)})
-    return [
-        {"row": row}
-        | {
-            f"rate {rate:g}": losses([x for x in of_row(depth, row, lines) if (x["rate"], x["seed"]) == (rate, 0)])
-            for rate in tried
-        }
-        for row in rows_at(depth, lines)
-    ]
+    found = {row: of_row(depth, row, lines) for row in rows_at(depth, lines)}
+    tried = sorted({run["rate"] for runs in found.values() for run in runs})
+    rows = []
+    for row, runs in found.items():
+        of_rate = {rate: [run for run in runs if (run["rate"], run["seed"]) == (rate, 0)] for rate in tried}
+        rows.append({"row": row} | {f"rate {rate:g}": losses(of_rate[rate]) for rate in tried})
+    return rows
 
 
 def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:

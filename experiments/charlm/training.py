@@ -17,6 +17,7 @@ from experiments.charlm.net import BLOCK, ROWS, CharTransformer
 from experiments.engine import loop as loop_lib
 from experiments.engine.checkpoints import Checkpoints, like
 from experiments.engine.loop import Carry, Loop
+from experiments.engine.tasks import LossOf
 from experiments.engine.timing import in_turns
 from linked_jax.probe import probe
 
@@ -30,20 +31,8 @@ _AT_ONCE = 50  # iterations between two steps of the progress bar
 MEASURED = 64  # windows that show the units, and that are validated at once
 
 
-@dataclasses.dataclass(frozen=True)
-class NextCharacter:
-    """The cross entropy of the next character, in nats: a `loop.Loss`. A batch is the starts of its windows."""
-
-    graph: Any
-
-    def __call__(self, parameters: Any, state: Any, data: Any, batch: Any, key: Array) -> tuple[Array, Any]:
-        """See `loop.Loss`; data: the text's codes."""
-        del key
-        return cross_entropy(nnx.merge(self.graph, parameters, state), data, batch), state
-
-
-def cross_entropy(model: Any, codes: Int[Array, " n"], starts: Int[Array, " b"]) -> Float[Array, ""]:
-    """The mean over the characters after each prefix of the windows at these starts."""
+def cross_entropy(model: Any, codes: Int[Array, " n"], starts: Int[Array, " b"], _key: Any = None) -> Float[Array, ""]:
+    """The mean over the characters after each prefix of the windows at these starts, in nats."""
     seen = codes[starts[:, None] + jnp.arange(BLOCK + 1)]
     return optax.softmax_cross_entropy_with_integer_labels(model(seen[:, :-1]), seen[:, 1:]).mean()
 
@@ -68,29 +57,21 @@ class Work:
     text: Text
     iterations: int
 
-    def build(self, row: str, depth: int, seed: int) -> CharTransformer:
-        """The net of a run, before training."""
-        return CharTransformer(ROWS[row], depth, len(self.text.vocabulary), rngs=nnx.Rngs(seed))
-
     def start(self, row: str, depth: int, seed: int) -> tuple[Loop, Carry]:
         """The loop of a run, and its carry before the first update."""
-        model = self.build(row, depth, seed)
-        loop = Loop(NextCharacter(nnx.graphdef(model)), rule(self.iterations), scanned=True)  # no convs: a fifth faster
+        model = CharTransformer(ROWS[row], depth, len(self.text.vocabulary), rngs=nnx.Rngs(seed))
+        loss = LossOf(nnx.graphdef(model), cross_entropy)
+        loop = Loop(loss, rule(self.iterations), scanned=True)  # no convs: a fifth faster
         return loop, loop.start([model])
 
     def run(
         self, row: str, depth: int, rate: float, seed: int, *, unfinished: Checkpoints | None = None,
         advance: Callable[[int], None] = lambda _: None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Train; the measures after the last iteration, or how the run diverged.
+        """Train, at this rate at most; the measures after the last iteration, or how the run diverged.
 
-        Args:
-          row: of `ROWS`.
-          depth: in blocks.
-          rate: the greatest.
-          seed: of the start and of the windows.
-          unfinished: keeps where it is, so that the same call goes on after it was cut off.
-          advance: called with the number of iterations just done.
+        `unfinished` keeps where it is, so that the same call goes on after it was cut off. `advance` is called with the
+        number of iterations just done.
         """
         loop, carry = self.start(row, depth, seed)
         last_start, codes = len(self.text.train) - BLOCK - 1, jnp.asarray(self.text.train)
@@ -130,25 +111,18 @@ class Work:
     ) -> list[dict[str, Any]]:
         """Parameters, temporary memory of the compiled training step and its median time, of nets in turns.
 
-        Args:
-          nets: row and depth of each.
-          steps: how many of each are timed; 0 does not.
-          advance: called with 1 after each round.
+        Nets are given by row and depth. No step is timed if there are 0; `advance` is called with 1 after each round.
         """
         codes, key = jnp.asarray(self.text.train), jax.random.key(0)
         arguments = (codes, jnp.arange(BATCH, dtype=jnp.int32), key, np.int32(0), np.float32(1e-4))
-        programs, carries = [], []
+        programs, carries, found = [], [], []
         for row, depth in nets:
             loop, carry = self.start(row, depth, 0)
-            programs.append(loop_lib.step.lower(loop, carry, *arguments).compile())
+            program: Any = loop_lib.step.lower(loop, carry, *arguments).compile()
+            parameters = sum(leaf.size for leaf in jax.tree.leaves(carry.parameters))
+            found.append({"parameters": parameters, "temporary_bytes": program.memory_analysis().temp_size_in_bytes})
+            programs.append(program)
             carries.append(carry)
-        found = [
-            {
-                "parameters": sum(leaf.size for leaf in jax.tree.leaves(carry.parameters)),
-                "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
-            }
-            for program, carry in zip(programs, carries, strict=True)
-        ]
 
         def take(net: int) -> Array:
             carries[net], loss = programs[net](carries[net], *arguments)
@@ -156,9 +130,7 @@ class Work:
 
         actions = [functools.partial(take, net) for net in range(len(nets))]
         medians = in_turns(actions, steps, advance) if steps else [None] * len(nets)
-        for line, median in zip(found, medians, strict=True):
-            line["step_seconds"] = median
-        return found
+        return [line | {"step_seconds": median} for line, median in zip(found, medians, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -61,11 +61,7 @@ class Settings(Toy):
 
 
 def check(settings: Settings) -> Settings:
-    """Refuse what cannot run, before anything is written; name each activation once.
-
-    Raises:
-      UsageError: with what is wrong, what was received and what to do.
-    """
+    """Refuse what cannot run, with a UsageError, before anything is written; name each activation once."""
     in_range(settings, _MOST)
     if not abs(settings.bias) <= _LARGEST_BIAS:  # nor nan
         raise UsageError(f"--bias is a number up to {_LARGEST_BIAS:g} in size, got {settings.bias}; try -10")

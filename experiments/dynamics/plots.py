@@ -1,7 +1,7 @@
 """What `experiments.dynamics` found, made from a record's lines: a table, and decision surfaces with gradients."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,8 @@ import numpy as np
 
 from experiments.dynamics.toy import Moons, Toy
 from experiments.engine.plots import COLOURS, figure, save
+from experiments.engine.study import Line
 from experiments.engine.tables import spread
-
-Line = Mapping[str, Any]
 
 _UNITS = COLOURS[:6]  # black and grey are the surface's
 _DASHES = ("-", "--", ":", "-.")

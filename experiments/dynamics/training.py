@@ -13,7 +13,7 @@ from experiments.dynamics.toy import Moons, Net, Toy
 from experiments.engine.errors import NonFiniteLossError
 from experiments.engine.loop import Loop, advance
 from experiments.engine.optimizers import OPTIMIZERS
-from experiments.engine.tasks import CrossEntropy
+from experiments.engine.tasks import LossOf, cross_entropy
 from linked_jax.diagnostics import dead_units
 from linked_jax.probe import observe
 
@@ -67,7 +67,7 @@ def train(
       NonFiniteLossError: as soon as a recorded step shows it.
     """
     net, units = toy.net(act, seed), toy.units
-    loop = Loop(CrossEntropy(nnx.graphdef(net)), _RULES[toy.optimizer], scanned=True)
+    loop = Loop(LossOf(nnx.graphdef(net)), _RULES[toy.optimizer], scanned=True)
     carry, done, lines = loop.start([net]), 0, []
     whole_set, key = np.arange(len(data.labels), dtype=np.int32), jax.random.key(0)  # no step draws anything
     for step in recorded_steps(toy.steps):
@@ -94,16 +94,12 @@ def train(
 @jax.jit
 def measure(net: Net, data: Moons) -> dict[str, Array]:
     """Loss, accuracy, dead and one-sided units, and the norm of the loss's gradient by each unit's w and b."""
-    graph, parameters, state = nnx.split(net, nnx.Param, ...)
-    loss_of = jax.value_and_grad(CrossEntropy(graph), has_aux=True)
-    (loss, _), by = loss_of(parameters, state, data, slice(None), None)  # on the whole set, and no randomness
+    loss, by = jax.value_and_grad(cross_entropy)(net, data, slice(None), None)  # on the whole set, and no randomness
     logits, (tap,) = observe(lambda net, x: net(x), net, data.points)
     return {
         "loss": loss,
         "accuracy": (logits.argmax(axis=-1) == data.labels).mean(),
         "dead_units": dead_units(tap.stats).sum(),
         "one_sided_units": (~((tap.stats.active > 0) & tap.stats.negative)).sum(),
-        "gradient_norms": jnp.sqrt(
-            jnp.square(by["hidden"]["kernel"][...]).sum(axis=0) + jnp.square(by["hidden"]["bias"][...])
-        ),
+        "gradient_norms": jnp.sqrt(jnp.square(by.hidden.kernel[...]).sum(axis=0) + jnp.square(by.hidden.bias[...])),
     }

@@ -55,17 +55,22 @@ def _grey(images: Array) -> Array:
     return grey.reshape(n, -1)
 
 
+def cross_entropy(model: Any, data: Any, batch: Any, _key: Any) -> Float[Array, ""]:
+    """The mean over some examples, given by their indices; data: inputs and labels, and what may follow them."""
+    inputs, labels, *_ = data
+    return optax.softmax_cross_entropy_with_integer_labels(model(inputs[batch]), labels[batch]).mean()
+
+
 @dataclasses.dataclass(frozen=True)
-class CrossEntropy:
-    """The mean cross-entropy of some examples, given by their indices; for nets without a state that changes."""
+class LossOf:
+    """A `loop.Loss` of nets without a state that changes: function(model, data, batch, key) -> the loss."""
 
     graph: Any
+    function: Callable[[Any, Any, Any, Any], Array] = cross_entropy
 
-    def __call__(self, parameters: Any, state: Any, data: Any, batch: Array, key: Any) -> tuple[Array, Any]:
-        """See `loop.Loss`; data: inputs and labels, and what may follow them."""
-        inputs, labels, *_ = data
-        logits = nnx.merge(self.graph, parameters, state)(inputs[batch])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean(), state
+    def __call__(self, parameters: Any, state: Any, data: Any, batch: Any, key: Any) -> tuple[Array, Any]:
+        """See `loop.Loss`."""
+        return self.function(nnx.merge(self.graph, parameters, state), data, batch, key), state
 
 
 def batches(key: PRNGKeyArray, size: int, *, epochs: int, batch_size: int) -> Int[np.ndarray, "updates batch"]:

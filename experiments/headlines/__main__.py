@@ -22,9 +22,12 @@ from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
 from experiments.engine.files import write_whole
 from experiments.engine.records import Record
-from experiments.headlines.claim import Claim
-from experiments.headlines.claims import CLAIMS
-from experiments.headlines.table import page, table
+from experiments.headlines import apr, batch_one, bcn, bkn, enorm, ic, lcw, noise_aware, riemannian
+from experiments.headlines.claim import Claim, page, table
+
+CLAIMS: dict[str, Claim] = {
+    each.CLAIM.name: each.CLAIM for each in (lcw, batch_one, bcn, enorm, ic, bkn, riemannian, noise_aware, apr)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +63,13 @@ def _test(claim: Claim, settings: Settings, data: data_lib.Dataset) -> None:
     console.say(f"claim    {claim.name}: {claim.says}\nprotocol {claim.protocol}")
     arguments = [claim.name, "--seeds", str(settings.seeds)] + (["--epochs", str(epochs)] if settings.epochs else [])
     folder = Path(settings.out) / claim.name
+    config = {
+        "protocol": {"text": claim.protocol, "rows": list(claim.rows), "epochs": epochs},
+        "command": study.command("headlines", arguments),
+        "says": claim.says,
+    }
     with (
-        study.open_record(
-            f"headlines.{claim.name}",
-            folder,
-            protocol={"text": claim.protocol, "rows": list(claim.rows), "epochs": epochs},
-            data=data,
-            command=study.command("headlines", arguments),
-            says=claim.says,
-        ) as record,
+        study.open_record(f"headlines.{claim.name}", folder, data=data, **config) as record,
         console.progress(claim.name, len(claim.rows) * settings.seeds) as advance,
     ):
         for row in claim.rows:
@@ -79,9 +80,8 @@ def _test(claim: Claim, settings: Settings, data: data_lib.Dataset) -> None:
                 console.say(f"{row} seed {seed}  {said}  {line['seconds']:.0f} s")
                 advance(1)
             jax.clear_caches()
-    console.table(
-        f"{claim.title}. digits, {epochs} epochs, mean ± sample standard deviation.", table(claim, record.lines)
-    )
+    title = f"{claim.title}. digits, {epochs} epochs, mean ± sample standard deviation."
+    console.table(title, table(claim, record.lines))
     write_whole(folder / "table.md", page(claim, record.config, record.lines))
     console.say(f"record   {folder}\n")
 

@@ -58,8 +58,9 @@ def corruptions(images: np.ndarray) -> dict[str, np.ndarray]:
     moves = rng.permuted(np.tile([[0, 1], [0, -1], [1, 0], [-1, 0]], (len(images), 1, 1)), axis=1)[:, 0]
     shifted = np.stack([np.roll(image, move, (0, 1)) for image, move in zip(images, moves, strict=True)])
     dropped = np.where(rng.random(images.shape) < 0.2, 0, images)
-    made = {"noise": noisy, "blur": blurred, "contrast": mean + 0.3 * (images - mean), "shift": shifted}
-    return {name: np.asarray(x, np.float32) for name, x in (made | {"dropout": dropped}).items()}
+    contrast = mean + 0.3 * (images - mean)
+    made = {"noise": noisy, "blur": blurred, "contrast": contrast, "shift": shifted, "dropout": dropped}
+    return {name: np.asarray(x, np.float32) for name, x in made.items()}
 
 
 @dataclasses.dataclass(frozen=True)

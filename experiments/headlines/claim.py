@@ -1,10 +1,13 @@
-"""A claim of a paper, as data: the methods it compares, and how one of them is run. `__main__.py` runs it."""
+"""A claim of a paper, as data: what it compares, how that is run, and its table. `__main__.py` runs it."""
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-Line = Mapping[str, Any]
+from experiments.engine.study import Line
+from experiments.engine.tables import markdown, provenance, spread
+
 Measures = Mapping[str, float]
 EARLY = 2  # epochs
 
@@ -25,9 +28,6 @@ class Claim:
         optimiser object for the same rate lets the step compile once: no run makes its own.
       rates: all are tried with seed 0. The one with the least measure `loss` is kept for all seeds of the row.
       rate: the measure that is the rate.
-
-    Raises:
-      ValueError: if there are no rows or no measures.
     """
 
     name: str
@@ -40,10 +40,6 @@ class Claim:
     run: Callable[..., Measures]
     rates: tuple[float, ...] = ()
     rate: str = "rate"
-
-    def __post_init__(self):
-        if not self.rows or not self.measures:
-            raise ValueError(f"a claim has rows and measures, got {self.rows} and {dict(self.measures)}")
 
 
 def early_and_last(lines: Sequence[Line], epochs: int, suffix: str = "") -> dict[str, float]:
@@ -63,3 +59,32 @@ def early_and_last_headings(rates: Sequence[float]) -> dict[str, str]:
     """The headings of `early_and_last`, whose suffix is the rate."""
     said = {"early": f"after {EARLY} epochs", "last": "at the last"}
     return {f"{when}_{rate}": f"accuracy {text}, rate {rate}" for rate in rates for when, text in said.items()}
+
+
+def table(claim: Claim, lines: Sequence[Line]) -> list[dict[str, str]]:
+    """A row for each method: each measure's mean and deviation over the seeds."""
+    rows = []
+    for name in claim.rows:
+        runs = [line for line in lines if line["row"] == name]
+        if runs:
+            row = {"row": name}
+            for key, heading in claim.measures.items():
+                values = [run[key] for run in runs if key in run]
+                row[heading] = spread(values) if values else "-"
+            seconds = statistics.fmean(run["seconds"] for run in runs)
+            rows.append(row | {"seeds": str(len(runs)), "time": f"{seconds:.0f} s"})
+    return rows
+
+
+def page(claim: Claim, config: Mapping[str, Any], lines: Sequence[Line]) -> str:
+    """The page of a record."""
+    parts = [
+        f"# {claim.title}",
+        f"The claim: {config['says']}",
+        f"The test: {config['protocol']['text']}",
+        f"{config['data']['description']}, fingerprint {config['data']['fingerprint']}; {config['protocol']['epochs']} "
+        "epochs; mean ± sample standard deviation over seeds.",
+        markdown(table(claim, lines)),
+        provenance(config),
+    ]
+    return "\n\n".join(parts) + "\n"

@@ -1,5 +1,6 @@
 """LCW: with weights that sum to zero a sigmoid network of 50 layers learns, alone and with batch norm."""
 
+import operator
 from typing import Any
 
 import jax
@@ -58,10 +59,7 @@ def moments(model: Net, images: Any) -> dict[str, float]:
 
     shift: the spread over units of the mean over images. signal: the mean over units of the deviation over images.
     """
-    graph, state = nnx.split(model.layers)
-    before, middle = (
-        nnx.merge(graph, jax.tree.map(lambda leaf, part=part: leaf[part], state)) for part in (slice(MIDDLE), MIDDLE)
-    )
+    before, middle = (jax.tree.map(operator.itemgetter(part), model.layers) for part in (slice(MIDDLE), MIDDLE))
     z = through(before, model.first(scale(images).reshape(len(images), -1)), train=True)
     z = np.asarray(middle.dense(nnx.sigmoid(z)), np.float64)
     return {"shift": float(z.mean(0).std()), "signal": float(z.std(0).mean())}

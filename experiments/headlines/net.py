@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from experiments.engine.rows import normalised
 from linked_jax import relu
@@ -19,14 +19,8 @@ batch_norm = functools.partial(nnx.BatchNorm, momentum=0.9)  # the runs are shor
 class ConvNet(nnx.Module):
     """[conv 3x3 -> norm? -> activation -> layer?] for each width; the mean over space; a dense layer.
 
-    Args:
-      widths: units of each convolution.
-      strided: the positions of those with stride 2.
-      conv: in_features, out_features, kernel_size, strides=, rngs= -> a convolution.
-      norm: features, rngs= -> what is before the activation; or None.
-      after: features, rngs= -> what is behind the activation; or None.
-      activation: of pre-activations.
-      rngs: Flax random streams.
+    Convolutions at the `strided` positions have stride 2. `conv` is made with the arguments of `nnx.Conv`; `norm`,
+    before the activation, and `after`, behind it, with features and rngs=.
     """
 
     def __init__(
@@ -56,11 +50,7 @@ class ConvNet(nnx.Module):
         return self.dense(y.mean((1, 2)))
 
 
-def accuracy(model: nnx.Module, images: Any, labels: Any) -> float:
+@jax.jit
+def accuracy(model: ConvNet, images: Float[Array, "n h w 1"], labels: Int[Array, " n"]) -> Float[Array, ""]:
     """The share of images that a model, in evaluation mode, classifies as their labels say."""
-    return float(_accuracy(*nnx.split(model), images, labels))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _accuracy(graph, state, images, labels):
-    return (nnx.merge(graph, state)(images).argmax(-1) == labels).mean()
+    return (model(images).argmax(-1) == labels).mean()

@@ -22,9 +22,8 @@ of yesterday. Over all hours, 3 seeds, on the series made here:
 """
 
 import dataclasses
-import functools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
@@ -32,14 +31,11 @@ from experiments.engine import records, study
 from experiments.engine.checks import command_line, in_range, known
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
-from experiments.load_forecast import net
 from experiments.load_forecast import series as load_series
 from experiments.load_forecast.forecast import BASELINES, baseline, train
-from experiments.load_forecast.series import FEATURES, HORIZON
+from experiments.load_forecast.net import CELLS, parameters, units_for
+from experiments.load_forecast.series import HORIZON
 from experiments.load_forecast.table import picture, table
-
-units_of = functools.partial(net.units_for, features=FEATURES, horizon=HORIZON)
-parameters_of = functools.partial(net.parameters, features=FEATURES, horizon=HORIZON)
 
 CellName = Literal["tanh", "relu", "lk_relu", "drelu"]
 
@@ -80,15 +76,18 @@ def main() -> None:
     else:
         series = load_series.read_csv(settings.csv, settings.time_column, settings.load_column)
     cut = load_series.windows(series)
-    units = {cell: units_of(cell, settings.parameters) for cell in settings.cells}
-    nets = [{"cell": cell, "units": count, "parameters": parameters_of(cell, count)} for cell, count in units.items()]
+    units = {cell: units_for(cell, settings.parameters) for cell in settings.cells}
+    nets = [{"cell": cell, "units": count, "parameters": parameters(cell, count)} for cell, count in units.items()]
     counts = ", ".join(f"{len(starts):,} {part}" for part, starts in cut.starts.items())
     console.say(f"data     {series} (fingerprint {series.fingerprint})\nwindows  {counts}")
     console.say(f"device   {jax.devices()[0].device_kind}, jax {jax.__version__}")
     for each in nets:
         console.say(f"net      {each['cell']}: {each['units']} units, {each['parameters']:,} parameters")
     options = {"seeds": settings.seeds, "epochs": settings.epochs, "lr": settings.lr, "console": console}
-    with study.open_record("load_forecast", folder, protocol=protocol(settings), data=series, nets=nets) as record:
+    csv = settings.csv and Path(settings.csv).name
+    protocol = dataclasses.asdict(settings) | {"cells": list(settings.cells), "csv": csv}
+    del protocol["out"]
+    with study.open_record("load_forecast", folder, protocol=protocol, data=series, nets=nets) as record:
         for name in BASELINES:
             record.once_all({"cell": name}, lambda name=name: [baseline(name, series, cut)])
         for cell in settings.cells:
@@ -102,24 +101,12 @@ def main() -> None:
     console.say(f"record   {folder}\npicture  {sheet}")
 
 
-def protocol(settings: Settings) -> dict[str, Any]:
-    """What determines the runs: all settings, a file by its name."""
-    values = dataclasses.asdict(settings) | {"cells": list(settings.cells)}
-    del values["out"]
-    return values | {"csv": settings.csv and Path(settings.csv).name}
-
-
 def check(settings: Settings) -> Settings:
-    """Refuse what cannot run, before anything is written; name each cell once.
-
-    Raises:
-      UsageError: with what is wrong, what was received and what to do.
-    """
+    """Refuse what cannot run, with a UsageError, before anything is written; name each cell once."""
     in_range(settings, {"seeds": (1, 100), "epochs": (1, 100_000), "parameters": (1, 1_000_000)})
     if not 0 < settings.lr <= 1:  # nor nan
         raise UsageError(f"--lr is a positive number up to 1, got {settings.lr}; try 0.01")
-    known("cells", settings.cells, net.CELLS)
-    return dataclasses.replace(settings, cells=tuple(dict.fromkeys(settings.cells)))
+    return dataclasses.replace(settings, cells=known("cells", settings.cells, CELLS))
 
 
 if __name__ == "__main__":

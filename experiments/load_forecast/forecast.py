@@ -1,6 +1,5 @@
 """How a recurrent net is trained on windows of a series, and what it forecasts; and the forecasts without a net."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -15,9 +14,9 @@ from experiments.engine.console import Console
 from experiments.engine.errors import NonFiniteLossError
 from experiments.engine.loop import Loop, advance
 from experiments.engine.parallel import Placement
-from experiments.load_forecast import series as load_series
+from experiments.engine.tasks import LossOf
 from experiments.load_forecast.net import RecurrentNet
-from experiments.load_forecast.series import FEATURES, HISTORY, HORIZON, Series, Windows
+from experiments.load_forecast.series import HISTORY, HORIZON, Series, Windows, mape_by_hour
 
 BATCH_SIZE = 64
 BASELINES = {"last week": 168, "yesterday": 24}
@@ -39,26 +38,16 @@ def targets(series: Series, starts: np.ndarray) -> np.ndarray:
 
 def score(seed: int | None, forecast: np.ndarray, load: np.ndarray) -> Line:
     """The line of a forecast on the test part."""
-    by_hour = load_series.mape_by_hour(forecast, load)
+    by_hour = mape_by_hour(forecast, load)
     return {"seed": seed, "test_mape": float(by_hour.mean()), "test_mape_by_hour": by_hour.tolist()}
 
 
-@dataclasses.dataclass(frozen=True)
-class AbsoluteError:
-    """The mean absolute error of the standardised forecasts of a batch, given by the starts of its windows."""
-
-    graph: Any
-
-    def __call__(self, parameters: Any, state: Any, data: Array, batch: Array, key: Array) -> tuple[Array, Any]:
-        """See `loop.Loss`; data: the features (T, 10)."""
-        del key
-        wanted = data[batch[:, None] + jnp.arange(HORIZON), 0]
-        return jnp.abs(nnx.merge(self.graph, parameters, state)(_inputs(data, batch)) - wanted).mean(), state
-
-
-def nets(cell: str, units: int, seeds: int) -> list[RecurrentNet]:
-    """A net for each of the seeds 0, 1, ..."""
-    return [RecurrentNet(cell, units, features=FEATURES, horizon=HORIZON, rngs=nnx.Rngs(seed)) for seed in range(seeds)]
+def absolute_error(
+    model: RecurrentNet, features: Float[Array, "t features"], starts: Int[Array, " n"], _key: Any
+) -> Float[Array, ""]:
+    """The mean absolute error of the standardised forecasts of windows that start at these hours."""
+    wanted = features[starts[:, None] + jnp.arange(HORIZON), 0]
+    return jnp.abs(model(_inputs(features, starts)) - wanted).mean()
 
 
 def train(
@@ -66,15 +55,7 @@ def train(
 ) -> list[Line]:
     """Train a net with all seeds together, and test the epoch with the least validation error.
 
-    Args:
-      cell: a name of `net.CELLS`.
-      units: their number.
-      series: of the loads.
-      cut: its windows.
-      seeds: how many.
-      epochs: passes over the windows that train.
-      lr: Adam's rate at the start; it falls to 0 as a cosine.
-      console: for progress and results.
+    Adam's rate starts at lr and falls to 0 as a cosine.
 
     Returns:
       A line for each epoch and seed, then one for the test of each seed.
@@ -85,9 +66,9 @@ def train(
     training, validation, test = (cut.starts[part] for part in ("train", "validation", "test"))
     rate = optax.cosine_decay_schedule(lr, -(-len(training) // BATCH_SIZE) * epochs)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-    models = nets(cell, units, seeds)
+    models = [RecurrentNet(cell, units, rngs=nnx.Rngs(seed)) for seed in range(seeds)]
     graph = nnx.graphdef(models[0])
-    loop = Loop(AbsoluteError(graph), optimizer, Placement(stacked=True), scanned=True)
+    loop = Loop(LossOf(graph, absolute_error), optimizer, Placement(stacked=True), scanned=True)
     carry, features, unused = loop.start(models), jnp.asarray(cut.features), jax.random.split(jax.random.key(0), seeds)
     best, best_epoch = np.full(seeds, np.inf), np.zeros(seeds, int)
     best_parameters = jax.tree.map(jnp.copy, carry.parameters)  # an update uses up its carry
@@ -97,7 +78,7 @@ def train(
             shuffled = np.stack([batched(order.permutation(training)) for order in orders])
             carry, losses = advance(loop, carry, features, shuffled, unused)
             forecasts = forecast(graph, carry.parameters, cut, validation)
-            mapes = np.array([load_series.mape_by_hour(y, targets(series, validation)).mean() for y in forecasts])
+            mapes = np.array([mape_by_hour(y, targets(series, validation)).mean() for y in forecasts])
             for seed, (loss, mape) in enumerate(zip(losses.mean(axis=1).tolist(), mapes.tolist(), strict=True)):
                 if not np.isfinite([loss, mape]).all():
                     where = f"{cell}, seed {seed}, epoch {epoch}"
@@ -128,14 +109,7 @@ def batched(starts: np.ndarray) -> np.ndarray:
 
 
 def forecast(graph: Any, parameters: Any, cut: Windows, starts: np.ndarray) -> np.ndarray:
-    """The forecasts (seeds, N, 24) of windows, as loads.
-
-    Args:
-      graph: of the net.
-      parameters: stacked over seeds.
-      cut: the windows of a series.
-      starts: N hours.
-    """
+    """The forecasts (seeds, N, 24) of the windows that start at these N hours, as loads; parameters: over seeds."""
     y = np.asarray(_forecast(graph, parameters, cut.features, batched(starts)), np.float64)
     return y.reshape(len(y), -1, HORIZON)[:, : len(starts)] * cut.deviation + cut.mean
 
@@ -145,7 +119,6 @@ def _forecast(graph, parameters, features, starts) -> Float[Array, "seeds batche
     def of_one_seed(parameters):
         return jax.lax.map(lambda starts: nnx.merge(graph, parameters)(_inputs(features, starts)), starts)
 
-    features = jnp.asarray(features)
     return jax.vmap(of_one_seed)(parameters)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from experiments.load_forecast.series import FEATURES, HORIZON
 from linked_jax import lk_relu
 from linked_jax.initializers import looks_linear
 from linked_jax.remedies.drelu import drelu
@@ -52,17 +53,9 @@ def recurrent_kernel(cell: Cell) -> Callable[..., Array]:
 
 
 class RecurrentNet(nnx.Module):
-    """x (N, T, features) -> forecasts (N, horizon).
+    """x (N, T, features) -> forecasts (N, horizon), by so many units of a cell of `CELLS`."""
 
-    Args:
-      name: of `CELLS`.
-      units: their number C.
-      features: of a step.
-      horizon: how many values are forecast.
-      rngs: Flax random streams; `params` is used.
-    """
-
-    def __init__(self, name: str, units: int, *, features: int, horizon: int, rngs: nnx.Rngs):
+    def __init__(self, name: str, units: int, *, features: int = FEATURES, horizon: int = HORIZON, rngs: nnx.Rngs):
         cell = CELLS[name]
         self.f, self.states = cell.f, cell.states * units
         self.input = nnx.Linear(features, cell.branches * units, rngs=rngs)
@@ -82,7 +75,7 @@ class RecurrentNet(nnx.Module):
         return self.read_out(h)
 
 
-def parameters(name: str, units: int, *, features: int, horizon: int) -> int:
+def parameters(name: str, units: int, *, features: int = FEATURES, horizon: int = HORIZON) -> int:
     """How many numbers a net learns.
 
     >>> from experiments.load_forecast.net import parameters
@@ -93,10 +86,6 @@ def parameters(name: str, units: int, *, features: int, horizon: int) -> int:
     return units * cell.branches * (features + cell.states * units + 1) + (cell.states * units + 1) * horizon
 
 
-def units_for(name: str, count: int, *, features: int, horizon: int) -> int:
+def units_for(name: str, count: int) -> int:
     """The number of units whose net has about that many parameters."""
-
-    def distance(units: int) -> int:
-        return abs(parameters(name, units, features=features, horizon=horizon) - count)
-
-    return min(range(1, 2 + int(count**0.5)), key=distance)
+    return min(range(1, 2 + int(count**0.5)), key=lambda units: abs(parameters(name, units) - count))

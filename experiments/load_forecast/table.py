@@ -8,11 +8,11 @@ import numpy as np
 
 from experiments.engine import tables
 from experiments.engine.plots import figure, label_ends, save
+from experiments.engine.study import Line
 from experiments.load_forecast.forecast import BASELINES
 from experiments.load_forecast.series import HORIZON
 
 _SHOWN_HOURS = (1, 6, 12, 24)
-Line = Mapping[str, Any]
 
 
 def table(lines: Sequence[Line], nets: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

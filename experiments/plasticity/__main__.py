@@ -70,11 +70,7 @@ class Settings:
 
 
 def check(settings: Settings) -> Settings:
-    """Refuse what cannot run; name all methods.
-
-    Raises:
-      UsageError: with what is wrong, what was received and what to do.
-    """
+    """Refuse what cannot run, with a UsageError; name all methods."""
     in_range(settings, {"tasks": (2, 10_000), "seeds": (1, 100)})
     return dataclasses.replace(
         settings,
@@ -103,8 +99,22 @@ def streams() -> None:
     different = dict.fromkeys((net["row"], net["width"]) for net in nets)
     groups = len(settings.streams) * len(different) * (1 + (settings.seeds > 1))  # the rates, then the other seeds
     like = {"same": ("experiment", "protocol", "data", "nets"), "nets": nets}
+    protocol = {
+        "streams": list(settings.streams),
+        "widths": list(settings.widths),
+        "tasks": settings.tasks,
+        "images": {stream: min(IMAGES[stream], len(data.train_labels)) for stream in settings.streams},
+        "epochs": {stream: _ROUNDS * EPOCHS[stream] for stream in settings.streams},
+        "rounds": _ROUNDS,
+        "batch_size": _BATCH_SIZE,
+        "features": tasks.flat(data, 1).images.shape[1],
+        "hidden_layers": HIDDEN_LAYERS,
+        "optimizer": "adam",
+        "rates": list(RATES),
+        "tau": TAU,
+    }
     with (
-        open_record("plasticity", settings.out, protocol=_protocol(settings, data), data=data, **like) as record,
+        open_record("plasticity", settings.out, protocol=protocol, data=data, **like) as record,
         console.progress("tasks", settings.tasks * groups) as advance,
     ):
         for stream in settings.streams:
@@ -138,23 +148,6 @@ def _nets(settings: Settings, data: data_lib.Dataset) -> list[dict[str, Any]]:
             count = parameters(method, features, width, data.classes)
             nets.append({"row": row, "column": column, "says": method.says, "width": width, "parameters": count})
     return nets
-
-
-def _protocol(settings: Settings, data: data_lib.Dataset) -> dict[str, Any]:
-    return {
-        "streams": list(settings.streams),
-        "widths": list(settings.widths),
-        "tasks": settings.tasks,
-        "images": {stream: min(IMAGES[stream], len(data.train_labels)) for stream in settings.streams},
-        "epochs": {stream: _ROUNDS * EPOCHS[stream] for stream in settings.streams},
-        "rounds": _ROUNDS,
-        "batch_size": _BATCH_SIZE,
-        "features": tasks.flat(data, 1).images.shape[1],
-        "hidden_layers": HIDDEN_LAYERS,
-        "optimizer": "adam",
-        "rates": list(RATES),
-        "tau": TAU,
-    }
 
 
 PROTOCOLS = {"streams": streams, "kumar": kumar.main, "regression": regression.main}

@@ -71,15 +71,9 @@ def learn(
     method: Method, width: int, plan: Plan, base: Task, runs: Sequence[tuple[int, float]],
     on_task: Callable[[int], None] = lambda _: None,
 ) -> list[dict[str, list[float]]]:  # fmt: skip
-    """One net for each run, from its first task to the last; together, and as alone but for rounding.
+    """One net for each run (seed, rate), from its first task to the last; together, and as alone but for rounding.
 
-    Args:
-      method: of `METHODS`.
-      width: of the hidden layers.
-      plan: the stream.
-      base: the images that tasks are made of.
-      runs: (seed, rate) of each.
-      on_task: called after each task with 1.
+    `on_task` is called after each task with 1.
 
     Returns:
       For each run, after each task: accuracy; dead and dormant, as shares of all hidden units; rank, the effective

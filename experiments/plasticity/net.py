@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from experiments.engine.loop import Loop
 from experiments.engine.parallel import Placement
-from experiments.engine.tasks import CrossEntropy
+from experiments.engine.tasks import LossOf
 from linked_jax import Link, fourier, leaky_relu, lk_relu, lk_swish, relu
 from linked_jax.revive import link_sequential, link_sequential_opt_state, redo
 
@@ -122,5 +122,4 @@ def width_for(method: Method, features: int, wanted: int, classes: int) -> int:
 
 def loop_for(model: nnx.Sequential, *, stacked: bool = False) -> Loop:
     """The loop that trains nets like this one; stacked: several together, on data of their own."""
-    loss = CrossEntropy(nnx.graphdef(model))
-    return Loop(loss, RULE, Placement(stacked=stacked), own_data=stacked, scanned=True)
+    return Loop(LossOf(nnx.graphdef(model)), RULE, Placement(stacked=stacked), own_data=stacked, scanned=True)

@@ -8,23 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments.engine.plots import IN_A_PANEL, figure, label_ends, mean_band, save
-from experiments.engine.study import at_best_rate
+from experiments.engine.plots import COLOURS, IN_A_PANEL, figure, label_ends, mean_band, save
+from experiments.engine.study import Line, at_best_rate
 from experiments.engine.tables import markdown as markdown_table
 from experiments.engine.tables import provenance, spread
 
-Line = Mapping[str, Any]
-
-_COLOURS = {
-    "relu": "black",
-    "leaky_relu": "#8C8C8C",
-    "layer_norm": "#E69F00",
-    "redo": "#D55E00",
-    "revived": "#CC79A7",
-    "lk_relu": "#0072B2",
-    "lk_swish": "#56B4E9",
-    "fourier": "#009E73",
-}
+_ROWS = ("redo", "lk_relu", "fourier", "revived", "layer_norm", "lk_swish", "relu", "leaky_relu")
+_COLOURS: dict[str, str] = dict(zip(_ROWS, COLOURS, strict=True))
 _TOGETHER = (("relu", "leaky_relu", "layer_norm", "redo", "revived"), ("relu", "lk_relu", "lk_swish", "fourier"))
 """In a row of panels."""
 _PANELS = {"accuracy": "accuracy after the task", "dormant": "dormant share of units", "rank": "effective rank"}
@@ -105,6 +95,12 @@ def _nets(column: str, config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [net for net in config["nets"] if net["column"] == column]
 
 
+def smoothed_band(panel: Any, runs: Any, wide: int, colour: str, label: str) -> None:
+    """Draw the mean and the deviation over runs of what each has by task, averaged over that many tasks."""
+    values = np.array([np.convolve(run, np.ones(wide) / wide, "valid") for run in runs])
+    mean_band(panel, np.arange(wide, wide + values.shape[1]), values, colour, "-", label)
+
+
 def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
     """The page of a record: what was done, the tables, the rates that were tried."""
     protocol, data = config["protocol"], config["data"]
@@ -153,9 +149,8 @@ def picture(column: str, config: Mapping[str, Any], lines: Sequence[Line], path:
             wide = min(_SMOOTHED[stream], most) if measure == "accuracy" else 1
             for net in names:
                 runs = chosen(of_net(stream, net, nets[net]["width"], lines))
-                values = np.array([np.convolve(run[measure], np.ones(wide) / wide, "valid") for run in runs])
-                number = np.arange(wide, wide + values.shape[1])
-                mean_band(panel, number, values, _COLOURS[net], "-", f"{net}, rate {runs[0]['rate']:g}")
+                label = f"{net}, rate {runs[0]['rate']:g}"
+                smoothed_band(panel, [run[measure] for run in runs], wide, _COLOURS[net], label)
             title += f", mean of {wide} tasks" if wide > 1 else ""
             panel.set(title=f"{stream}: {title}", xlabel="task", xlim=(1, None))
             if measure != "accuracy":

@@ -22,6 +22,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -37,8 +38,9 @@ from experiments.engine.files import write_whole
 from experiments.engine.loop import Loop, advance
 from experiments.engine.parallel import Placement
 from experiments.engine.plots import COLOURS, figure, label_ends, mean_band, save
-from experiments.engine.study import open_record
+from experiments.engine.study import Line, open_record
 from experiments.engine.tables import markdown, provenance, spread
+from experiments.engine.tasks import LossOf
 from experiments.plasticity.kumar.methods import METHODS
 from experiments.plasticity.kumar.starts import STARTS
 from experiments.plasticity.plots import ends
@@ -55,7 +57,6 @@ ROWS = (
 )  # fmt: skip
 """Of `METHODS`. A linked learner has 5 units too: 116 parameters, where the plain one has 111, and 4 would be 93."""
 _RULE = optax.sgd(1.0)
-Line = Mapping[str, Any]
 
 
 class Examples(NamedTuple):
@@ -82,16 +83,9 @@ def examples(seed: Any, number: Any, count: int = FLIP_AFTER) -> Examples:
     return Examples(x, fires.astype(jnp.float32) @ w)
 
 
-@dataclasses.dataclass(frozen=True)
-class SquaredError:
+def squared_error(model: nnx.Sequential, data: Examples, batch: Array, _key: Any) -> Float[Array, ""]:
     """Of one example, before it is learnt."""
-
-    graph: Any
-
-    def __call__(self, parameters: Any, state: Any, data: Any, batch: Array, key: Any) -> tuple[Array, Any]:
-        """See `loop.Loss`; data: `Examples`."""
-        y = nnx.merge(self.graph, parameters, state)(data.inputs[batch])[:, 0]
-        return jnp.square(y - data.targets[batch]).mean(), state
+    return jnp.square(model(data.inputs[batch])[:, 0] - data.targets[batch]).mean()
 
 
 def build(row: str, seed: int) -> nnx.Sequential:
@@ -100,13 +94,9 @@ def build(row: str, seed: int) -> nnx.Sequential:
     layers = []
     for place, (c_in, c_out) in enumerate([(SLOW + RANDOM, HIDDEN), (link.arity * HIDDEN, 1)]):
         kernel_init, bias_init = start(link, place == 0)
-        of_bias = functools.partial(_bias, bias_init, c_in)
+        of_bias = functools.partial(bias_init, fan_in=c_in)
         layers.append(nnx.Linear(c_in, c_out, kernel_init=kernel_init, bias_init=of_bias, rngs=rngs))
     return nnx.Sequential(layers[0], link, layers[1])
-
-
-def _bias(init: Any, fan_in: int, key: Array, shape: Sequence[int], dtype: Any) -> Array:
-    return init(key, shape, dtype, fan_in)
 
 
 def learn(
@@ -115,7 +105,8 @@ def learn(
     """The error by bins of each run, given by its seed and its rate; all together."""
     seeds, rates = (np.array(values) for values in zip(*runs, strict=True))
     models = [build(row, seed) for seed, _ in runs]
-    loop = Loop(SquaredError(nnx.graphdef(models[0])), _RULE, Placement(stacked=True), own_data=True, scanned=True)
+    loss = LossOf(nnx.graphdef(models[0]), squared_error)
+    loop = Loop(loss, _RULE, Placement(stacked=True), own_data=True, scanned=True)
     carry, keys, errors = loop.start(models), jax.vmap(jax.random.key)(seeds), []
     steps = np.broadcast_to(np.arange(FLIP_AFTER, dtype=np.int32)[:, None], (len(runs), FLIP_AFTER, 1))
     for number in range(stretches):
@@ -154,19 +145,8 @@ class Settings:
     """The folder of the record. One that is there and was made alike is resumed."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Drawn:
-    """What a record says of data that is drawn."""
-
-    identity: Mapping[str, str]
-
-
 def check(settings: Settings) -> Settings:
-    """Refuse what cannot run; name all methods.
-
-    Raises:
-      UsageError: with what is wrong, what was received and what to do.
-    """
+    """Refuse what cannot run, with a UsageError; name all methods."""
     in_range(settings, {"seeds": (1, 1000), "examples": (BIN, 100_000_000)})
     return dataclasses.replace(
         settings, methods=known("methods", ROWS if "all" in settings.methods else settings.methods, ROWS)
@@ -177,17 +157,17 @@ def main() -> None:
     """Run what is missing, then print the table and draw the picture."""
     settings = check(command_line(Settings, "python -m experiments.plasticity --protocol regression"))
     console, stretches = Console(), settings.examples // BIN * (BIN // FLIP_AFTER)
-    data = _Drawn({"name": "slowly changing regression", "description": "drawn from the seed"})
+    data = SimpleNamespace(identity={"name": "slowly changing regression", "description": "drawn from the seed"})
     protocol = {"regression": {"examples": stretches * FLIP_AFTER, "flip_after": FLIP_AFTER, "rates": list(RATES)}}
     with (
         open_record("plasticity", settings.out, protocol=protocol, data=data) as record,
         console.progress("flips", stretches * len(settings.methods)) as bar,
     ):
+        runs = [(seed, rate) for rate in RATES for seed in range(settings.seeds)]
         for row in settings.methods:
-            runs = [(seed, rate) for rate in RATES for seed in range(settings.seeds)]
             keys = [{"row": row, "rate": rate, "seed": seed} for seed, rate in runs]
 
-            def make(missing: list[int], row: str = row, runs: Sequence[tuple[int, float]] = runs) -> Any:
+            def make(missing: list[int], row: str = row) -> list[dict[str, Any]]:
                 return learn(row, [runs[i] for i in missing], stretches, bar)
 
             errors = whole(lines := record.once_each(keys, make))
@@ -218,7 +198,7 @@ def table(lines: Sequence[Line], *, first: bool = False) -> list[dict[str, str]]
 
 def page(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
     """The page of a record."""
-    bins = max(len(errors) for found in _by_net(lines).values() for errors in whole(found) or [[0]])
+    bins = max(map(len, whole(lines)), default=1)
     few = len(ends(range(bins))[0])
     parts = [
         "# Slowly changing regression",

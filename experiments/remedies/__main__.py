@@ -50,13 +50,8 @@ class Settings:
 
 
 def check(settings: Settings) -> Settings:
-    """Refuse what cannot run; name all methods.
-
-    Raises:
-      UsageError: with what is wrong, what was received and what to do.
-    """
-    methods = tuple(METHODS) if "all" in settings.methods else tuple(dict.fromkeys(settings.methods))
-    known("methods", methods, METHODS)
+    """Refuse what cannot run, with a UsageError; name all methods."""
+    methods = known("methods", METHODS if "all" in settings.methods else settings.methods, METHODS)
     known("nets", settings.nets, NETS)
     in_range(settings, {"seeds": (1, math.inf), "epochs": (1, math.inf), "time_steps": (0, math.inf)})
     return dataclasses.replace(settings, methods=methods)
@@ -92,10 +87,8 @@ def main() -> None:
             record.write_times({"steps": settings.time_steps, "medians": medians})
     times = records.read_times(folder)
     for net in nets:
-        rows = table(net, record.lines, record.config["nets"], times)
-        console.table(
-            f"{net}: digits, {settings.epochs} epochs, last epoch, mean ± standard deviation over seeds", rows
-        )
+        title = f"{net}: digits, {settings.epochs} epochs, last epoch, mean ± standard deviation over seeds"
+        console.table(title, table(net, record.lines, record.config["nets"], times))
     write_whole(folder / "table.md", markdown(record.config, record.lines, times))
     drawn = picture(record.config, record.lines, times, folder / "remedies.png")
     console.say(f"record   {folder}\npicture  {drawn}")

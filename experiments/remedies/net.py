@@ -5,6 +5,7 @@
 A stage is activation-then-weights, as all layers here are; the first ones have no activation before them.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -93,22 +94,16 @@ StepOf = Callable[[Place, nnx.Rngs], Any]
 
 
 class RemedyNet(nnx.Module):
-    """A network whose every step is made by a method.
+    """A network whose every step is made by a method, for images (H, W, C).
 
-    Args:
-      image_shape: (H, W, C) of one image.
-      stages: of `NETS`.
-      step: Place, rngs -> a module (x, context, train) -> (z, context).
-      rngs: Flax random streams.
+    `step` makes of a place and rngs a module (x, context, train) -> (z, context).
     """
 
     def __init__(self, image_shape: Sequence[int], stages: Sequence[Stage], *, step: StepOf, rngs: nnx.Rngs):
-        steps, shape = [], tuple(image_shape)
-        for number, stage in enumerate(stages):
-            following = stages[number + 1].active if number + 1 < len(stages) else False
-            steps.append(step(Place(stage, shape, following), rngs))
+        self.steps, shape = nnx.List([]), tuple(image_shape)
+        for stage, following in itertools.zip_longest(stages, stages[1:]):
+            self.steps.append(step(Place(stage, shape, following is not None and following.active), rngs))
             shape = stage.shape_after(shape)
-        self.steps = nnx.List(steps)
 
     def __call__(self, images: Float[Array, "n h w c"], *, train: bool = False) -> Float[Array, "n classes"]:
         """The logits."""

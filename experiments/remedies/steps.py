@@ -56,10 +56,6 @@ class Method:
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     batch_one: bool = True
 
-    def link(self) -> Link:
-        """The activation."""
-        return get_activation(self.act).link
-
     def weights(self, in_features: int, out_features: int, stage: Stage, link: Link, rngs: nnx.Rngs) -> Any:
         """The weights of a stage, behind that link."""
         options: Any = {"rngs": rngs}
@@ -82,7 +78,7 @@ class Step(nnx.Module):
     def __init__(self, method: Method, place: Place, rngs: nnx.Rngs):
         stage, units = place.stage, place.shape[-1]
         self.stage, self.positions = stage, place.positions
-        self.link = method.link() if stage.active else identity
+        self.link = get_activation(method.act).link if stage.active else identity
         features = self.link.arity * units * place.positions
         self.before = nnx.data(method.before(features, rngs) if method.before and stage.active else None)
         outputs = stage.features * (method.branches if place.normed else 1)

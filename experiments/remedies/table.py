@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.engine.plots import figure, save
+from experiments.engine.plots import COLOURS, figure, save
 from experiments.engine.study import Line, at_best_rate
 from experiments.engine.tables import CHANCE, provenance, spread
 from experiments.engine.tables import markdown as markdown_table
@@ -36,24 +36,15 @@ def learners(net: str, lines: Sequence[Line]) -> list[str]:
 def table(
     net: str, lines: Sequence[Line], nets: Sequence[Mapping[str, Any]], times: Mapping[str, Any] | None
 ) -> list[dict[str, str]]:
-    """A row for each method, best accuracy first.
+    """A row for each method, best accuracy first; the nets are those of config.json, the times those of times.json.
 
-    Args:
-      net: its name.
-      lines: of metrics.jsonl.
-      nets: of config.json.
-      times: of times.json, or None.
-
-    Returns:
-      Rows of column name to text. Time and activation memory are relative to relu's; stresses are those that were run.
+    Time and activation memory are relative to relu's; stresses are those that were run.
     """
     cost = _costs(net, nets, times)
     stresses = [stress for stress in STRESSES if any(line["stress"] == stress for line in lines)]
-    found = [(row, chosen(net, row, lines)) for row in cost]
+    found = [(row, runs) for row in cost if (runs := chosen(net, row, lines))]
     rows = []
-    for row, runs in sorted(found, key=lambda pair: -statistics.fmean(map(accuracy, pair[1] or [{}]))):
-        if not runs:
-            continue
+    for row, runs in sorted(found, key=lambda pair: -statistics.fmean(map(accuracy, pair[1]))):
         alive = [run for run in runs if "diverged" not in run]
         own = cost[row]
         texts = {
@@ -79,9 +70,8 @@ def table(
 def _costs(net: str, nets: Sequence[Mapping[str, Any]], times: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
     """Parameters, and time and activation memory relative to relu's, of each row."""
     own = {entry["row"]: dict(entry) for entry in nets if entry["net"] == net}
-    seconds = {
-        line["row"]: line["step_seconds"] for line in (times or {"medians": []})["medians"] if line["net"] == net
-    }
+    medians = times["medians"] if times else []
+    seconds = {line["row"]: line["step_seconds"] for line in medians if line["net"] == net}
     for row, entry in own.items():
         if _BASE in own:
             entry["memory"] = entry["activation_bytes"] / own[_BASE]["activation_bytes"]
@@ -122,11 +112,8 @@ def markdown(config: Mapping[str, Any], lines: Sequence[Line], times: Mapping[st
         parts += [f"## {net}", markdown_table(table(net, lines, config["nets"], times))]
     says = {entry["row"]: entry["says"] for entry in config["nets"]}
     tried = {row: ", ".join(f"{rate:g}" for rate in rates) for row, rates in protocol["rates"].items()}
-    parts += [
-        "## The rows",
-        markdown_table([{"method": row, "is": text, "rates": tried[row]} for row, text in says.items()]),
-    ]
-    parts.append(provenance(config))
+    rows = [{"method": row, "is": text, "rates": tried[row]} for row, text in says.items()]
+    parts += ["## The rows", markdown_table(rows), provenance(config)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -140,7 +127,7 @@ def picture(config: Mapping[str, Any], lines: Sequence[Line], times: Mapping[str
         ranked = sorted((row for row in found if found[row]), key=lambda row: -statistics.fmean(found[row]))
         for rank, row in enumerate(ranked, start=1):
             mean, error = statistics.fmean(found[row]), statistics.stdev(found[row]) if len(found[row]) > 1 else 0
-            colour = "#0072B2" if row.startswith("lk_") else "#D55E00"
+            colour = COLOURS[1 if row.startswith("lk_") else 0]
             bar = panel.errorbar(cost[row]["time"], mean, error, fmt="o", color=colour, capsize=3, ms=4)
             bar.set_label(f"{rank}  {row}  {mean:.4f}")
             panel.annotate(str(rank), (cost[row]["time"], mean), xytext=(4, 3), textcoords="offset points")

@@ -13,7 +13,6 @@ The same command again resumes. Expected: see results/revive; a minute or two on
 """
 
 import dataclasses
-from typing import Any
 
 from experiments.engine import data as data_lib
 from experiments.engine.checks import command_line, in_range
@@ -24,6 +23,8 @@ from experiments.engine.study import open_record
 from experiments.plasticity.net import TAU
 from experiments.revive import plots
 from experiments.revive.ways import BATCH_SIZE, HARMS, OFFSET, RATE, UNITS, WAYS, run_seed, shifted
+
+RANGES = {"seeds": (1, 100), "harmful_epochs": (1, 1000), "epochs": (1, 1000)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,23 +41,24 @@ class Settings:
     """The folder of the record. One that is there and was made alike is resumed."""
 
 
-def check(settings: Settings) -> Settings:
-    """Refuse what cannot run.
-
-    Raises:
-      UsageError: with what is wrong, what was received and what to do.
-    """
-    in_range(settings, {"seeds": (1, 100), "harmful_epochs": (1, 1000), "epochs": (1, 1000)})
-    return settings
-
-
 def main() -> None:
     """Run the seeds that are missing, then print the table and draw the picture."""
-    settings = check(command_line(Settings, "python -m experiments.revive"))
+    settings = command_line(Settings, "python -m experiments.revive")
+    in_range(settings, RANGES)
     data, console = data_lib.load("digits"), Console()
     task, epochs = shifted(data), {"harmful_epochs": settings.harmful_epochs, "epochs": settings.epochs}
+    protocol = {
+        **epochs,
+        "units": UNITS,
+        "offset": OFFSET,
+        "harmful_rates": HARMS,
+        "rate": RATE,
+        "batch_size": BATCH_SIZE,
+        "optimizer": "adam",
+        "tau": TAU,
+    }
     with (
-        open_record("revive", settings.out, protocol=_protocol(epochs), data=data) as record,
+        open_record("revive", settings.out, protocol=protocol, data=data) as record,
         console.progress("nets", len(HARMS) * settings.seeds * (1 + len(WAYS))) as advance,
     ):
         for harm in HARMS:
@@ -67,19 +69,6 @@ def main() -> None:
     write_whole(record.folder / "table.md", plots.markdown(record.config, record.lines))
     drawn = plots.picture(record.config, record.lines, record.folder / "revive.png")
     console.say(f"record   {record.folder}\npicture  {drawn}")
-
-
-def _protocol(epochs: dict[str, int]) -> dict[str, Any]:
-    return {
-        **epochs,
-        "units": UNITS,
-        "offset": OFFSET,
-        "harmful_rates": HARMS,
-        "rate": RATE,
-        "batch_size": BATCH_SIZE,
-        "optimizer": "adam",
-        "tau": TAU,
-    }
 
 
 if __name__ == "__main__":

@@ -7,21 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.engine.plots import figure, label_ends, mean_band, save
+from experiments.engine.plots import COLOURS, figure, label_ends, mean_band, save
+from experiments.engine.study import Line
 from experiments.engine.tables import markdown as markdown_table
 from experiments.engine.tables import provenance, spread
 
-Line = Mapping[str, Any]
-
 LEGEND = "test accuracy, mean ± standard deviation over seeds, and dead units by layer, means over seeds"
-_COLOURS = {
-    "harmed": "black",
-    "continued": "#8C8C8C",
-    "redo": "#D55E00",
-    "revived": "#CC79A7",
-    "fresh": "#009E73",
-    "fresh_linked": "#0072B2",
-}
+_COLOURS = {"harmed": 6, "continued": 7, "redo": 0, "revived": 3, "fresh": 2, "fresh_linked": 1}
+"""Of `COLOURS`, in the order in which they are drawn."""
 
 
 def of_way(harm: str, way: str, lines: Sequence[Line]) -> list[Line]:
@@ -35,7 +28,6 @@ def table(harm: str, lines: Sequence[Line]) -> list[dict[str, str]]:
     rows = []
     for way in dict.fromkeys(line["way"] for line in lines if line["harm"] == harm and line["way"] != "harmed"):
         runs, new = of_way(harm, way, lines), way.startswith("fresh")
-        difference = max(run["difference"] for run in runs)
         rows.append(
             {
                 "net": way,
@@ -43,7 +35,7 @@ def table(harm: str, lines: Sequence[Line]) -> list[dict[str, str]]:
                 "at": spread([run["accuracy"][0] for run in runs]),
                 "after 1 epoch": spread([run["accuracy"][1] for run in runs]),
                 "after": spread([run["accuracy"][-1] for run in runs]),
-                "logits differ by": "-" if new else f"{difference:.2g}",
+                "logits differ by": "-" if new else f"{max(run['difference'] for run in runs):.2g}",
                 "of": "-" if new else f"{max(run['largest_logit'] for run in runs):.3g}",
                 "dead before": "-" if new else _dead(harmed, -1),
                 "dead at": _dead(runs, 0),
@@ -89,7 +81,7 @@ def picture(config: Mapping[str, Any], lines: Sequence[Line], path: Path) -> Pat
             shares = np.array([run["dead"] for run in runs]).sum(axis=2) / (3 * config["protocol"]["units"])
             for panel, values in ((left, np.array([run["accuracy"] for run in runs])), (right, shares)):
                 epoch = np.arange(values.shape[1]) + (0 if way == "harmed" else turn)
-                mean_band(panel, epoch, values, colour, "-", way if way != "harmed" else "_")
+                mean_band(panel, epoch, values, COLOURS[colour], "-", way if way != "harmed" else "_")
         for panel, title in ((left, "test accuracy"), (right, "dead share of hidden units")):
             panel.axvline(turn, color="0.6", lw=0.8)
             panel.set(title=f"{harm} (black: rate {rate:g}, up to the line): {title}", xlabel="epoch", xlim=(0, None))

@@ -60,7 +60,7 @@ def test_a_linked_net_starts_with_linear_mlps_and_embeddings_of_mean_square_one(
     mlp = model.blocks[0].mlp
     assert float(jnp.abs(mlp(x)).mean()) > 0.05
     np.testing.assert_allclose(mlp(2 * x[:1] - x[1:]), 2 * mlp(x[:1]) - mlp(x[1:]), atol=1e-5)
-    embedded = model.scale(model.tokens(jnp.arange(BLOCK)) + model.places(jnp.arange(BLOCK)))
+    embedded = model.scale[...] * (model.tokens(jnp.arange(BLOCK)) + model.places(jnp.arange(BLOCK)))
     for signal in (embedded, mlp.wide(embedded), model.blocks[0].attention.qkv(embedded)):
         np.testing.assert_allclose((signal**2).mean(), 1, atol=0.1)
 

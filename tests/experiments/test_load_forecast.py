@@ -92,7 +92,7 @@ def trained(series, cell="tanh", units=5, **changes):
 
 def stacked_start(cell, units):
     """The graph of a net, and its parameters before training, stacked over one seed."""
-    graph, parameters = nnx.split(forecasts.nets(cell, units, 1)[0])
+    graph, parameters = nnx.split(recurrent_net.RecurrentNet(cell, units, rngs=nnx.Rngs(0)))
     return graph, jax.tree.map(lambda leaf: leaf[None], parameters)
 
 
@@ -316,10 +316,10 @@ def test_the_net_is_the_loop(cell):
 @pytest.mark.parametrize("cell", NUMPY)
 def test_the_number_of_parameters_is_that_of_the_net_and_alike_for_all(cell):
     wanted = load_forecast.Settings().parameters
-    units = load_forecast.units_of(cell, wanted)
+    units = recurrent_net.units_for(cell, wanted)
     _, state = stacked_start(cell, units)
     count = sum(leaf.size for leaf in jax.tree.leaves(state))
-    assert count == load_forecast.parameters_of(cell, units)
+    assert count == recurrent_net.parameters(cell, units)
     assert abs(count / wanted - 1) < 0.01
 
 
@@ -516,9 +516,7 @@ def test_a_bad_file_is_named(case, in_process, tmp_path):
     assert not (tmp_path / "record").exists()
 
 
-def test_a_series_that_is_too_short_is_refused_also_when_made():
-    with pytest.raises(UsageError, match="has 648 hours; a forecast needs 672 at least"):
-        load_series.windows(load_series.made(days=27))
+def test_four_weeks_are_enough():
     assert load_series.windows(load_series.made(days=28)).starts["test"].size
 
 

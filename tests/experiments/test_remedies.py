@@ -16,8 +16,8 @@ from experiments.engine.errors import UsageError
 from experiments.engine.records import Record
 from experiments.headlines import __main__ as headlines
 from experiments.headlines import batch_one, bcn, bkn, ic, riemannian
+from experiments.headlines.__main__ import CLAIMS
 from experiments.headlines.claim import Claim
-from experiments.headlines.claims import CLAIMS
 from experiments.headlines.net import WIDTHS
 from experiments.remedies import __main__ as remedies
 from experiments.remedies import runs

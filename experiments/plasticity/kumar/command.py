@@ -17,9 +17,11 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import jax
+from flax import nnx
 
 from experiments.engine import data as data_lib
 from experiments.engine.checks import command_line, in_range, known
@@ -62,11 +64,7 @@ class Settings:
 
 
 def check(settings: Settings) -> Settings:
-    """Refuse what cannot run; name all problems and methods.
-
-    Raises:
-      UsageError: with what is wrong, what was received and what to do.
-    """
+    """Refuse what cannot run, with a UsageError; name all problems and methods."""
     ranges = {"tasks": (0, 10_000), "seeds": (0, 1000), "tuning_seeds": (0, FIRST_SEED)}
     in_range(settings, ranges)  # pyright: ignore[reportArgumentType]
     for rate in settings.rates:
@@ -87,33 +85,28 @@ def main() -> None:
     sets = {name: _load(name, settings) for name in dict.fromkeys(PROBLEMS[p].dataset for p in settings.problems)}
     of_method = len(_tuning(settings)) + settings.seeds
     total = sum(_tasks(settings, PROBLEMS[name]) for name in settings.problems) * of_method * len(settings.methods)
-    same = ("experiment", "protocol")
+    told = {name: {"fingerprint": half.fingerprint, "description": str(half)} for name, half in sets.items()}
+    data = SimpleNamespace(identity=told)  # of the command that began the record; each line names its own set
+    facts = {name: dataclasses.asdict(problem) for name, problem in PROBLEMS.items()}  # which are run, the lines say
+    protocol, same = {"kumar": json.loads(json.dumps(facts))}, ("experiment", "protocol")  # as JSON values
     with (
-        open_record("plasticity", settings.out, protocol=_protocol(), data=_Sets(sets), same=same) as record,
+        open_record("plasticity", settings.out, protocol=protocol, data=data, same=same) as record,
         console.progress("tasks", total) as advance,
     ):
         for name in settings.problems:
             for row in settings.methods:
-                work = Work(
-                    PROBLEMS[name], METHODS[row], sets[PROBLEMS[name].dataset], _tasks(settings, PROBLEMS[name])
-                )
+                problem = PROBLEMS[name]
+                work = Work(problem, METHODS[row], sets[problem.dataset], _tasks(settings, problem))
                 _of_row(record, name, row, work, settings, console.say, advance)
                 jax.clear_caches()
         for name, tasks in table.groups(record.lines):
-            console.table(
-                f"{PROBLEMS[name].says}, {tasks} tasks: online accuracy, %", table.table(name, tasks, record.lines)
-            )
+            title = f"{PROBLEMS[name].says}, {tasks} tasks: online accuracy, %"
+            console.table(title, table.table(name, tasks, record.lines))
             suffix = "" if tasks == PROBLEMS[name].tasks else f"_{tasks}"
             drawn = table.picture(name, tasks, record.lines, record.folder / f"{name}{suffix}.png")
             console.say(f"picture  {drawn}")
         write_whole(record.folder / "table.md", table.markdown(record.config, record.lines))
         console.say(f"record   {record.folder}")
-
-
-def _protocol() -> dict[str, Any]:
-    """What determines the runs, as JSON values; which of them there are, the lines say."""
-    facts = {name: dataclasses.asdict(problem) for name, problem in PROBLEMS.items()}
-    return {"kumar": json.loads(json.dumps(facts))}
 
 
 def _of_row(
@@ -127,7 +120,6 @@ def _of_row(
 
     def once(runs: Sequence[Run]) -> None:
         keys = [{**told, "rate": rate, "seed": seed} for seed, rate in runs]
-
         new = [run for run, key in zip(runs, keys, strict=True) if record.find(key) is None]
         which = f"{name}-{row}-{work.tasks}-" + "-".join(f"{seed}at{rate:g}" for seed, rate in new)
         unfinished = record.checkpoints(which)
@@ -169,10 +161,8 @@ def _tasks(settings: Settings, problem: Problem) -> int:
 
 def _parameters(work: Work) -> int:
     """How many the net has after the last task, those of norms too."""
-    key = jax.random.key(0)
-    net = jax.eval_shape(lambda: work.method.draw(work.problem, key))
-    at_end = work.method.shape(work.problem).parameters(work.method.at_end.arity) if work.method.at_end else 0
-    return at_end or sum(leaf.size for leaf in jax.tree.leaves(net))
+    net = nnx.eval_shape(lambda: work.method.net(work.problem, jax.random.key(0), work.method.at_end))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(net, nnx.Param)))
 
 
 def _load(name: str, settings: Settings) -> data_lib.Split:
@@ -185,14 +175,3 @@ def _load(name: str, settings: Settings) -> data_lib.Split:
             f"{', '.join(of)} needs {name}: {what}; prepare it with `tfds build {name} --file_format=array_record` and "
             "pass its folder as --data-dir, or choose other --problems"
         ) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sets:
-    """What a record says of its data: the sets of the command that began it; each line names its own."""
-
-    halves: dict[str, data_lib.Split]
-
-    @property
-    def identity(self) -> dict[str, dict[str, str]]:
-        return {name: {"fingerprint": half.fingerprint, "description": str(half)} for name, half in self.halves.items()}

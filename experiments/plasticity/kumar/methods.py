@@ -125,14 +125,6 @@ def _recycled(problem: Problem, shape: Shape, draw: Draw) -> optax.GradientTrans
     return _with_magnitudes(recycle_dormant(adam(), hidden_units(shape), draw, **period))
 
 
-def _l2_init(_problem: Problem, _shape: Shape, _draw: Draw) -> optax.GradientTransformation:
-    return optax.chain(l2_init(L2_STRENGTH), adam())
-
-
-def _shrunk(_problem: Problem, _shape: Shape, draw: Draw) -> optax.GradientTransformation:
-    return optax.chain(adam(), shrink_and_perturb(SHRINK, PERTURB, draw, key=_KEY))
-
-
 def _both(name: str, says: str, act: Activation, starts: Mapping[str, str]) -> dict[str, Method]:
     return {f"{name}{suffix}": Method(says, act, start) for suffix, start in starts.items()}
 
@@ -159,12 +151,17 @@ METHODS: dict[str, Method] = {
     **_both("lk_smooth_leaky", "smooth leaky ReLU of slope 0.7 and its mirror", linked(_smooth), _STARTS),
     "layer_norm": Method("layer norm, then ReLU", relu, norm=True),
     "redo": Method(f"ReLU; units of a score <= {TAU} start anew once a task", relu, optimizer=_recycled, tracked=True),
-    "l2_init": Method(f"ReLU; L2 Init of {L2_STRENGTH:g}", relu, optimizer=_l2_init),
+    "l2_init": Method(
+        f"ReLU; L2 Init of {L2_STRENGTH:g}", relu, optimizer=lambda *_: optax.chain(l2_init(L2_STRENGTH), adam())
+    ),
     "continual_backprop": Method(
         f"ReLU; continual backprop, rate {REPLACEMENT_RATE:g}, maturity {MATURITY}", relu,
         optimizer=_continual_backprop, tracked=True,
     ),
-    "shrink_and_perturb": Method(f"ReLU; shrink {SHRINK:g} and perturb {PERTURB:g} a step", relu, optimizer=_shrunk),
+    "shrink_and_perturb": Method(
+        f"ReLU; shrink {SHRINK:g} and perturb {PERTURB:g} a step", relu,
+        optimizer=lambda _, __, draw: optax.chain(adam(), shrink_and_perturb(SHRINK, PERTURB, draw, key=_KEY)),
+    ),
     "revived": Method("ReLU, linked before the task in the middle", relu, at_end=lk_relu),
 }  # fmt: skip
 """NAME starts as PyTorch has it, NAME_ours as we have it; the further ends of lk_relu are the ablation of its start."""

@@ -9,8 +9,9 @@ the plain net's parameters (the authors' rule: 0.09 for MNIST, 0.27 and 0.31 for
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -105,39 +106,27 @@ class Seen(nnx.Variable):
 
 
 class Net(nnx.Module):
-    """(N, *shape) -> (N, outputs).
+    """(N, *shape) -> (N, outputs), with the same activation in all hidden layers.
 
-    Args:
-      shape: of the net.
-      act: of all hidden layers.
-      start: where kernels and biases start.
-      norm: whether layer norm over all of an example's pre-activations stands before each activation.
-      tracked: whether mean |h| of each unit in the last batch is kept, which some methods ask for.
-      key: of the start.
+    With `norm`, layer norm over all of an example's pre-activations stands before each activation. With `tracked`, mean
+    |h| of each unit in the last batch is kept, which some methods ask for. The key draws the start.
     """
 
-    def __init__(
-        self, shape: Shape, act: Activation, start: Start, *, norm: bool = False, tracked: bool = False, key: Array
-    ):
+    def __init__(self, shape: Shape, act: Activation, start: Start, *, norm: bool, tracked: bool, key: Array):
         rngs = nnx.Rngs(0)  # of no consequence: each kernel and bias is drawn below
         self.act, self.arity = act, act.arity
         layers: list[nnx.Conv | nnx.Linear] = []
         for place, size in enumerate(shape.kernels(act.arity)):
             kernel_init, bias_init = start(act.link, place == 0)
             of_kernel, of_bias = jax.random.split(jax.random.fold_in(key, place))
-            drawn: Any = {
-                "kernel_init": lambda _, shape, dtype, init=kernel_init, key=of_kernel: init(key, shape, dtype),
-                "bias_init": lambda _, shape, dtype, init=bias_init, key=of_bias, size=size: init(
-                    key, shape, dtype, math.prod(size[:-1])
-                ),
-                "rngs": rngs,
-            }
+            bias_init = functools.partial(bias_init, fan_in=math.prod(size[:-1]))
+            drawn: Any = {"kernel_init": _drawn(kernel_init, of_kernel), "bias_init": _drawn(bias_init, of_bias)}
             *window, c_in, c_out = size
             if window:
-                conv: Any = {"padding": "VALID", "conv_general_dilated": by_patches}
-                layers.append(nnx.Conv(c_in, c_out, tuple(window), **conv, **drawn))
+                drawn |= {"padding": "VALID", "conv_general_dilated": by_patches}
+                layers.append(nnx.Conv(c_in, c_out, tuple(window), rngs=rngs, **drawn))
             else:
-                layers.append(nnx.Linear(c_in, c_out, **drawn))
+                layers.append(nnx.Linear(c_in, c_out, rngs=rngs, **drawn))
         self.layers = nnx.List(layers)
         features = [math.prod(space) * units for space, units in zip(_spaces(shape), shape.sizes, strict=True)]
         self.norms = nnx.List([nnx.LayerNorm(size, epsilon=1e-5, rngs=rngs) for size in features] if norm else [])
@@ -165,6 +154,11 @@ class Net(nnx.Module):
             if h.ndim == 4 and isinstance(self.layers[place + 1], nnx.Linear):
                 x = flat(x, self.arity)
         return hidden, self.layers[-1](x)
+
+
+def _drawn(init: Callable[..., Array], key: Array) -> Callable[..., Array]:
+    """The initialiser that draws with this key, whatever Flax gives it."""
+    return lambda _, shape, dtype: init(key, shape, dtype)
 
 
 def magnitudes(h: Float[Array, "*n c_linked"], arity: int) -> Float[Array, " c"]:

@@ -86,14 +86,7 @@ HARD, EASY, OF_A_CLASS = 5, 1, 500
 
 
 def task(problem: Problem, data: Split, seed: int, number: int) -> Task:
-    """A task of a stream; the same for every method.
-
-    Args:
-      problem: of `PROBLEMS`.
-      data: its images.
-      seed: of the stream.
-      number: of the task, from 0.
-    """
+    """A task of a stream, by its number from 0; the same for every method."""
     of_stream, of_task = jax.random.fold_in(jax.random.key(seed), 2**31 - 1), tasks.task_key(seed, number)
     size = min(problem.images, len(data.labels))
     if problem.kind == "classes":

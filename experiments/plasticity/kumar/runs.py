@@ -73,13 +73,10 @@ def learn(
     work: Work, runs: Sequence[tuple[int, float]], *, unfinished: Checkpoints | None = None,
     on_task: Callable[[int], None] = lambda _: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The runs, together: each as alone, but for rounding.
+    """The runs (seed, rate), together: each as alone, but for rounding.
 
-    Args:
-      work: what they are.
-      runs: (seed, rate) of each.
-      unfinished: keeps where they are, so that the same call goes on after it was cut off.
-      on_task: called with the number of tasks done since the last call.
+    `unfinished` keeps where they are, so that the same call goes on after it was cut off. `on_task` is called with the
+    number of tasks done since the last call.
 
     Returns:
       Of each run: accuracy, of each task the mean over its steps, before each was learnt; dormant, the share of hidden

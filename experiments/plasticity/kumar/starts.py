@@ -22,7 +22,7 @@ from linked_jax import Link, default_kernel_init, looks_linear, variance_preserv
 from linked_jax.initializers import Initializer
 
 Start = Callable[[Link, bool], tuple[Initializer, Callable[..., Array]]]
-"""(link, whether it is the first layer) -> init(key, shape, dtype) of the kernel, init(key, shape, dtype, fan_in) of
+"""(link, whether it is the first layer) -> init(key, shape, dtype) of the kernel, init(key, shape, dtype, fan_in=) of
 the bias."""
 _identity = Link((lambda z: z,))
 
@@ -31,21 +31,19 @@ def pytorch(link: Link, is_first: bool) -> tuple[Initializer, Callable[..., Arra
     """torch.nn.Linear's and Conv2d's own start: U(-b, b) with b = 1 / sqrt(fan_in), of kernels and of biases."""
     del link, is_first
 
-    def bias(key: PRNGKeyArray, shape: Sequence[int], dtype: Any, fan_in: int) -> Float[Array, " c"]:
+    def bias(key: PRNGKeyArray, shape: Sequence[int], dtype: Any, *, fan_in: int) -> Float[Array, " c"]:
         return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
     return jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), bias
 
 
-def _zeros(_key: PRNGKeyArray, shape: Sequence[int], dtype: Any, _fan_in: int) -> Float[Array, " c"]:
+def _zeros(_key: PRNGKeyArray, shape: Sequence[int], dtype: Any, *, fan_in: int) -> Float[Array, " c"]:
+    del fan_in
     return jnp.zeros(shape, dtype)
 
 
 def _after(kernel_init: Callable[[Link], Initializer]) -> Start:
-    def start(link: Link, is_first: bool) -> tuple[Initializer, Callable[..., Array]]:
-        return variance_preserving(_identity) if is_first else kernel_init(link), _zeros
-
-    return start
+    return lambda link, is_first: (_orthogonal(link) if is_first else kernel_init(link), _zeros)
 
 
 def _orthogonal(_link: Link) -> Initializer:
@@ -56,9 +54,7 @@ def _shuffled(link: Link) -> Initializer:
     """The looks-linear kernel [a O | -a O] of a mirror link with [a O | s a O], s a random sign of each row."""
     start = looks_linear(link)
 
-    def init(
-        key: PRNGKeyArray, shape: Sequence[int], dtype: Any = jnp.float32
-    ) -> Float[Array, "*window c_linked c_out"]:
+    def init(key: PRNGKeyArray, shape: Sequence[int], dtype: Any = jnp.float32) -> Float[Array, "*window d_c c_out"]:
         of_kernel, of_signs = jax.random.split(key)
         plain, mirrored = jnp.split(start(of_kernel, shape, dtype), 2, axis=-2)
         signs = jax.random.rademacher(of_signs, (shape[-2] // 2, 1), dtype)

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments.engine.plots import COLOURS, IN_A_PANEL, figure, label_ends, mean_band, save
+from experiments.engine.plots import COLOURS, IN_A_PANEL, figure, label_ends, save
+from experiments.engine.study import Line
 from experiments.engine.tables import markdown as markdown_table
 from experiments.engine.tables import provenance
 from experiments.plasticity.kumar.methods import METHODS
 from experiments.plasticity.kumar.problems import PROBLEMS
-
-Line = Mapping[str, Any]
+from experiments.plasticity.plots import smoothed_band
 
 FIRST_SEED = 3
 """Seeds below it choose the rate; those from it on are the result."""
@@ -36,7 +36,7 @@ def best_rate(lines: Sequence[Line]) -> float | None:
     0.2
     """
     tried = {line["rate"] for line in lines if line["seed"] < FIRST_SEED}
-    means = {rate: statistics.fmean(_scores(lines, rate, tuning=True)) for rate in tried}
+    means = {rate: statistics.fmean(_scores(lines, rate)) for rate in tried}
     return max(means, key=means.__getitem__, default=None)
 
 
@@ -56,7 +56,7 @@ def table(problem: str, tasks: int, lines: Sequence[Line]) -> list[dict[str, str
     for row, of_row in by_row(problem, tasks, lines).items():
         runs = result(of_row)
         hard = [_of_hard(problem, run) for run in runs]
-        easy = [[a for n, a in enumerate(run["accuracy"]) if not PROBLEMS[problem].hard(n)] for run in runs]
+        easy = [_of_hard(problem, run, hard=False) for run in runs]
         only_tuning = "*" if runs[0]["seed"] < FIRST_SEED else ""
         texts = {
             "method": row + " (diverged)" * (not all(run["finite"] for run in runs)),
@@ -82,11 +82,10 @@ def table(problem: str, tasks: int, lines: Sequence[Line]) -> list[dict[str, str
 
 def rates_table(problem: str, tasks: int, lines: Sequence[Line]) -> list[dict[str, str]]:
     """The mean score at each rate, of the seeds that choose it, for the rows that tried several."""
-    found = by_row(problem, tasks, lines)
-    rates = sorted({line["rate"] for line in lines if line["seed"] < FIRST_SEED}, reverse=True)
-    rows = []
+    found, rows = by_row(problem, tasks, lines), []
+    rates = sorted({x["rate"] for of_row in found.values() for x in of_row if x["seed"] < FIRST_SEED}, reverse=True)
     for row, of_row in found.items():
-        scores = {f"rate {rate:g}": _scores(of_row, rate, tuning=True) for rate in rates}
+        scores = {f"rate {rate:g}": _scores(of_row, rate) for rate in rates}
         if any(scores.values()):
             rows.append({"method": row} | {name: _spread(s) if s else "-" for name, s in scores.items()})
     return rows
@@ -119,11 +118,9 @@ def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
     for problem, tasks in groups(lines):
         data = next(line["data"] for line in lines if (line["problem"], line["tasks"]) == (problem, tasks))
         what = PROBLEMS[problem]
-        parts.append(f"## {what.says}")
-        parts.append(f"{tasks} tasks of {what.steps:,} steps of batch {what.batch_size}. Data: {data}.")
-        parts.append(markdown_table(table(problem, tasks, lines)))
-        of_group = [line for line in lines if (line["problem"], line["tasks"]) == (problem, tasks)]
-        if rates := rates_table(problem, tasks, of_group):
+        steps = f"{tasks} tasks of {what.steps:,} steps of batch {what.batch_size}. Data: {data}."
+        parts += [f"## {what.says}", steps, markdown_table(table(problem, tasks, lines))]
+        if rates := rates_table(problem, tasks, lines):
             parts += ["Score at each rate, of the seeds that choose it:", markdown_table(rates)]
     parts += ["## Beside the published numbers", "Ours / published. " + published()["about"]]
     parts.append(markdown_table(beside_published(lines)))
@@ -162,9 +159,7 @@ def picture(problem: str, tasks: int, lines: Sequence[Line], path: Path) -> Path
         for colour, row in zip(COLOURS, drawn, strict=False):
             values = 100 * np.array([_of_hard(problem, run) for run in result(rows[row])])
             wide = min(_SMOOTHED.get(problem, 1), max(1, values.shape[1] // 2))
-            means = np.array([np.convolve(run, np.ones(wide) / wide, "valid") for run in values])
-            number = np.arange(wide, wide + means.shape[1])
-            mean_band(panel, number, means, colour, "-", f"{row} {values.mean():.1f}")
+            smoothed_band(panel, values, wide, colour, f"{row} {values.mean():.1f}")
         panel.set(xlabel=f"{kind}{smoothed}", ylabel=f"online accuracy in the {kind}, %", ylim=(0, 100))
         panel.grid(alpha=0.25)
         label_ends(panel)
@@ -172,12 +167,13 @@ def picture(problem: str, tasks: int, lines: Sequence[Line], path: Path) -> Path
     return save(sheet, path, 110)
 
 
-def _of_hard(problem: str, run: Line) -> list[float]:
-    return [a for number, a in enumerate(run["accuracy"]) if PROBLEMS[problem].hard(number)]
+def _of_hard(problem: str, run: Line, *, hard: bool = True) -> list[float]:
+    return [a for number, a in enumerate(run["accuracy"]) if PROBLEMS[problem].hard(number) == hard]
 
 
-def _scores(lines: Sequence[Line], rate: float, *, tuning: bool) -> list[float]:
-    return [line["score"] for line in lines if line["rate"] == rate and (line["seed"] < FIRST_SEED) == tuning]
+def _scores(lines: Sequence[Line], rate: float) -> list[float]:
+    """Of the seeds that choose the rate."""
+    return [line["score"] for line in lines if line["rate"] == rate and line["seed"] < FIRST_SEED]
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -16,6 +16,7 @@ import pytest
 from optax import contrib
 
 from benchmarks import warm_up
+from experiments.engine.tables import markdown
 from linked_jax.activations import lk_relu
 from linked_jax.revive import Pair, link_params, link_params_opt_state
 from tests.cases import first_fast
@@ -376,4 +377,4 @@ def test_the_page_has_this_table():
 @pytest.mark.parametrize("name", ["warm_up", "warm_up_at_3e-3"])
 def test_the_page_has_what_the_benchmark_measured(name):
     record = json.loads((PAGE.parents[1] / "results" / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
-    assert warm_up.markdown(record["results"]) in PAGE.read_text(encoding="utf-8")
+    assert markdown(warm_up.rows(record["results"])) in PAGE.read_text(encoding="utf-8")
