@@ -29,9 +29,9 @@ class Step:
     def __init__(
         self, models: Sequence[nnx.Module], data: data_lib.Dataset, batch_size: int, place: Placement = ONE_DEVICE
     ):
-        plan = training.Plan(_ADAM, epochs=1, batch_size=batch_size, place=place)
-        self.loop, snapshot = training.start(models, plan)
-        self.carry, (self.data, self.lr) = snapshot.arrays, plan.arrays(data)
+        self.plan = training.Plan(_ADAM, epochs=1, batch_size=batch_size, place=place)
+        self.loop, snapshot = training.start(models, self.plan)
+        self.carry, (self.data, self.lr) = snapshot.arrays, self.plan.arrays(data)
         batch, key = np.arange(batch_size, dtype=np.int32), jax.random.key(0)
         if place.stacked:
             batch, key = np.tile(batch, (len(models), 1)), jax.random.split(key, len(models))

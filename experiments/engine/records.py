@@ -291,10 +291,12 @@ def new_folder(out: str | None, name: str) -> Path:
 def _is_taken(folder: Path) -> bool:
     """Whether something is there: more than what a process leaves that was killed before it had a config.json."""
     try:
-        if not folder.exists():
-            return False
-        return not folder.is_dir() or not {path.name for path in folder.iterdir()} <= _BEFORE_CONFIG
-    except OSError as error:  # a name that is too long
+        return not {path.name for path in folder.iterdir()} <= _BEFORE_CONFIG
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:  # the folder, or one above it, is a file
+        return folder.exists()
+    except OSError as error:  # a name that is too long, which Path.exists() no longer tells from Python 3.14 on
         raise _cannot_write(folder, error) from error
 
 
