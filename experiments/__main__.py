@@ -1,6 +1,8 @@
 """What experiments there are, where the data stand, and what has been run here: `python -m experiments`."""
 
 import ast
+import difflib
+import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -77,7 +79,10 @@ def overview(data_dir: Path, runs_dir: Path) -> str:
 def main() -> None:
     """Print it."""
     if sys.argv[1:] and sys.argv[1:] != ["--help"]:
-        raise UsageError(f"there is no option {sys.argv[1]}; an experiment is python -m experiments.NAME")
+        name, *options = sys.argv[1:]
+        nearest = difflib.get_close_matches(name, _ORDER, n=1) or ["NAME"]
+        command = f"python -m experiments.{shlex.join([*nearest, *options])}"
+        raise UsageError(f"there is no option {name}; an experiment is {command}")
     print(overview(tfds_folder(None), Path("runs")))
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from linked_jax.layers import LinkedPReLU
 from linked_jax.linking import Link
+from linked_jax.members import member_name
 from linked_jax.revive.expand import Pair, check_link, link_params, link_params_opt_state
 from linked_jax.revive.foldable import Foldable, fit, plain
 from linked_jax.revive.joints import (
@@ -140,8 +141,8 @@ def _plain_joints(stack: Stack, link: Link) -> list[Joint]:
         same = isinstance(layers[i], PRELUS) or _same_values(layers[i], link.members[0])
         if i < last and not same:
             raise ValueError(
-                f"the link's first member must be the activation, got {link} for {name(i)}, {layers[i]}; pass a link "
-                "that starts with it"
+                f"the link's first member must be the activation, got {link} for {name(i)}, {member_name(layers[i])}; "
+                "pass a link that starts with it"
             )
         if i > last and same:
             raise nothing_after(stack, i)

@@ -59,7 +59,11 @@ def test_what_is_there_is_said_in_80_columns(tmp_path):
     assert all(str(tmp_path) in line for line in long)  # a path is not broken
 
 
-def test_another_word_is_refused(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["experiments", "depth"])
-    with pytest.raises(overview.UsageError, match=r"an experiment is python -m experiments\.NAME"):
+@pytest.mark.parametrize(
+    ("given", "command"),
+    [("depth --epochs 2", "depth --epochs 2"), ("dept", "depth"), ("--frob", "NAME"), ("plasticty", "plasticity")],
+)
+def test_another_word_is_refused_with_the_command(given, command, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["experiments", *given.split()])
+    with pytest.raises(overview.UsageError, match=rf"an experiment is python -m experiments\.{command}$"):
         overview.main()
