@@ -4,6 +4,7 @@ Standardise the network's input, and put no activation after the last layer. The
 on the others of its batch: nothing changes at batch size 1, or from training to evaluation.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -17,24 +18,33 @@ from jaxtyping import Array, Float
 
 from linked_jax.arrays import like, wide
 from linked_jax.linking import Link
-from linked_jax.members import Member, Wrapped
+from linked_jax.members import Wrapped
 from linked_jax.moments import expectation
 from linked_jax.remedies.arguments import check_sizes
 from linked_jax.remedies.kernels import ComputedKernel
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Normalized(Wrapped):
     """The member z -> (g(z) - c1) / c2. Made by `normalized`."""
 
-    def __init__(self, g: Member):
-        super().__init__(g)
-        mean = expectation(g)
-        std = math.sqrt(expectation(lambda z: (g(z) - mean) ** 2))
-        if not std > 0:
-            raise ValueError(f"a constant member has no deviation to divide by, got {g!r}; pass one that depends on z")
-        vars(self).update(mean=mean, std=std)
+    def __post_init__(self):
+        if not self.std > 0:
+            raise ValueError(
+                f"a constant member has no deviation to divide by, got {self.g!r}; pass one that depends on z"
+            )
 
-    def __call__(self: Any, z: Any) -> Any:
+    @functools.cached_property
+    def mean(self) -> float:
+        """c1, of g on a standard normal z."""
+        return expectation(self.g)
+
+    @functools.cached_property
+    def std(self) -> float:
+        """c2."""
+        return math.sqrt(expectation(lambda z: (self.g(z) - self.mean) ** 2))
+
+    def __call__(self, z: Any) -> Any:
         """(g(z) - c1) / c2."""
         return (self.g(z) - self.mean) / self.std
 

@@ -251,7 +251,8 @@ def test_two_processes_compute_what_one_does(alone, tmp_path):
     assert finish([start(*command)])[0][::2] == (0, "")
     for line, reference in zip(lines(tmp_path / "run"), lines(one), strict=True):
         assert line["train_loss"] == pytest.approx(reference["train_loss"], abs=1e-5)
-        assert line["test_accuracy"] == pytest.approx(reference["test_accuracy"], abs=1.5 / 360)  # one image
+        images = [round(360 * it["test_accuracy"]) for it in (line, reference)]
+        assert abs(images[0] - images[1]) <= 1
 
 
 @pytest.mark.slow
