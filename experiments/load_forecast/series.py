@@ -179,7 +179,7 @@ def windows(series: Series) -> Windows:
     Windows that train or validate start every 5 hours, those that test every hour.
 
     Raises:
-      UsageError: if the series is constant in its training part.
+      UsageError: if the series is too short, or constant in its training part.
 
     Examples:
       >>> from experiments.load_forecast.series import made, windows
@@ -187,6 +187,8 @@ def windows(series: Series) -> Windows:
       {'train': (168, 1653), 'validation': (1680, 2015), 'test': (2040, 2376)}
     """
     count = len(series.load)
+    if count < LEAST_HOURS:
+        raise UsageError(f"{series.name} has {count:,} hours; a forecast needs {LEAST_HOURS:,} at least, four weeks")
     ends = {part: (round(first * count), round(last * count)) for part, (first, last) in _PARTS.items()}
     seen = series.load[: ends["train"][1]]
     mean, deviation = float(seen.mean()), float(seen.std())

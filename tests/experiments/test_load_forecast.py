@@ -516,7 +516,9 @@ def test_a_bad_file_is_named(case, in_process, tmp_path):
     assert not (tmp_path / "record").exists()
 
 
-def test_four_weeks_are_enough():
+def test_a_series_that_is_too_short_is_refused_also_when_made():
+    with pytest.raises(UsageError, match="has 648 hours; a forecast needs 672 at least"):
+        load_series.windows(load_series.made(days=27))
     assert load_series.windows(load_series.made(days=28)).starts["test"].size
 
 
