@@ -24,8 +24,6 @@ from experiments.plasticity.net import TAU
 from experiments.revive import plots
 from experiments.revive.ways import BATCH_SIZE, HARMS, OFFSET, RATE, UNITS, WAYS, run_seed, shifted
 
-RANGES = {"seeds": (1, 100), "harmful_epochs": (1, 1000), "epochs": (1, 1000)}
-
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -41,10 +39,15 @@ class Settings:
     """The folder of the record. One that is there and was made alike is resumed."""
 
 
+def check(settings: Settings) -> Settings:
+    """Refuse what cannot run, with a UsageError."""
+    in_range(settings, {"seeds": (1, 100), "harmful_epochs": (1, 1000), "epochs": (1, 1000)})
+    return settings
+
+
 def main() -> None:
     """Run the seeds that are missing, then print the table and draw the picture."""
-    settings = command_line(Settings, "python -m experiments.revive")
-    in_range(settings, RANGES)
+    settings = check(command_line(Settings, "python -m experiments.revive"))
     data, console = data_lib.load("digits"), Console()
     task, epochs = shifted(data), {"harmful_epochs": settings.harmful_epochs, "epochs": settings.epochs}
     protocol = {

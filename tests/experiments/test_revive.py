@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from experiments.engine import data as data_lib
-from experiments.engine.checks import in_range
 from experiments.engine.errors import UsageError
 from experiments.revive import __main__ as revive
 from experiments.revive import plots as revive_plots
@@ -125,7 +124,7 @@ def test_the_table_is_what_numpy_finds_in_the_lines():
 )
 def test_bad_options_are_refused(options, said):
     with pytest.raises(UsageError, match=said):
-        in_range(revive.Settings(**options), revive.RANGES)
+        revive.check(revive.Settings(**options))
 
 
 def run(*arguments):
