@@ -20,6 +20,7 @@ from experiments.engine.errors import UsageError, run_command
 ALL: tuple[tuple[str, ...], ...] = (
     ("linked_layer",),
     ("convolution",),
+    ("certify",),
     ("monitor",),
     ("loop",),
     ("seeds",),
