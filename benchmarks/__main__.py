@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from experiments.engine.errors import UsageError, run_command
 
 ALL: tuple[tuple[str, ...], ...] = (
     ("linked_layer",),
+    ("bandwidth",),
     ("convolution",),
     ("certify",),
     ("monitor",),
@@ -31,6 +33,10 @@ ALL: tuple[tuple[str, ...], ...] = (
     ("pytorch", "--net", "allcnn", "--batch-size", "64"),
     ("pytorch", "--net", "allcnn", "--act", "relu", "--batch-size", "64"),
     ("pytorch", "--net", "resnet50", "--batch-size", "128"),
+    *(
+        ("pytorch", "--net", net, "--batch-size", "128", "--dtype", "bfloat16")
+        for net in ("depth", "allcnn", "resnet50")
+    ),
 )
 
 
@@ -44,12 +50,14 @@ class Settings:
     """A folder for the records."""
 
 
-def why_not(name: str) -> str | None:
+def why_not(name: str, options: Sequence[str]) -> str | None:
     """What this machine lacks for a benchmark."""
     if name == "pytorch" and importlib.util.find_spec("torch") is None:
         return 'PyTorch is not installed: pip install "torch>=2.13"'
-    if name in ("convolution", "pytorch") and jax.default_backend() != "cpu":
+    if name == "convolution" and jax.default_backend() != "cpu":
         return "it is about a CPU: JAX_PLATFORMS=cpu"
+    if "bfloat16" in options and jax.default_backend() == "cpu":
+        return "it is about a GPU"
     return None
 
 
@@ -58,9 +66,11 @@ def main() -> None:
     settings = tyro.cli(Settings, prog="python -m benchmarks")
     failed = []
     for name, *options in ALL:
-        if reason := why_not(name):
+        if reason := why_not(name, options):
             print(f"--- {name}: left out; {reason}", flush=True)
             continue
+        if name == "pytorch" and jax.default_backend() != "cpu":
+            options.append("--compiled")
         words = [option for option in options if not option.startswith("--")]
         if settings.rounds and name != "warm_up":  # whose numbers are losses
             options += ["--rounds", str(settings.rounds)]

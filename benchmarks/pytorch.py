@@ -1,11 +1,13 @@
 """A training step of the paper's nets, here and in PyTorch: the same weights and images, Adam, one after the other.
 
     python -m benchmarks.pytorch --net depth --act lk_relu --batch-size 128
+    python -m benchmarks.pytorch --net resnet50 --compiled --dtype bfloat16
     pip install "torch>=2.13"   # first; it is no dependency of ours
 
 PyTorch's nets are written out below, channels last, from our kernels. Before anything is timed both give the same
 logits. Times are medians of rounds in which the two take turns; the ratio is PyTorch's time over ours, so above 1 we
-are faster.
+are faster. Where JAX has a GPU both run there, with products in TF32, which is JAX' default; take --compiled, and set
+XLA_PYTHON_CLIENT_PREALLOCATE=false, which leaves PyTorch its memory.
 """
 
 import dataclasses
@@ -16,6 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from benchmarks import turns
 from benchmarks.steps import Step, noise
@@ -42,6 +45,10 @@ class Settings(turns.Settings):
     """Plain or linked."""
     batch_size: int = 128
     """Images of 32 x 32 x 3."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of parameters, images and activations, on both sides; the loss is in float32."""
+    compiled: bool = False
+    """PyTorch's step goes through torch.compile; ours is always compiled."""
 
 
 # --- the nets in PyTorch --------------------------------------------------------------------------------------------
@@ -148,19 +155,44 @@ _TABLES = {"depth": (depth, Depth), "allcnn": (allcnn, AllCNN), "resnet50": (res
 # --- a step of each -------------------------------------------------------------------------------------------------
 
 
+class InDtype(nnx.Module):
+    """A net whose parameters and activations have a dtype. Its logits are float32."""
+
+    def __init__(self, net: nnx.Module, dtype: Any):
+        self.net, self.dtype = net, dtype
+        parameters = nnx.state(net, nnx.Param)
+        nnx.update(net, jax.tree.map(lambda p: p.astype(dtype), parameters))
+
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Images -> logits."""
+        net: Any = self.net
+        return net(images.astype(self.dtype), train=train).astype(jnp.float32)
+
+
 class Theirs:
     """The same in PyTorch."""
 
-    def __init__(self, net: nn.Module, images: np.ndarray, labels: np.ndarray):
-        self.net = net.train()
+    def __init__(self, net: nn.Module, images: np.ndarray, labels: np.ndarray, settings: Settings):
+        where = {"device": _device(), "dtype": getattr(torch, settings.dtype)}
+        self.net = net.train().to(**where)
         self.optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-        self.images, self.labels = _as_input(images), torch.tensor(labels).long()
+        self.images, self.labels = _as_input(images).to(**where), torch.tensor(labels).long().to(_device())
+        self.loss = torch.compile(self._loss) if settings.compiled else self._loss
+
+    def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(self.net(images).float(), labels)
 
     def step(self) -> None:
-        """One step."""
+        """One step, until it is done."""
         self.optimizer.zero_grad(set_to_none=True)
-        functional.cross_entropy(self.net(self.images), self.labels).backward()
+        self.loss(self.images, self.labels).backward()
         self.optimizer.step()
+        if _device() == "cuda":
+            torch.cuda.synchronize()
+
+
+def _device() -> str:
+    return "cpu" if jax.default_backend() == "cpu" else "cuda"
 
 
 def _as_input(images: np.ndarray) -> torch.Tensor:
@@ -178,8 +210,11 @@ def check_same(model: Any, net: nn.Module, images: np.ndarray) -> None:
 def main() -> None:
     """Measure, print the ratio, and write the record."""
     settings, console = turns.parse(Settings, "pytorch"), Console()
-    if jax.default_backend() != "cpu":
-        raise UsageError("this benchmark compares on a CPU; run it with JAX_PLATFORMS=cpu")
+    if _device() == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"JAX runs on {jax.default_backend()}, this PyTorch has no GPU; install another, or set JAX_PLATFORMS=cpu"
+        )
+    torch.set_float32_matmul_precision("high")
     table, theirs = _TABLES[settings.net]
     data = noise(32, 3, settings.batch_size)
     images, labels = np.asarray(data.train_images), np.asarray(data.train_labels)
@@ -187,14 +222,16 @@ def main() -> None:
     model = table.build(table.Settings(), cell, data, 0)
     net = theirs(model, linked_relu if settings.act == "lk_relu" else torch.relu)
     check_same(model, net, images[:4])
-    steps = {"ours": Step([model], data, settings.batch_size).take, "PyTorch": Theirs(net, images, labels).step}
+    ours = Step([InDtype(model, settings.dtype)], data, settings.batch_size)
+    steps = {"ours": ours.take, "PyTorch": Theirs(net, images, labels, settings).step}
     medians = turns.medians(steps, settings.rounds, console, "steps")
     rows = [
-        {"net": f"{settings.net}, {settings.act}", "batch": str(settings.batch_size), "by": name,
-         "step": f"{1e3 * median:.0f} ms", "PyTorch / ours": f"{medians['PyTorch'] / median:.2f}"}
+        {"net": f"{settings.net}, {settings.act}, {settings.dtype}", "batch": str(settings.batch_size), "by": name,
+         "step": f"{1e3 * median:.3g} ms", "PyTorch / ours": f"{medians['PyTorch'] / median:.2f}"}
         for name, median in medians.items()
     ]  # fmt: skip
-    console.table(f"A training step on {torch.get_num_threads()} threads, PyTorch {torch.__version__}:", rows)
+    where = f"{torch.get_num_threads()} threads" if _device() == "cpu" else torch.cuda.get_device_name()
+    console.table(f"A training step on {where}, PyTorch {torch.__version__}:", rows)
     turns.save(settings, "pytorch", {**medians, "torch": torch.__version__, "threads": torch.get_num_threads()})
 
 

@@ -1,0 +1,66 @@
+"""How near is `linked(g)`, forward and backward, to the speed of a copy? It has little to compute and much to move.
+
+    python -m benchmarks.bandwidth
+
+A mirror link reads z and the gradient of its two outputs, and writes these outputs and the gradient of z: 6 times the
+bytes of z where all is fused. The ratio is the bytes a second of that, over those of a copy (twice the bytes of z) of
+the same array in the same run. Goal on a GPU: 0.85. Times are medians of rounds in which all take turns.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from benchmarks import turns
+from experiments.engine.console import Console
+from experiments.engine.errors import run_command
+from linked_jax import get_activation
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(turns.Settings):
+    """Bytes a second of links, forward and backward, over those of a copy."""
+
+    links: tuple[str, ...] = ("lk_relu", "lk_swish", "fourier")
+    """Names of links of two members."""
+    rows: int = 2**16
+    """Of z."""
+    channels: int = 256
+    """Pre-activations in a row."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of z."""
+
+
+def both_ways(link: Callable[[Any], Any], z: Array, cotangent: Array) -> tuple[Array, Array]:
+    """The link's outputs, and the gradient of z."""
+    h, pull = jax.vjp(link, z)
+    return h, pull(cotangent)[0]
+
+
+def main() -> None:
+    """Measure, print the ratios, and write the record."""
+    settings, console = turns.parse(Settings, "bandwidth"), Console()
+    z = jax.random.normal(jax.random.key(0), (settings.rows, settings.channels), settings.dtype)
+    cotangent = jnp.concatenate([z, z], axis=-1)
+    # One more add is free, and unlike a mere copy it is not optimised away.
+    actions: dict[str, Callable[[], Any]] = {"copy": functools.partial(jax.jit(lambda z: z + 1), z)}
+    for name in settings.links:
+        link = get_activation(name, settings.channels)
+        actions[name] = functools.partial(jax.jit(functools.partial(both_ways, link)), z, cotangent)
+    times = turns.medians(actions, settings.rounds, console, "links")
+    moved = {name: (2 if name == "copy" else 6) * z.nbytes / taken for name, taken in times.items()}
+    rows = [
+        {"what": name, "GB/s": f"{rate / 1e9:.3g}", "over a copy": f"{rate / moved['copy']:.2f}"}
+        for name, rate in moved.items()
+    ]
+    console.table(f"{settings.dtype} of shape {z.shape}, on {jax.devices()[0].device_kind}:", rows)
+    turns.save(settings, "bandwidth", {"seconds": times, "bytes_a_second": moved})
+
+
+if __name__ == "__main__":
+    run_command(main)
