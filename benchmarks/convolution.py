@@ -3,7 +3,7 @@
     python -m benchmarks.convolution
 
 narrow    in times out at most 36 channels: a band of kernels (`linked_jax/banded.py`).
-wide      at least 48 x 48 channels: Winograd's form (`linked_jax/winograd.py`).
+wide      at least 16 x 16 channels: Winograd's form (`linked_jax/winograd.py`).
 
 Times are medians of rounds in which all take turns; `kernel / forward` is the gradient of the kernel over x * K.
 """
@@ -26,6 +26,7 @@ from linked_jax import convolution
 
 SHAPES = (
     (32, 16, 8, 4), (128, 16, 8, 4), (64, 32, 8, 4), (128, 32, 8, 4), (128, 16, 6, 6),
+    (128, 32, 16, 16), (128, 32, 32, 16), (64, 16, 32, 16),
     (64, 16, 48, 48), (64, 32, 96, 96), (64, 32, 192, 96), (64, 16, 384, 192), (64, 8, 192, 192),
 )  # fmt: skip
 """Images, their height and width, channels in and out; windows are 3x3."""

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from linked_jax.convolution import banded, patched, winograd
 from linked_jax.convolution.geometry import Geometry
 
-NARROW, WIDE = 36, 48 * 48  # channels in times channels out, at most and at least
+NARROW, WIDE, STRIDED = 36, 16 * 16, 48 * 48  # channels in times channels out, at most, and at least
 """Measured: python -m benchmarks.convolution."""
 _plain = contextvars.ContextVar("plain", default=False)
 
@@ -49,8 +49,8 @@ def conv_general_dilated(
     Returns:
       What `jax.lax` gives, and on a CPU the same in another order, where axes lie as Flax has them, dilations are 1,
       there is one group, and there is one of these: a window of one pixel; few channels (in times out at most 36) and
-      strides of 1; many channels (at least 48 x 48), one device, and strides, or a window of 3x3 in float32 or float64.
-      A number that is not finite may make NaN of one or two pixels more around it.
+      strides of 1; a window of 3x3 in float32 or float64, at least 16 x 16 channels and one device; strides, at least
+      48 x 48 channels and one device. A number that is not finite may make NaN of one or two pixels more around it.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -68,7 +68,9 @@ def conv_general_dilated(
     at = _covered(lhs, rhs, window_strides, padding, options) if on_cpu else None
     if at is not None and math.prod(at.window) == 1:
         pixels = lhs[:, *(slice(None, None, stride) for stride in at.strides)]
-        return jnp.matmul(pixels, rhs.reshape(rhs.shape[-2:]), precision=at.precision)
+        # Of a matrix of pixels: XLA's kernel gradient sums over one axis up to five times as fast as over several.
+        y = jnp.matmul(pixels.reshape(-1, pixels.shape[-1]), rhs.reshape(rhs.shape[-2:]), precision=at.precision)
+        return y.reshape(*pixels.shape[:-1], -1)
     form = None if at is None else _form(lhs, rhs, at)
     if form is None:
         return plain(lhs, rhs)
@@ -115,7 +117,7 @@ def _form(x: Any, kernel: Any, at: Geometry) -> Any:
     channels, strided = math.prod(kernel.shape[-2:]), max(at.strides) > 1
     if channels <= NARROW and not strided:
         return banded
-    if channels < WIDE or _several_devices() or not jnp.issubdtype(x.dtype, jnp.floating):
+    if channels < (STRIDED if strided else WIDE) or _several_devices() or not jnp.issubdtype(x.dtype, jnp.floating):
         return None
     if strided:
         return patched
