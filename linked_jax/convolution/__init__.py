@@ -25,8 +25,8 @@ from jaxtyping import Array, Float
 from linked_jax.convolution import banded, patched, winograd
 from linked_jax.convolution.geometry import Geometry
 
-NARROW, WIDE, STRIDED = 36, 16 * 16, 48 * 48  # channels in times channels out, at most, and at least
-"""Measured: python -m benchmarks.convolution."""
+NARROW, WIDE, WIDE_FORWARD, STRIDED = 36, 16 * 16, 32 * 16, 48 * 48  # channels in times out, at most, and at least
+"""Measured: python -m benchmarks.convolution. From WIDE on the gradients are faster, from WIDE_FORWARD on x * K too."""
 _plain = contextvars.ContextVar("plain", default=False)
 
 
@@ -75,10 +75,11 @@ def conv_general_dilated(
     if form is None:
         return plain(lhs, rhs)
     y = jax.eval_shape(plain, lhs, rhs)
+    plain_forward = form is winograd and math.prod(rhs.shape[-2:]) < WIDE_FORWARD
 
     @jax.custom_jvp
     def fast_convolution(x: Array, kernel: Array) -> Array:
-        return form.convolve(x, kernel, at)
+        return plain(x, kernel) if plain_forward else form.convolve(x, kernel, at)
 
     def transposed(gradient: Callable[[Array], Array], tangent: Array) -> Array:
         return jax.linear_transpose(gradient, jax.ShapeDtypeStruct(y.shape, y.dtype))(tangent)[0]

@@ -52,7 +52,7 @@ def both(channels, image, window, padding, count=6, strides=None):
     return convs, x, kernel / 10
 
 
-NARROW, WIDE = (4, 3), (36, 64)
+NARROW, MIDDLE, WIDE = (4, 3), (16, 17), (36, 64)
 
 GEOMETRIES = [
     ((7, 6), (3, 3), "SAME"),
@@ -82,6 +82,7 @@ STRIDED = [
 ]
 CASES = [
     *((NARROW, *geometry, None) for geometry in GEOMETRIES),
+    *((MIDDLE, *geometry, None) for geometry in OF_WIDE),
     *((WIDE, *geometry, None) for geometry in OF_WIDE),
     *((WIDE, *geometry) for geometry in STRIDED),
 ]
