@@ -214,7 +214,8 @@ def main() -> None:
         raise UsageError(
             f"JAX runs on {jax.default_backend()}, this PyTorch has no GPU; install another, or set JAX_PLATFORMS=cpu"
         )
-    torch.set_float32_matmul_precision("high")
+    if _device() == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     table, theirs = _TABLES[settings.net]
     data = noise(32, 3, settings.batch_size)
     images, labels = np.asarray(data.train_images), np.asarray(data.train_labels)

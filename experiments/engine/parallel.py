@@ -47,7 +47,7 @@ class Placement:
     def batch(self, index: np.ndarray) -> jax.Array | np.ndarray:
         """Put the indices of a batch, (batch,) or (seeds, batch), split over the devices where it divides evenly."""
         if self.mesh is None:
-            return index  # jit puts it, in a tenth of the time
+            return index  # jit puts it, which is faster
         if self.spread:
             return self._put(index, P("devices"))
         splits = self.mesh is not None and index.shape[-1] % self.mesh.size == 0

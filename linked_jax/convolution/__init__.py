@@ -49,8 +49,9 @@ def conv_general_dilated(
     Returns:
       What `jax.lax` gives, and on a CPU the same in another order, where axes lie as Flax has them, dilations are 1,
       there is one group, and there is one of these: a window of one pixel; few channels (in times out at most 36) and
-      strides of 1; a window of 3x3 in float32 or float64, at least 16 x 16 channels and one device; strides, at least
-      48 x 48 channels and one device. A number that is not finite may make NaN of one or two pixels more around it.
+      strides of 1; a window of 3x3 in float32 or float64, at least 16 x 16 channels (below 32 x 16 in the gradients
+      alone) and one device; strides, at least 48 x 48 channels and one device. A number that is not finite may make NaN
+      of one or two pixels more around it.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -68,7 +69,7 @@ def conv_general_dilated(
     at = _covered(lhs, rhs, window_strides, padding, options) if on_cpu else None
     if at is not None and math.prod(at.window) == 1:
         pixels = lhs[:, *(slice(None, None, stride) for stride in at.strides)]
-        # Of a matrix of pixels: XLA's kernel gradient sums over one axis up to five times as fast as over several.
+        # Of a matrix of pixels: in the kernel gradient XLA sums over one axis faster than over several.
         y = jnp.matmul(pixels.reshape(-1, pixels.shape[-1]), rhs.reshape(rhs.shape[-2:]), precision=at.precision)
         return y.reshape(*pixels.shape[:-1], -1)
     form = None if at is None else _form(lhs, rhs, at)
