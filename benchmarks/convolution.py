@@ -5,7 +5,8 @@
 narrow    in times out at most 36 channels: a band of kernels (`linked_jax/banded.py`).
 wide      at least 16 x 16 channels: Winograd's form (`linked_jax/winograd.py`).
 
-Times are medians of rounds in which the two sides take turns; `kernel / forward` is the gradient of the kernel over x * K.
+Times are medians of rounds in which ours and lax take turns alone, as a larger program cools the caches for the next;
+`kernel / forward` is the gradient of the kernel over x * K.
 """
 
 import dataclasses
@@ -92,7 +93,7 @@ def main() -> None:
         images, size, c, c_out = shape
         name = f"{images} x {size}x{size}, {c} to {c_out}"
         made, times = programs(shape), {}
-        for what in ("forward", "kernel", "gradients", "loop"):  # rivals alone take turns: a larger program cools caches
+        for what in ("forward", "kernel", "gradients", "loop"):
             rivals = {way: made[way] for way in (f"{what} {by}" for by in CONVS) if way in made}
             times |= turns.medians(rivals, settings.rounds, console, f"{name}, {what}")
         results.append({"images": images, "size": size, "channels": [c, c_out], "seconds": times})
