@@ -4,21 +4,19 @@
     x <- x + attention(norm(x)),   x <- x + K' f(K norm(x))      a block
     logits = norm(x) E^T
 
-Kernels and embeddings start as nanoGPT's: N(0, 0.02^2), the last kernel of a branch N(0, 0.02^2 / (2 depth)). What
-takes the place of normalisation is the start, and one scalar:
+Kernels and embeddings start as nanoGPT's: N(0, 0.02^2), the last kernel of a branch N(0, 0.02^2 / (2 depth)). Two
+changes take the place of normalisation:
 
 - the embeddings are multiplied by a learned scalar s that starts where a norm would put them, at a mean square of 1,
-  s = 1 / (0.02 sqrt(2)); DyT's authors do the same, with s = sqrt(width);
-- the first kernels of a branch keep that mean square: N(0, 1 / width);
-- the last kernel of a linked MLP starts as `looks_linear`, so that the MLP is linear at the start.
+  s = 1 / (0.02 sqrt(2)); so are they for DyT, whose authors do the same, with s = sqrt(width);
+- the last kernel of a linked MLP starts as `LinkedLinear`'s own does, so that the MLP is linear at the start.
 
-Attention is as it was, and no branch is scaled. Short trials with one seed chose this; they are no evidence.
+Attention and the residual branches are as they were.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +35,13 @@ Norm = Callable[[nnx.Rngs], Callable[[Array], Array]]
 class DynamicTanh(nnx.Module):
     """gamma tanh(alpha x) + beta, alpha one learned scalar (DyT).
 
+    alpha starts at 1, as the authors advise for narrow language models, not at the 0.5 of their other nets.
+
     Reference: Zhu et al., Transformers without normalization, 2025.
     """
 
     def __init__(self):
-        self.alpha = nnx.Param(jnp.float32(0.5))
+        self.alpha = nnx.Param(jnp.float32(1.0))
         self.gamma, self.beta = nnx.Param(jnp.ones(WIDTH)), nnx.Param(jnp.zeros(WIDTH))
 
     def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
@@ -72,16 +72,14 @@ class Row:
       says: what it is, for the table.
       link: of the MLPs. A link of two members has narrower MLPs, so that all rows have as many parameters.
       norm: rngs -> what stands in the place of a norm; by default nothing.
-      scale: multiplies the embeddings at the start, and is learned; None for no such scalar.
-      deviation: of the first kernels of a branch at the start.
-      out_init: link, deviation -> how the last kernel of an MLP starts.
+      scaled: whether the embeddings are multiplied by s.
+      out_init: link, deviation -> how the last kernel of an MLP starts; by default as GPT-2's.
     """
 
     says: str
     link: Link = gelu
     norm: Norm = lambda _rngs: lambda x: x
-    scale: float | None = None
-    deviation: float = STD
+    scaled: bool = False
     out_init: Callable[[Link, float], Initializer] = lambda _link, deviation: nnx.initializers.normal(deviation)
 
     @property
@@ -90,32 +88,32 @@ class Row:
         return round(8 * WIDTH / (1 + self.link.arity))
 
 
-_ONES: Any = {"scale": 1 / (STD * math.sqrt(2)), "deviation": 1 / math.sqrt(WIDTH)}
-_LINEAR: Any = {"out_init": lambda link, _deviation: default_kernel_init(link)}
+def _layer_norm(rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(WIDTH, use_bias=False, epsilon=_EPSILON, rngs=rngs)
+
+
+def _linear(link: Link, _deviation: float) -> Initializer:
+    return default_kernel_init(link)
+
+
 ROWS = {
-    "layer_norm": Row(
-        "layer normalisation, gelu: nanoGPT",
-        norm=lambda rngs: nnx.LayerNorm(WIDTH, use_bias=False, epsilon=_EPSILON, rngs=rngs),
-    ),
+    "layer_norm": Row("layer normalisation, gelu: nanoGPT", norm=_layer_norm),
+    "layer_norm_lk_gelu": Row("layer normalisation, linked gelu", lk_gelu, norm=_layer_norm, out_init=_linear),
     "rms_norm": Row("RMS normalisation, gelu", norm=lambda rngs: nnx.RMSNorm(WIDTH, epsilon=_EPSILON, rngs=rngs)),
-    "dyt": Row(
-        "DyT, gelu; embeddings times a learned scalar, sqrt(width) at the start",
-        norm=lambda _rngs: DynamicTanh(),
-        scale=math.sqrt(WIDTH),
-    ),
-    "derf": Row("Derf, gelu; else as dyt", norm=lambda _rngs: DynamicErf(), scale=math.sqrt(WIDTH)),
+    "dyt": Row("DyT, gelu; the scalar", norm=lambda _rngs: DynamicTanh(), scaled=True),
+    "derf": Row("Derf, gelu; the scalar", norm=lambda _rngs: DynamicErf(), scaled=True),
     "gelu": Row("no norm, gelu, nothing else changed"),
-    "gelu_scaled": Row("no norm, gelu; the scalar and the first kernels of the linked rows", **_ONES),
-    "lk_gelu": Row("no norm, linked gelu; the scalar, the first kernels, linear MLPs", lk_gelu, **_ONES, **_LINEAR),
-    "lk_relu": Row("no norm, linked relu; else as lk_gelu", lk_relu, **_ONES, **_LINEAR),
+    "gelu_scaled": Row("no norm, gelu; the scalar", scaled=True),
+    "lk_gelu": Row("no norm, linked gelu, linear MLPs; the scalar", lk_gelu, scaled=True, out_init=_linear),
+    "lk_relu": Row("no norm, linked relu; else as lk_gelu", lk_relu, scaled=True, out_init=_linear),
 }
 
 
 class Attention(nnx.Module):
-    """Causal self-attention of `HEADS` heads; the last kernel starts with this deviation, the first with the row's."""
+    """Causal self-attention of `HEADS` heads; the last kernel starts with this deviation."""
 
-    def __init__(self, row: Row, deviation: float, *, rngs: nnx.Rngs):
-        self.qkv = _kernel(WIDTH, 3 * WIDTH, row.deviation, rngs)
+    def __init__(self, deviation: float, *, rngs: nnx.Rngs):
+        self.qkv = _kernel(WIDTH, 3 * WIDTH, STD, rngs)
         self.out = _kernel(WIDTH, WIDTH, deviation, rngs)
 
     def __call__(self, x: Float[Array, "n t c"]) -> Float[Array, "n t c"]:
@@ -130,7 +128,7 @@ class MLP(nnx.Module):
 
     def __init__(self, row: Row, deviation: float, *, rngs: nnx.Rngs):
         init = row.out_init(row.link, deviation)
-        self.wide = _kernel(WIDTH, row.hidden, row.deviation, rngs)
+        self.wide = _kernel(WIDTH, row.hidden, STD, rngs)
         self.out = LinkedLinear(row.hidden, WIDTH, link=row.link, use_bias=False, kernel_init=init, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n t c"]) -> Float[Array, "n t c"]:
@@ -144,7 +142,7 @@ class Block(nnx.Module):
     def __init__(self, row: Row, depth: int, *, rngs: nnx.Rngs):
         deviation = STD / math.sqrt(2 * depth)
         self.norms = nnx.List([row.norm(rngs), row.norm(rngs)])
-        self.attention, self.mlp = Attention(row, deviation, rngs=rngs), MLP(row, deviation, rngs=rngs)
+        self.attention, self.mlp = Attention(deviation, rngs=rngs), MLP(row, deviation, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n t c"]) -> Float[Array, "n t c"]:
         """An array like x."""
@@ -159,7 +157,7 @@ class CharTransformer(nnx.Module):
         init = nnx.initializers.normal(STD)
         self.tokens = nnx.Embed(vocabulary, WIDTH, embedding_init=init, rngs=rngs)
         self.places = nnx.Embed(BLOCK, WIDTH, embedding_init=init, rngs=rngs)
-        self.scale = None if row.scale is None else nnx.Param(jnp.float32(row.scale))
+        self.scale = nnx.Param(jnp.float32(1 / (STD * math.sqrt(2)))) if row.scaled else None
         self.blocks = nnx.List([Block(row, depth, rngs=rngs) for _ in range(depth)])
         self.norm = row.norm(rngs)
 

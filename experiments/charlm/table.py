@@ -12,6 +12,7 @@ from experiments.engine.tables import provenance, spread
 
 STYLES = {
     "layer_norm": (COLOURS[6], "-"),
+    "layer_norm_lk_gelu": (COLOURS[6], "--"),
     "rms_norm": (COLOURS[7], "--"),
     "dyt": (COLOURS[0], "-"),
     "derf": (COLOURS[4], "--"),

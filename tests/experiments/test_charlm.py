@@ -58,11 +58,10 @@ def test_a_logit_depends_on_the_characters_up_to_its_own_and_on_all_of_them(row)
 def test_a_linked_net_starts_with_linear_mlps_and_embeddings_of_mean_square_one(row):
     model, x = net(row, vocabulary=1000), jax.random.normal(jax.random.key(0), (2, 3, WIDTH))
     mlp = model.blocks[0].mlp
-    assert float(jnp.abs(mlp(x)).mean()) > 0.05
+    assert float(jnp.abs(mlp(x)).mean()) > 0.1
     np.testing.assert_allclose(mlp(2 * x[:1] - x[1:]), 2 * mlp(x[:1]) - mlp(x[1:]), atol=1e-5)
     embedded = model.scale[...] * (model.tokens(jnp.arange(BLOCK)) + model.places(jnp.arange(BLOCK)))
-    for signal in (embedded, mlp.wide(embedded), model.blocks[0].attention.qkv(embedded)):
-        np.testing.assert_allclose((signal**2).mean(), 1, atol=0.1)
+    np.testing.assert_allclose((embedded**2).mean(), 1, atol=0.1)
 
 
 def parameters(row, depth):
