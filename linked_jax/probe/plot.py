@@ -23,7 +23,7 @@ def draw(report: Any, path: str | os.PathLike[str]) -> None:
         from matplotlib.patches import Patch
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise ImportError("Report.plot needs matplotlib; pip install linked_jax[probe]") from error
+        raise ImportError("Report.plot needs matplotlib: pip install matplotlib") from error
     layers = report.layers
     depth = np.arange(len(layers))
     names = [layer.name for layer in layers]

@@ -174,6 +174,8 @@ def _name(values: np.ndarray) -> str:
     """Of one member, as a function of z."""
     if not np.isfinite(values).all():
         return UNKNOWN
+    if not values.any():
+        return "0"  # relu(-relu(z)), of a linked relu behind a relu that was left in
     for name, known in _known().items():
         for z, wanted in (("z", known), ("-z", known[::-1])):
             scale = float(values @ wanted / (wanted @ wanted))

@@ -159,12 +159,12 @@ class Report:
         return [*_LEGEND, *first, *(f"not seen: {what}" for what in self.not_seen)]
 
     def print(self) -> None:
-        """The table in colours; needs rich (pip install linked_jax[probe])."""
+        """The table in colours; needs rich (pip install rich)."""
         try:
             from rich.console import Console
             from rich.table import Table
         except ImportError as error:
-            raise ImportError("Report.print needs rich; pip install linked_jax[probe], or print(report)") from error
+            raise ImportError("Report.print needs rich: pip install rich, or print(report)") from error
         table = Table(box=None)
         columns = self._columns()
         heads, *rows = zip(*columns, strict=True)
@@ -214,7 +214,7 @@ class Report:
         return tuple(signal_statistics.Drift(*map(float, drift)) for drift in drifts)  # type: ignore[arg-type]
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the state of every unit and the signal by depth; needs matplotlib (pip install linked_jax[probe])."""
+        """Draw the state of every unit and the signal by depth; needs matplotlib (pip install matplotlib)."""
         from linked_jax.probe.plot import draw
 
         draw(self, path)

@@ -114,7 +114,7 @@ def tensorboard_writer(folder: str | os.PathLike[str]) -> "TensorBoard":
       folder: of the run, for `tensorboard --logdir`.
 
     Raises:
-      ImportError: without tensorboardX (pip install linked_jax[probe]); TensorFlow is not needed.
+      ImportError: without tensorboardX (pip install tensorboardX); TensorFlow is not needed.
 
     Examples:
       >>> from linked_jax.probe import Monitor, tensorboard_writer
@@ -123,7 +123,7 @@ def tensorboard_writer(folder: str | os.PathLike[str]) -> "TensorBoard":
     try:
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError("tensorboard_writer needs tensorboardX; pip install linked_jax[probe]") from error
+        raise ImportError("tensorboard_writer needs tensorboardX: pip install tensorboardX") from error
     return TensorBoard(SummaryWriter(str(folder), flush_secs=10))
 
 

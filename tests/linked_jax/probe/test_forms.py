@@ -186,6 +186,7 @@ LINKS = {
     "stacked": (lambda z: jnp.stack([jnp.sin(z), jnp.cos(z)], -1).reshape(len(z), -1), "sin(z), cos(z)"),
     "with z itself": (lambda z: jnp.concatenate([z, jnp.abs(z)], -1), "z, abs(z)"),
     "lk_relu": (lk_relu, "relu(z), relu(-z)"),
+    "lk_relu behind a relu that was left in": (lambda z: lk_relu(relu(z)), "relu(z), 0"),
 }
 
 

@@ -143,7 +143,7 @@ def test_tensorboard_has_scalars_and_histograms(tmp_path):
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ImportError, match=r"pip install linked_jax\[probe\]"):
+    with pytest.raises(ImportError, match=r"pip install tensorboardX"):
         tensorboard_writer(tmp_path)
 
 
