@@ -15,7 +15,7 @@ import jaxtyping
 import pytest
 
 jaxtyping.install_import_hook("linked_jax", "beartype.beartype")  # before anything imports linked_jax
-SLOW_CASES = 2  # of each law, in CI
+SLOW_CASES = 1  # of each law, in CI
 MOST_MAPS = 30_000  # Linux gives a process 65,530, and each compiled program takes some
 _SCRATCH = pytest.StashKey[tempfile.TemporaryDirectory]()
 
