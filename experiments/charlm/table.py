@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.engine.plots import COLOURS, figure, save
+from experiments.engine.plots import COLOURS, IN_A_PANEL, figure, save
 from experiments.engine.study import Line, at_best_rate
 from experiments.engine.tables import markdown as markdown_table
 from experiments.engine.tables import provenance, spread
@@ -134,11 +134,14 @@ def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
 
 
 def picture(lines: Sequence[Line], path: Path) -> Path:
-    """Validation loss against the rate, that of ten times the chosen one too, a panel a depth; seed 0."""
+    """Validation loss against the rate, that of ten times the chosen one too, of the five best rows; seed 0.
+
+    A panel a depth, up to half a nat above the least loss: lines that leave it are far worse, or diverged.
+    """
     found = depths(lines)
     sheet = figure(6.5 * len(found) + 1.5, 4.8)
     for depth, panel in zip(found, sheet.subplots(1, len(found), squeeze=False)[0], strict=True):
-        for row in rows_at(depth, lines):
+        for row in rows_at(depth, lines)[:IN_A_PANEL]:
             runs = of_row(depth, row, lines) + of_row(depth, row, lines, tenfold=True)
             points = sorted(
                 {x["rate"]: x["validation_loss"] for x in runs if x["seed"] == 0 and "diverged" not in x}.items()
@@ -146,6 +149,8 @@ def picture(lines: Sequence[Line], path: Path) -> Path:
             colour, dash = STYLES[row]
             panel.plot(*zip(*points, strict=True) if points else ((), ()), dash, color=colour, marker=".", label=row)
         panel.set(xscale="log", xlabel="rate", ylabel="validation loss, nats a character", title=f"depth {depth}")
+        if panel.has_data():
+            panel.set_ylim(panel.dataLim.y0 - 0.02, panel.dataLim.y0 + 0.5)
         panel.grid(alpha=0.25)
         panel.legend(frameon=False, fontsize=9)
     return save(sheet, path)

@@ -161,15 +161,15 @@ def mean_band(panel: Any, x: np.ndarray, values: np.ndarray, colour: str, line: 
     panel.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.13, lw=0)
 
 
-def label_ends(panel: Any) -> None:
+def label_ends(panel: Any, fontsize: float = 8) -> None:
     """Write the name of each line that has one at the height of its end, in its colour; after all is drawn."""
     panel.get_ylim()  # scales the axes
     lines = [line for line in panel.get_lines() if len(line.get_xdata()) and not line.get_label().startswith("_")]
     to_panel = panel.transScale + panel.transLimits
     ends = [to_panel.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1] for line in lines]
     inches = 0.8 * panel.figure.get_figheight() / panel.get_subplotspec().get_gridspec().nrows
-    for place, line in zip(_apart(ends, 0.17 / inches), lines, strict=True):
-        panel.text(1.02, place, line.get_label(), color=line.get_color(), fontsize=8, va="center",
+    for place, line in zip(_apart(ends, 0.021 * fontsize / inches), lines, strict=True):
+        panel.text(1.02, place, line.get_label(), color=line.get_color(), fontsize=fontsize, va="center",
                    transform=panel.transAxes)  # fmt: skip
 
 
