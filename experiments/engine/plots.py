@@ -168,7 +168,7 @@ def label_ends(panel: Any, fontsize: float = 8) -> None:
     to_panel = panel.transScale + panel.transLimits
     ends = [to_panel.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1] for line in lines]
     inches = 0.8 * panel.figure.get_figheight() / panel.get_subplotspec().get_gridspec().nrows
-    for place, line in zip(_apart(ends, 0.021 * fontsize / inches), lines, strict=True):
+    for place, line in zip(_apart(ends, 0.17 * fontsize / 8 / inches), lines, strict=True):
         panel.text(1.02, place, line.get_label(), color=line.get_color(), fontsize=fontsize, va="center",
                    transform=panel.transAxes)  # fmt: skip
 

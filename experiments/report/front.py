@@ -27,8 +27,6 @@ class Curve(NamedTuple):
 DEEP = (
     Curve("lk_swish", "linked Swish", _BLUE),
     Curve("selu", "SELU", _GREEN),
-    Curve("relu_bn", "ReLU with batch norm", _GREY),
-    Curve("relu", "ReLU", _RED),
 )
 CONTINUAL = (
     Curve("lk_swish_ours", "linked Swish", _BLUE),
