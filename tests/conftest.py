@@ -45,7 +45,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             item.add_marker(pytest.mark.slow)
-        if item.get_closest_marker("slow") and not item.get_closest_marker("fault"):
+        marks = {mark.name for mark in item.iter_markers()}
+        if "slow" in marks and not marks & {"fault", "whole"}:
             laws[item.nodeid.partition("[")[0]].append(item)
     for cases in laws.values():
         cases.sort(key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())

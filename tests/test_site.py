@@ -131,6 +131,7 @@ def alike(printed, shown):
 
 
 @slow
+@pytest.mark.whole
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
