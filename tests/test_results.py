@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.charlm import table as charlm_table
 from experiments.engine import records, tables
 from experiments.headlines import claim as headlines_claim
 from experiments.headlines.__main__ import CLAIMS
@@ -124,23 +125,24 @@ def test_the_committed_comparison_of_remedies_is_what_its_record_gives():
     assert (folder / "table.md").read_text(encoding="utf-8") == page
 
 
-CONTINUAL = {
+STUDIES = {
     "plasticity": plasticity_plots.markdown,
     "plasticity/cifar10": plasticity_plots.markdown,
     "plasticity/kumar": kumar_table.markdown,
     "plasticity/regression": regression.page,
     "revive": revive_plots.markdown,
+    "charlm": charlm_table.markdown,
 }
 
 
-@pytest.mark.parametrize("name", CONTINUAL)
-def test_the_committed_tables_of_continual_learning_are_what_their_records_give(name):
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_committed_tables_of_studies_are_what_their_records_give(name):
     folder = RESULTS / name
-    page = CONTINUAL[name](records.read_config(folder), records.read_lines(folder))
+    page = STUDIES[name](records.read_config(folder), records.read_lines(folder))
     assert (folder / "table.md").read_text(encoding="utf-8") == page
 
 
-@pytest.mark.parametrize("name", ["remedies", "plasticity", "revive"])
+@pytest.mark.parametrize("name", ["remedies", "plasticity", "revive", "charlm"])
 def test_numbers_of_a_page_are_in_its_tables(name):
     folder = RESULTS / name
     tabled = "".join(path.read_text(encoding="utf-8") for path in folder.rglob("table.md"))
