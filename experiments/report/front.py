@@ -27,6 +27,7 @@ class Curve(NamedTuple):
 DEEP = (
     Curve("lk_swish", "linked Swish", _BLUE),
     Curve("selu", "SELU", _GREEN),
+    Curve("relu", "ReLU", _RED),
 )
 CONTINUAL = (
     Curve("lk_swish_ours", "linked Swish", _BLUE),
