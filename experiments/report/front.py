@@ -27,6 +27,7 @@ class Curve(NamedTuple):
 DEEP = (
     Curve("lk_swish", "linked Swish", _BLUE),
     Curve("selu", "SELU", _GREEN),
+    Curve("relu_bn", "ReLU, batch norm", _GREY),
     Curve("relu", "ReLU", _RED),
 )
 CONTINUAL = (
