@@ -11,7 +11,7 @@ changes take the place of normalisation:
   s = 1 / (0.02 sqrt(2)); so are they for DyT, whose authors do the same, with s = sqrt(width);
 - the last kernel of a linked MLP starts as `LinkedLinear`'s own does, so that the MLP is linear at the start.
 
-Attention and the residual branches are as they were.
+Attention is as it was, and no branch is scaled.
 """
 
 import dataclasses

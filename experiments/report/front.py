@@ -10,7 +10,8 @@ from experiments.engine.errors import run_command
 from experiments.engine.plots import COLOURS, figure, label_ends, mean_band, save
 from experiments.engine.records import read_lines
 from experiments.engine.tables import CHANCE
-from experiments.plasticity.kumar.table import FIRST_SEED
+from experiments.plasticity.kumar.problems import PROBLEMS
+from experiments.plasticity.kumar.table import by_row, of_hard, result
 
 RESULTS = Path(__file__).parents[2] / "results"
 _RED, _BLUE, _GREEN, _GREY = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[7]
@@ -46,8 +47,9 @@ def deep(row: str) -> np.ndarray:
 
 def continual(row: str) -> np.ndarray:
     """Online accuracy in the hard tasks of 5+1 CIFAR-100: (seeds, tasks)."""
-    lines = read_lines(RESULTS / "plasticity" / "kumar")
-    return np.array([line["accuracy"][::2] for line in lines if line["row"] == row and line["seed"] >= FIRST_SEED])
+    problem, lines = "cifar_5plus1", read_lines(RESULTS / "plasticity" / "kumar")
+    runs = result(by_row(problem, PROBLEMS[problem].tasks, lines)[row])
+    return np.array([of_hard(problem, run) for run in runs])
 
 
 def draw(panel: Any, found: dict[Curve, np.ndarray], title: str, x: str) -> None:

@@ -16,7 +16,7 @@ from flax import nnx
 from experiments.charlm import __main__ as charlm
 from experiments.charlm import data as text_data
 from experiments.charlm import table, training
-from experiments.charlm.net import BLOCK, HEADS, ROWS, WIDTH, CharTransformer
+from experiments.charlm.net import BLOCK, HEADS, ROWS, STD, WIDTH, CharTransformer
 from experiments.engine.errors import UsageError
 from experiments.engine.tfds import tfds_folder
 from tests.cases import first_fast
@@ -62,6 +62,8 @@ def test_a_linked_net_starts_with_linear_mlps_and_embeddings_of_mean_square_one(
     np.testing.assert_allclose(mlp(2 * x[:1] - x[1:]), 2 * mlp(x[:1]) - mlp(x[1:]), atol=1e-5)
     embedded = model.scale[...] * (model.tokens(jnp.arange(BLOCK)) + model.places(jnp.arange(BLOCK)))
     np.testing.assert_allclose((embedded**2).mean(), 1, atol=0.1)
+    for signal in (mlp.wide(embedded), model.blocks[0].attention.qkv(embedded)):
+        np.testing.assert_allclose((signal**2).mean(), WIDTH * STD**2, rtol=0.1)
 
 
 def parameters(row, depth):

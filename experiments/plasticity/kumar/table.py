@@ -55,8 +55,8 @@ def table(problem: str, tasks: int, lines: Sequence[Line]) -> list[dict[str, str
     rows = []
     for row, of_row in by_row(problem, tasks, lines).items():
         runs = result(of_row)
-        hard = [_of_hard(problem, run) for run in runs]
-        easy = [_of_hard(problem, run, hard=False) for run in runs]
+        hard = [of_hard(problem, run) for run in runs]
+        easy = [of_hard(problem, run, hard=False) for run in runs]
         only_tuning = "*" if runs[0]["seed"] < FIRST_SEED else ""
         texts = {
             "method": row + " (diverged)" * (not all(run["finite"] for run in runs)),
@@ -157,7 +157,7 @@ def picture(problem: str, tasks: int, lines: Sequence[Line], path: Path) -> Path
     sheet = figure(6.5, 3.4 * len(together) + 0.4)
     for panel, drawn in zip(sheet.subplots(len(together), squeeze=False)[:, 0], together, strict=True):
         for colour, row in zip(COLOURS, drawn, strict=False):
-            values = 100 * np.array([_of_hard(problem, run) for run in result(rows[row])])
+            values = 100 * np.array([of_hard(problem, run) for run in result(rows[row])])
             wide = min(_SMOOTHED.get(problem, 1), max(1, values.shape[1] // 2))
             smoothed_band(panel, values, wide, colour, f"{row} {values.mean():.1f}")
         panel.set(xlabel=f"{kind}{smoothed}", ylabel=f"online accuracy in the {kind}, %", ylim=(0, 100))
@@ -167,7 +167,8 @@ def picture(problem: str, tasks: int, lines: Sequence[Line], path: Path) -> Path
     return save(sheet, path, 110)
 
 
-def _of_hard(problem: str, run: Line, *, hard: bool = True) -> list[float]:
+def of_hard(problem: str, run: Line, *, hard: bool = True) -> list[float]:
+    """The accuracies of a run's hard tasks, those that count, or of its easy ones."""
     return [a for number, a in enumerate(run["accuracy"]) if PROBLEMS[problem].hard(number) == hard]
 
 
