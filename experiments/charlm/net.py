@@ -98,7 +98,12 @@ def _linear(link: Link, _deviation: float) -> Initializer:
 
 ROWS = {
     "layer_norm": Row("layer normalisation, gelu: nanoGPT", norm=_layer_norm),
-    "layer_norm_lk_gelu": Row("layer normalisation, linked gelu", lk_gelu, norm=_layer_norm, out_init=_linear),
+    "layer_norm_scaled": Row("layer normalisation, gelu; the scalar", norm=_layer_norm, scaled=True),
+    "layer_norm_lk_gelu": Row("layer normalisation, linked gelu, linear MLPs", lk_gelu, _layer_norm, out_init=_linear),
+    "layer_norm_lk_gelu_scaled": Row(
+        "layer normalisation, linked gelu, linear MLPs; the scalar", lk_gelu, _layer_norm, scaled=True, out_init=_linear
+    ),
+    "layer_norm_lk_gelu_gpt2": Row("layer normalisation, linked gelu, GPT-2's start", lk_gelu, _layer_norm),
     "rms_norm": Row("RMS normalisation, gelu", norm=lambda rngs: nnx.RMSNorm(WIDTH, epsilon=_EPSILON, rngs=rngs)),
     "dyt": Row("DyT, gelu; the scalar", norm=lambda _rngs: DynamicTanh(), scaled=True),
     "derf": Row("Derf, gelu; the scalar", norm=lambda _rngs: DynamicErf(), scaled=True),

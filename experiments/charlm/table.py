@@ -12,7 +12,10 @@ from experiments.engine.tables import provenance, spread
 
 STYLES = {
     "layer_norm": (COLOURS[6], "-"),
+    "layer_norm_scaled": (COLOURS[6], ":"),
     "layer_norm_lk_gelu": (COLOURS[6], "--"),
+    "layer_norm_lk_gelu_scaled": (COLOURS[2], "-"),
+    "layer_norm_lk_gelu_gpt2": (COLOURS[2], "--"),
     "rms_norm": (COLOURS[7], "--"),
     "dyt": (COLOURS[0], "-"),
     "derf": (COLOURS[4], "--"),
