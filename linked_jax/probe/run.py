@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from linked_jax.diagnostics import not_finite_units
 from linked_jax.probe.interpret import Gradients, NotSeen, Taps, Trace, Watch, with_gradients
+from linked_jax.probe.measures import make_report
 from linked_jax.probe.models import check_model, is_key, kind_of, merge, split
 from linked_jax.probe.origin import OUTPUTS, Origin, is_sound, origin_of
-from linked_jax.probe.report import Report, make_report
+from linked_jax.probe.report import Report
 from linked_jax.probe.taps import is_tap, nothing_yet, together, unstack
 
 
