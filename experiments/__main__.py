@@ -7,6 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from experiments.engine.archives import READERS
 from experiments.engine.errors import UsageError, run_command
 from experiments.engine.records import CONFIG, read_config, read_lines
 from experiments.engine.tfds import tfds_folder
@@ -16,7 +17,6 @@ _ORDER = (
     "width", "depth", "parameters", "allcnn", "resnet50", "covariate_shift", "dynamics", "remedies", "headlines",
     "plasticity", "revive", "load_forecast", "charlm", "sweep", "report", "prepare",
 )  # fmt: skip
-_SETS = ("cifar10", "cifar100", "mnist", "tiny_shakespeare")
 _WIDTH = 80
 
 
@@ -29,7 +29,7 @@ def first_line(name: str) -> str:
 
 def prepared(folder: Path) -> list[str]:
     """The sets that experiments use and that are in a folder of TensorFlow Datasets."""
-    return [name for name in _SETS if any(folder.glob(f"{name}/**/dataset_info.json"))]
+    return [name for name in READERS if any(folder.glob(f"{name}/**/dataset_info.json"))]
 
 
 def runs(folder: Path) -> list[str]:
@@ -55,13 +55,11 @@ def overview(data_dir: Path, runs_dir: Path) -> str:
         )  # fmt: skip
 
     there = prepared(data_dir)
-    missing = [name for name in _SETS if name not in there]
+    missing = [name for name in READERS if name not in there]
     data = [row("digits", "embedded, nothing to prepare")]
     data += [row(name, f"prepared in {data_dir}") for name in there]
     if missing:
-        data.append(
-            row("not there", f"{', '.join(missing)}; `python -m experiments.prepare cifar10` prepares CIFAR-10")
-        )
+        data.append(row("not there", f"{', '.join(missing)}; `python -m experiments.prepare cifar10` prepares one"))
     said = [row("", text).lstrip() for text in runs(runs_dir)] or [f"nothing in {runs_dir}/ yet"]
     return "\n".join(
         [

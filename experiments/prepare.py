@@ -1,13 +1,15 @@
-"""CIFAR-10 for tensorflow-datasets, downloaded and prepared without TensorFlow.
+"""Data sets for tensorflow-datasets, downloaded and prepared without TensorFlow.
 
     python -m experiments.prepare cifar10
+    python -m experiments.prepare tiny_shakespeare
 
-TFDS reads a prepared set without TensorFlow, but needs it to prepare one. Here a subclass of its builder for CIFAR-10
-reads the archive without TensorFlow; all else is the builder's, so the set is the same. The archive stays in memory,
-and the set gets its name in the last step: a run that is stopped at any point leaves nothing that looks prepared. One
-that is killed may leave a folder incomplete.*, which nothing reads.
+TFDS reads a prepared set without TensorFlow, but needs it to prepare one. Here a subclass of a set's own builder reads
+the files without TensorFlow; all else is the builder's, so the set is the same. The files stay in memory, and the set
+gets its name in the last step: a run that is stopped at any point leaves nothing that looks prepared. One that is
+killed may leave a folder incomplete.*, which nothing reads.
 
-Expected: 20 s after a download of 170 MB; 200 MB of disk and 0.8 GB of memory.
+Expected: CIFAR-10 and CIFAR-100 take 20 s after a download of 170 MB each, 200 MB of disk and 0.8 GB of memory; MNIST
+and Tiny Shakespeare are small.
 """
 
 import contextlib
@@ -18,49 +20,41 @@ import io
 import re
 import signal
 import sys
-import tarfile
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import tyro
-from PIL import Image
 from rich.progress import DownloadColumn
 
+from experiments.engine.archives import READERS, Contents, Example
 from experiments.engine.checks import command_line
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, first_line, run_command
 from experiments.engine.tfds import tensorflow_datasets, tfds_folder
 
-SHAPE = (32, 32, 3)
-FILES = {"train": [f"data_batch_{number}.bin" for number in range(1, 6)], "test": ["test_batch.bin"]}
-"""Of the archive: records of a byte for the label, then the red, the green and the blue pixels, row by row."""
-NAMES = "batches.meta.txt"
-"""Of the archive: the names of the classes, one a line."""
-
 _TIMEOUT = 30.0  # seconds without a byte
 _BLOCK = 1 << 16  # bytes
-_ANOTHER_COPY = "or name another copy of the archive with --url"
+_ANOTHER_COPY = "or name another copy of the file with --url"
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Download CIFAR-10 (170 MB) and prepare it for tensorflow-datasets (array_record), without TensorFlow."""
+    """Download a data set and prepare it for tensorflow-datasets (array_record), without TensorFlow."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """The data set: cifar10."""
+    """The data set: cifar10, cifar100 (170 MB each), mnist or tiny_shakespeare."""
     data_dir: str | None = None
     """The TFDS folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     url: str | None = None
-    """Another copy of the archive, an address or a file; by default TFDS' own. Its checksum must be the original's."""
+    """Another copy of the file, an address or a path; of mnist's four files their folder. Checksums are looked at."""
 
 
-class Archive(NamedTuple):
-    """What to download, and how to know it: an address (http, https or file), bytes, and hexadecimal digits."""
+class Source(NamedTuple):
+    """A file to download, and how to know it: an address (http, https or file), bytes, and hexadecimal digits."""
 
     url: str
     size: int
@@ -80,29 +74,30 @@ def prepare(name: str, data_dir: str | None = None, url: str | None = None) -> P
     Returns:
       The folder of the prepared set, such as ~/tensorflow_datasets/cifar10/3.0.2.
     """
-    if name != "cifar10":
+    if name not in READERS:
         raise UsageError(
-            f"only cifar10 can be prepared here, got {name!r}; where TensorFlow is installed, "
+            f"{', '.join(READERS)} can be prepared here, got {name!r}; where TensorFlow is installed, "
             f"`tfds build {name} --file_format=array_record` prepares any set"
         )
     console, tfds = Console(), tensorflow_datasets()
     stock = tfds.builder_cls(name)
     root = tfds_folder(data_dir)
     folder = root / name / str(stock.VERSION)
-    archive = _stock_archive(stock)
-    if url:
-        address = url if "://" in url else Path(url).expanduser().absolute().as_uri()
-        archive = archive._replace(url=address)
+    sources = _copies(_stock_sources(stock), url)
     try:
         if _is_prepared(tfds, name, root, folder):
             console.say(f"{name} is already prepared in {folder}")
             return folder
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="incomplete.", dir=root) as scratch:
-            console.say(f"downloading {archive.url}, {archive.size / 1e6:,.0f} MB")
-            content = _download(archive, console)
+            files = {}
+            for file, source in sources.items():
+                console.say(f"downloading {source.url}, {source.size / 1e6:,.0f} MB")
+                files[file] = _download(source, console)
             console.say(f"writing {name} to {folder}")
-            builder = _write(stock, content, scratch, console)
+            builder = _write(stock, READERS[name](files, console), scratch, console)
+            builder.info.download_size = sum(map(len, files.values()))
+            builder.info.write_to_directory(builder.data_path)
             folder.parent.mkdir(exist_ok=True)
             Path(builder.data_path).rename(folder)
     except OSError as error:
@@ -110,14 +105,25 @@ def prepare(name: str, data_dir: str | None = None, url: str | None = None) -> P
             f"cannot write to {root} ({error.strerror or error}); --data-dir takes a folder with 200 MB of room "
             "to write in"
         ) from error
-    train, test = (builder.info.splits[split].num_examples for split in ("train", "test"))
-    console.say(f"{name} is prepared: {train:,} train and {test:,} test images in {folder}")
+    sizes = ", ".join(f"{half.num_examples:,} {split}" for split, half in builder.info.splits.items())
+    console.say(f"{name} is prepared: {sizes} examples in {folder}")
     return folder
 
 
-def _stock_archive(stock: Any) -> Archive:
-    ((url, info),) = stock.url_infos.items()
-    return Archive(url, int(info.size), info.checksum)
+def _stock_sources(stock: Any) -> dict[str, Source]:
+    """TFDS' own, by the names of the files."""
+    return {
+        PurePosixPath(url).name: Source(url, int(info.size), info.checksum) for url, info in stock.url_infos.items()
+    }
+
+
+def _copies(sources: Mapping[str, Source], url: str | None) -> dict[str, Source]:
+    """The same files at another address, of several that of their folder."""
+    if not url:
+        return dict(sources)
+    address = url if "://" in url else Path(url).expanduser().absolute().as_uri()
+    below = {file: f"{address.rstrip('/')}/{file}" if len(sources) > 1 else address for file in sources}
+    return {file: source._replace(url=below[file]) for file, source in sources.items()}
 
 
 def _is_prepared(tfds: Any, name: str, root: Path, folder: Path) -> bool:
@@ -136,14 +142,14 @@ def _is_prepared(tfds: Any, name: str, root: Path, folder: Path) -> bool:
     return True
 
 
-def _download(archive: Archive, console: Console) -> bytes:
-    url, content = archive.url, bytearray()
+def _download(source: Source, console: Console) -> bytes:
+    url, content = source.url, bytearray()
     try:
         with (
             urllib.request.urlopen(url, timeout=_TIMEOUT) as response,
-            console.progress("downloading", archive.size, DownloadColumn()) as advance,
+            console.progress("downloading", source.size, DownloadColumn()) as advance,
         ):
-            while len(content) <= archive.size and (block := response.read(_BLOCK)):
+            while len(content) <= source.size and (block := response.read(_BLOCK)):
                 content += block
                 advance(len(block))
     except http.client.IncompleteRead:
@@ -155,44 +161,38 @@ def _download(archive: Archive, console: Console) -> bytes:
         reason = first_line(getattr(error, "reason", error))
         raise UsageError(f"cannot get {url} ({reason}); check the network, {_ANOTHER_COPY}") from error
     digest = hashlib.sha256(content).hexdigest()
-    if len(content) < archive.size:
-        problem = f"gave only {len(content):,} of {archive.size:,} bytes; try again"
-    elif len(content) > archive.size:
-        problem = f"is not the archive: it has more than {archive.size:,} bytes; try later"
-    elif digest != archive.sha256:
-        problem = f"is not the archive: its SHA-256 is {digest}, expected {archive.sha256}; try later"
+    if len(content) < source.size:
+        problem = f"gave only {len(content):,} of {source.size:,} bytes; try again"
+    elif len(content) > source.size:
+        problem = f"is not the archive: it has more than {source.size:,} bytes; try later"
+    elif digest != source.sha256:
+        problem = f"is not the archive: its SHA-256 is {digest}, expected {source.sha256}; try later"
     else:
         return bytes(content)
     raise UsageError(f"{url} {problem}, {_ANOTHER_COPY}")
 
 
-def _write(stock: Any, archive: bytes, root: str, console: Console) -> Any:
+def _write(stock: Any, contents: Contents, root: str, console: Console) -> Any:
     """The builder that wrote the set below a folder."""
-    files = _unpack(archive, console)
-    records = {
-        split: np.frombuffer(b"".join(files[name] for name in names), np.uint8).reshape(-1, 1 + np.prod(SHAPE))
-        for split, names in FILES.items()
-    }
 
-    class Cifar10(stock, skip_registration=True):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
-        """The stock builder, which finds its images in `records`."""
+    class Prepared(stock, skip_registration=True):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
+        """The stock builder, which finds its examples in `contents`."""
 
-        __module__ = stock.__module__  # the set says which builder reads it
+        name, __module__ = stock.name, stock.__module__  # the set says which builder reads it
 
         def _split_generators(self, dl_manager: Any) -> Any:
-            self.info.features["label"].names = files[NAMES].decode().split()
-            return {split: self._generate_examples(split) for split in records}
+            for label, names in contents.names.items():
+                self.info.features[label].names = names
+            return {split: self._generate_examples(split) for split in contents.splits}
 
-        def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-            for index, record in enumerate(records[split]):
-                pixels = record[1:].reshape(SHAPE[2], *SHAPE[:2]).transpose(1, 2, 0)
-                image = Image.fromarray(np.ascontiguousarray(pixels))  # an array TFDS would encode with TensorFlow
-                yield index, {"id": f"{split}_{index:05d}", "image": image, "label": int(record[0])}
+        def _generate_examples(self, split: str) -> Iterator[tuple[int | str, Example]]:
+            for example in contents.splits[split].examples:
+                yield example
                 advance(1)
 
-    builder = Cifar10(data_dir=root, file_format="array_record")
+    builder = Prepared(data_dir=root, file_format="array_record")
     with (
-        console.progress("writing", sum(map(len, records.values()))) as advance,
+        console.progress("writing", sum(half.size for half in contents.splits.values())) as advance,
         contextlib.redirect_stdout(io.StringIO()),  # TFDS tells of a download of unknown size
     ):
         try:
@@ -202,24 +202,7 @@ def _write(stock: Any, archive: bytes, root: str, console: Console) -> Any:
             if not failed_call:
                 raise
             raise OSError(failed_call[0]) from error
-    builder.info.download_size = len(archive)
-    builder.info.write_to_directory(builder.data_path)
     return builder
-
-
-def _unpack(archive: bytes, console: Console) -> dict[str, bytes]:
-    """The contents of the archive's files, by their names."""
-    files, stream = {}, io.BytesIO(archive)
-    with (
-        console.progress("unpacking", len(archive), DownloadColumn()) as advance,
-        tarfile.open(fileobj=stream) as tar,
-    ):
-        for member in tar:  # in order: gzip cannot seek
-            before = stream.tell()
-            if content := tar.extractfile(member):
-                files[PurePosixPath(member.name).name] = content.read()
-            advance(stream.tell() - before)
-    return files
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """What formulas over channels need of arrays: float32 at least, and a number for each channel beside the data."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax.numpy as jnp
+import numpy as np
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -24,3 +25,11 @@ def like(values: Any, x: Any) -> Any:
 def wide(x: Any) -> Any:
     """x in float32 at least: sums of many numbers of half precision are wrong."""
     return x.astype(wide_dtype(x.dtype))
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether an argument is a plain number, which can be checked; an array may be traced.
+
+    Of `optax.inject_hyperparams` or a vmap over strengths it is.
+    """
+    return isinstance(value, int | float | np.number)

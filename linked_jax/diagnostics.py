@@ -176,6 +176,11 @@ def live_units(h: Float[Array, "... c_linked"], *, arity: int = 1, layout: Layou
     return (by_member(as_array(h), arity, layout) != 0).any(axis=(0, 1))
 
 
+def _measured(stats: UnitStatistics) -> Bool[Array, " c"]:
+    """Units whose numbers say something: there was data, and no NaN."""
+    return (stats.count > 0) & ~jnp.isnan(stats.mean)
+
+
 def dead_units(stats: UnitStatistics) -> Bool[Array, " c"]:
     """The paper's dead units: every member's output is 0 for every sample and position.
 
@@ -186,7 +191,7 @@ def dead_units(stats: UnitStatistics) -> Bool[Array, " c"]:
       >>> dead_units(unit_statistics(h, h, jnp.ones_like(h))).tolist()
       [True, False]
     """
-    return ~stats.live & ~jnp.isnan(stats.mean)
+    return ~stats.live & _measured(stats)
 
 
 def dead_links(stats: UnitStatistics) -> Bool[Array, " c"]:
@@ -202,7 +207,7 @@ def dead_links(stats: UnitStatistics) -> Bool[Array, " c"]:
       >>> dead_units(stats).tolist(), dead_links(stats).tolist()
       ([False, False], [False, True])
     """
-    return (stats.steepest == 0) & ~jnp.isnan(stats.mean)
+    return (stats.steepest == 0) & _measured(stats)
 
 
 def dormancy(stats: UnitStatistics) -> Float[Array, " c"]:
@@ -259,7 +264,7 @@ def dormant_units(stats: UnitStatistics, tau: float = 0.025) -> Bool[Array, " c"
     """
     if not tau >= 0:
         raise ValueError(f"tau is at least 0, got {tau}; 0 finds the units that are always zero")
-    return (dormancy(stats) <= tau) & ~jnp.isnan(stats.mean)
+    return (dormancy(stats) <= tau) & _measured(stats)
 
 
 def linearised_units(stats: UnitStatistics) -> Bool[Array, " c"]:
@@ -272,7 +277,7 @@ def linearised_units(stats: UnitStatistics) -> Bool[Array, " c"]:
       >>> linearised_units(unit_statistics(z, z, jnp.ones_like(z))).tolist()
       [True, False]
     """
-    return stats.live & ~((stats.active > 0) & stats.negative) & ~jnp.isnan(stats.mean)
+    return stats.live & ~((stats.active > 0) & stats.negative) & _measured(stats)
 
 
 def saturated_units(stats: UnitStatistics, epsilon: float = 0.01) -> Bool[Array, " c"]:
@@ -297,7 +302,7 @@ def saturated_units(stats: UnitStatistics, epsilon: float = 0.01) -> Bool[Array,
     """
     if not epsilon >= 0:
         raise ValueError(f"epsilon is at least 0, got {epsilon}; 0 finds the dead links alone")
-    return (stats.steepest <= epsilon) & ~jnp.isnan(stats.mean)
+    return (stats.steepest <= epsilon) & _measured(stats)
 
 
 def not_finite_units(stats: UnitStatistics) -> Bool[Array, " c"]:

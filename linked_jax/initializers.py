@@ -156,6 +156,7 @@ def looks_linear(
     feature_group_count: int = 1,
     transpose: bool = False,
     padding: Padding = "SAME",
+    kernel_dilation: int | Sequence[int] = 1,
 ) -> Initializer:
     """A kernel that undoes its link: the layer starts linear and, at C_in = C_out and stride 1, isometric.
 
@@ -171,6 +172,7 @@ def looks_linear(
       feature_group_count: the number of groups G that the convolution splits the channels into.
       transpose: whether the kernel is that of a transposed convolution.
       padding: the convolution's, which says where in the window the first rows of the image are.
+      kernel_dilation: the convolution's, an integer or one per spatial axis; it matters where padding is in numbers.
 
     Returns:
       init(key, shape, dtype) for a kernel of shape (*window, d*C_in / G, C_out).
@@ -205,7 +207,7 @@ def looks_linear(
             core = jnp.moveaxis(core, (0, 1), (-3, -2)).reshape(*block, half, c_out)
         else:
             core = _unit_columns(key, pixels * half, c_out, dtype, feature_group_count).reshape(*block, half, c_out)
-        before = _taps_before(padding, window, block, transpose)
+        before = _taps_before(padding, window, block, kernel_dilation, transpose)
         after = [size - width - low for size, width, low in zip(window, block, before, strict=True)]
         orthogonal = jnp.pad(core, [*zip(before, after, strict=True), (0, 0), (0, 0)])
         return join([jnp.asarray(a, dtype) * orthogonal for a in coefficients], -2, link.layout)
@@ -220,6 +222,7 @@ def default_kernel_init(
     feature_group_count: int = 1,
     transpose: bool = False,
     padding: Padding = "SAME",
+    kernel_dilation: int | Sequence[int] = 1,
 ) -> Initializer:
     """`looks_linear` where the link has a read-out, else `variance_preserving`.
 
@@ -229,6 +232,7 @@ def default_kernel_init(
       feature_group_count: the number of groups G that the convolution splits the channels into.
       transpose: whether the kernel is that of a transposed convolution.
       padding: the convolution's, see `looks_linear`.
+      kernel_dilation: the convolution's, see `looks_linear`.
 
     Returns:
       init(key, shape, dtype) for a kernel of shape (*window, d*C_in / G, C_out).
@@ -244,7 +248,7 @@ def default_kernel_init(
     """
     options: dict[str, Any] = {"strides": strides, "feature_group_count": feature_group_count, "transpose": transpose}
     try:
-        return looks_linear(link, padding=padding, **options)
+        return looks_linear(link, padding=padding, kernel_dilation=kernel_dilation, **options)
     except ValueError:
         return variance_preserving(link, **options)
 
@@ -314,8 +318,10 @@ def _block(strides: int | Sequence[int], shape: Sequence[int]) -> tuple[int, ...
     return tuple(min(step, size) for step, size in zip(steps, window, strict=True))
 
 
-def _taps_before(padding: Padding, window: Sequence[int], block: Sequence[int], transpose: bool) -> list[int]:
-    """The taps before the block in each axis: as many as there are rows before the image, so that blocks tile it."""
+def _taps_before(
+    padding: Padding, window: Sequence[int], block: Sequence[int], dilation: int | Sequence[int], transpose: bool
+) -> list[int]:
+    """The taps before the block in each axis: as many as there are before the image, so that blocks tile it."""
     sizes = list(zip(window, block, strict=True))
     # SAME puts (size - stride) / 2 rows there, rounded down, or up in a transposed conv. Without padding: the middle.
     middle = [(size - width + transpose) // 2 for size, width in sizes]
@@ -323,13 +329,16 @@ def _taps_before(padding: Padding, window: Sequence[int], block: Sequence[int], 
         return middle
     if isinstance(padding, str):
         wrapped = [(size - 1) // 2 for size in window]
-        named = {"CAUSAL": [size - 1 for size in window], "CIRCULAR": wrapped, "REFLECT": wrapped}
+        lower = [(size - width + 1) // 2 for size, width in sizes]
+        causal = [size - 1 for size in window]
+        named = {"CAUSAL": causal, "CIRCULAR": wrapped, "REFLECT": wrapped, "SAME_LOWER": lower}
         rows = named.get(padding.upper(), middle)
     else:
         pads = [np.ravel(pad) for pad in (padding if isinstance(padding, Sequence) else [padding] * len(window))]
         if len(pads) != len(window) or not all(map(len, pads)) or not any(pad.any() for pad in pads):
             return middle  # of wrong pads Flax says what is wrong
-        rows = [int(pad[0]) for pad in pads]
+        apart = np.broadcast_to(dilation, len(window))
+        rows = [int(pad[0]) // int(step) for pad, step in zip(pads, apart, strict=True)]
     return [max(0, min(n, size - width)) for n, (size, width) in zip(rows, sizes, strict=True)]
 
 

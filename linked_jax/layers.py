@@ -153,6 +153,7 @@ class LinkedConv(nnx.Module):
         groups = options.get("feature_group_count", 1)
         padding = options.get("padding", "SAME")
         _check_sizes(in_features, out_features, rngs, kernel_size=kernel_size, strides=strides, padding=padding)
+        kernel_size, strides, padding = map(_plain, (kernel_size, strides, padding))
         self.link = check_link(link)
         check_groups(link, groups)
         if in_features % groups or out_features % groups:
@@ -165,9 +166,12 @@ class LinkedConv(nnx.Module):
             out_features,
             kernel_size,
             strides=strides,
-            kernel_init=kernel_init or conv_start(link, strides, options.get("input_dilation"), groups, padding),
+            kernel_init=kernel_init
+            or conv_start(
+                link, strides, options.get("input_dilation"), groups, padding, options.get("kernel_dilation")
+            ),
             rngs=rngs,
-            **{"conv_general_dilated": conv_general_dilated, **options},
+            **{"conv_general_dilated": conv_general_dilated, **options, "padding": padding},
         )
 
     def __call__(self, z: Float[Array, "... c"], out_sharding: Any = None) -> Float[Array, "... c_out"]:
@@ -216,7 +220,10 @@ class LinkedConvTranspose(nnx.Module):
         **options: Unpack[ConvTransposeOptions],
     ):
         padding = options.get("padding", "SAME")
-        _check_sizes(in_features, out_features, rngs, kernel_size=kernel_size, strides=strides, padding=padding)
+        _check_sizes(
+            in_features, out_features, rngs, _TRANSPOSED, kernel_size=kernel_size, strides=strides, padding=padding
+        )
+        kernel_size, strides, padding = map(_plain, (kernel_size, strides, padding))
         self.link = check_link(link)
         if "transpose_kernel" in options:
             raise ValueError("a linked kernel has shape (*kernel_size, d*C, out_features); leave out transpose_kernel")
@@ -227,7 +234,7 @@ class LinkedConvTranspose(nnx.Module):
             strides=strides,
             kernel_init=kernel_init or default_kernel_init(link, strides=strides, transpose=True),
             rngs=rngs,
-            **options,
+            **{**options, "padding": padding},
         )
 
     def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
@@ -305,11 +312,13 @@ def conv_start(
     input_dilation: int | Sequence[int] | None,
     groups: int,
     padding: Padding,
+    kernel_dilation: int | Sequence[int] | None,
 ) -> Initializer:
     """The default kernel_init of a convolution; one that dilates its input is a transposed one."""
     transpose = input_dilation is not None and bool(np.max(input_dilation) > 1)
     steps: Any = input_dilation if transpose else strides
-    return default_kernel_init(link, strides=steps, feature_group_count=groups, transpose=transpose, padding=padding)
+    geometry: dict[str, Any] = {"padding": padding, "kernel_dilation": kernel_dilation or 1, "transpose": transpose}
+    return default_kernel_init(link, strides=steps, feature_group_count=groups, **geometry)
 
 
 def check_link(link: Activation) -> Activation:
@@ -323,7 +332,18 @@ def check_link(link: Activation) -> Activation:
     return link
 
 
-def _check_sizes(in_features: int, out_features: int, rngs: nnx.Rngs, **sizes: Any) -> None:
+_PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
+_TRANSPOSED = ("SAME", "VALID", "CIRCULAR")
+
+
+def _plain(size: Any) -> Any:
+    """A number of NumPy's as Python's, which Flax looks for."""
+    return size.item() if isinstance(size, np.integer) else size
+
+
+def _check_sizes(
+    in_features: int, out_features: int, rngs: nnx.Rngs, paddings: Sequence[str] = _PADDINGS, **sizes: Any
+) -> None:
     """Refuse what Flax would fail on later, or in words about its own layers."""
     for features in (in_features, out_features):
         if isinstance(features, list | tuple):
@@ -334,16 +354,13 @@ def _check_sizes(in_features: int, out_features: int, rngs: nnx.Rngs, **sizes: A
     if not callable(getattr(rngs, "params", None)):
         raise TypeError(f"rngs are Flax' random streams, got {brief(rngs)}; pass nnx.Rngs(0)")
     padding = sizes.pop("padding", "SAME")
-    if isinstance(padding, str) and padding.upper() not in _PADDINGS:
-        raise ValueError(f"padding is one of {', '.join(_PADDINGS)}, or numbers, got {padding!r}")
+    if isinstance(padding, str) and padding.upper() not in paddings:
+        raise ValueError(f"padding is one of {', '.join(paddings)}, or numbers, got {padding!r}")
     if not isinstance(padding, str | int | np.integer | list | tuple):
         raise TypeError(f"padding is a string, an integer or a sequence, got {brief(padding)}; pass e.g. 'SAME'")
     for name, value in sizes.items():
         if min(whole_numbers(name, value), default=0) < 1:
             raise ValueError(f"{name} is at least 1, got {value}")
-
-
-_PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
 
 
 def _after_link(layer: Any, link: Activation, z: Array, **options: Any) -> Array:

@@ -1,4 +1,4 @@
-"""The layers of `linked_jax.layers` for Flax Linen, over the same functions.
+"""The layers of `linked_jax.layers`, but the transposed convolution, for Flax Linen, over the same functions.
 
     z' = f(z) K + b
 
@@ -94,8 +94,9 @@ class LinkedConv(nn.Conv):
         check_groups(self.link, self.feature_group_count)
         if self.kernel_init is None:
             self.kernel_init = conv_start(
-                self.link, self.strides or 1, self.input_dilation, self.feature_group_count, self.padding
-            )
+                self.link, self.strides or 1, self.input_dilation, self.feature_group_count, self.padding,
+                self.kernel_dilation,
+            )  # fmt: skip
         super().__post_init__()
 
     @nn.remat

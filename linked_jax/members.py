@@ -180,10 +180,16 @@ def as_array(value: Any) -> Array:
 
 
 def evaluate(member: Member, z: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
-    """g(z) in float64, also while JAX traces something else and whether or not x64 is enabled."""
-    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        # jit: a bare custom_jvp, as jax.nn.relu is, would still join a vmap around us
-        return np.asarray(jax.jit(member)(jnp.asarray(z, jnp.float64)), np.float64)
+    """g(z) in float64, also while JAX traces something else, and whether or not x64 is on; ValueError if it fails."""
+    try:
+        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+            # jit: a bare custom_jvp, as jax.nn.relu is, would still join a vmap around us
+            return np.asarray(jax.jit(member)(jnp.asarray(z, jnp.float64)), np.float64)
+    except _UNMEASURABLE as error:
+        raise ValueError(
+            f"{brief(member)} cannot be evaluated at any number of z ({str(error).splitlines()[0]}); give it numbers "
+            "alone, or the layer a kernel_init"
+        ) from error
 
 
 def _measured(otherwise: Any) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:

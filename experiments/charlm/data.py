@@ -9,13 +9,10 @@ import numpy as np
 from jaxtyping import Int
 
 from experiments.engine.errors import UsageError, first_line
-from experiments.engine.tfds import tensorflow_datasets, tfds_folder
+from experiments.engine.tfds import how_to_prepare, tensorflow_datasets, tfds_folder
 
 SHAKESPEARE = "tiny_shakespeare"
-_PREPARE = (
-    f"prepare it with `tfds build {SHAKESPEARE} --file_format=array_record`, which needs TensorFlow, name its folder "
-    "with --data-dir, or pass --text with a text file of your own"
-)
+_PREPARE = f"{how_to_prepare(SHAKESPEARE)} with --data-dir, or pass --text with a text file of your own"
 
 
 @dataclasses.dataclass(frozen=True)

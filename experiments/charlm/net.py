@@ -8,7 +8,7 @@ Kernels and embeddings start as nanoGPT's: N(0, 0.02^2), the last kernel of a br
 changes take the place of normalisation:
 
 - the embeddings are multiplied by a learned scalar s that starts where a norm would put them, at a mean square of 1,
-  s = 1 / (0.02 sqrt(2)); so are they for DyT, whose authors do the same, with s = sqrt(width);
+  s = 1 / (0.02 sqrt(2)); so are they for DyT, whose authors do the same, but with s = sqrt(width): a row of its own;
 - the last kernel of a linked MLP starts as `LinkedLinear`'s own does, so that the MLP is linear at the start.
 
 Attention is as it was, and no branch is scaled.
@@ -28,6 +28,7 @@ from linked_jax.initializers import Initializer
 
 WIDTH, HEADS, BLOCK = 128, 4, 64
 STD = 0.02  # of kernels and embeddings at the start: GPT-2's
+_TO_ONE = 1 / (STD * math.sqrt(2))  # gives the sum of two embeddings a mean square of 1
 _EPSILON = 1e-5  # of the norms: PyTorch's
 Norm = Callable[[nnx.Rngs], Callable[[Array], Array]]
 
@@ -72,14 +73,14 @@ class Row:
       says: what it is, for the table.
       link: of the MLPs. A link of two members has narrower MLPs, so that all rows have as many parameters.
       norm: rngs -> what stands in the place of a norm; by default nothing.
-      scaled: whether the embeddings are multiplied by s.
+      scale: where s starts, by which the embeddings are multiplied; None for no s.
       out_init: link, deviation -> how the last kernel of an MLP starts; by default as GPT-2's.
     """
 
     says: str
     link: Link = gelu
     norm: Norm = lambda _rngs: lambda x: x
-    scaled: bool = False
+    scale: float | None = None
     out_init: Callable[[Link, float], Initializer] = lambda _link, deviation: nnx.initializers.normal(deviation)
 
     @property
@@ -98,19 +99,25 @@ def _linear(link: Link, _deviation: float) -> Initializer:
 
 ROWS = {
     "layer_norm": Row("layer normalisation, gelu: nanoGPT", norm=_layer_norm),
-    "layer_norm_scaled": Row("layer normalisation, gelu; the scalar", norm=_layer_norm, scaled=True),
+    "layer_norm_scaled": Row("layer normalisation, gelu; the scalar", norm=_layer_norm, scale=_TO_ONE),
     "layer_norm_lk_gelu": Row("layer normalisation, linked gelu, linear MLPs", lk_gelu, _layer_norm, out_init=_linear),
     "layer_norm_lk_gelu_scaled": Row(
-        "layer normalisation, linked gelu, linear MLPs; the scalar", lk_gelu, _layer_norm, scaled=True, out_init=_linear
+        "layer normalisation, linked gelu, linear MLPs; the scalar",
+        lk_gelu,
+        _layer_norm,
+        scale=_TO_ONE,
+        out_init=_linear,
     ),
     "layer_norm_lk_gelu_gpt2": Row("layer normalisation, linked gelu, GPT-2's start", lk_gelu, _layer_norm),
     "rms_norm": Row("RMS normalisation, gelu", norm=lambda rngs: nnx.RMSNorm(WIDTH, epsilon=_EPSILON, rngs=rngs)),
-    "dyt": Row("DyT, gelu; the scalar", norm=lambda _rngs: DynamicTanh(), scaled=True),
-    "derf": Row("Derf, gelu; the scalar", norm=lambda _rngs: DynamicErf(), scaled=True),
+    "dyt": Row("DyT, gelu; the scalar", norm=lambda _rngs: DynamicTanh(), scale=_TO_ONE),
+    "dyt_sqrt_width": Row("DyT, gelu; its authors' scalar", norm=lambda _rngs: DynamicTanh(), scale=math.sqrt(WIDTH)),
+    "derf": Row("Derf, gelu; the scalar", norm=lambda _rngs: DynamicErf(), scale=_TO_ONE),
     "gelu": Row("no norm, gelu, nothing else changed"),
-    "gelu_scaled": Row("no norm, gelu; the scalar", scaled=True),
-    "lk_gelu": Row("no norm, linked gelu, linear MLPs; the scalar", lk_gelu, scaled=True, out_init=_linear),
-    "lk_relu": Row("no norm, linked relu; else as lk_gelu", lk_relu, scaled=True, out_init=_linear),
+    "gelu_scaled": Row("no norm, gelu; the scalar", scale=_TO_ONE),
+    "lk_gelu": Row("no norm, linked gelu, linear MLPs; the scalar", lk_gelu, scale=_TO_ONE, out_init=_linear),
+    "lk_gelu_gpt2": Row("no norm, linked gelu, GPT-2's start; the scalar", lk_gelu, scale=_TO_ONE),
+    "lk_relu": Row("no norm, linked relu; else as lk_gelu", lk_relu, scale=_TO_ONE, out_init=_linear),
 }
 
 
@@ -162,7 +169,7 @@ class CharTransformer(nnx.Module):
         init = nnx.initializers.normal(STD)
         self.tokens = nnx.Embed(vocabulary, WIDTH, embedding_init=init, rngs=rngs)
         self.places = nnx.Embed(BLOCK, WIDTH, embedding_init=init, rngs=rngs)
-        self.scale = nnx.Param(jnp.float32(1 / (STD * math.sqrt(2)))) if row.scaled else None
+        self.scale = None if row.scale is None else nnx.Param(jnp.float32(row.scale))
         self.blocks = nnx.List([Block(row, depth, rngs=rngs) for _ in range(depth)])
         self.norm = row.norm(rngs)
 

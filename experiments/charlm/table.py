@@ -18,10 +18,12 @@ STYLES = {
     "layer_norm_lk_gelu_gpt2": (COLOURS[2], "--"),
     "rms_norm": (COLOURS[7], "--"),
     "dyt": (COLOURS[0], "-"),
+    "dyt_sqrt_width": (COLOURS[0], "--"),
     "derf": (COLOURS[4], "--"),
     "gelu": (COLOURS[3], "-"),
     "gelu_scaled": (COLOURS[3], "--"),
     "lk_gelu": (COLOURS[1], "-"),
+    "lk_gelu_gpt2": (COLOURS[1], "--"),
     "lk_relu": (COLOURS[5], "--"),
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 import absl.logging
 import numpy as np
 
+from experiments.engine.archives import READERS
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, first_line
 
@@ -68,9 +69,9 @@ def arrays_of(name: str, folder: Path, splits: tuple[str, ...] = BOTH) -> tuple[
 
 def how_to_prepare(name: str) -> str:
     """The end of a sentence that says so."""
-    ours = "python -m experiments.prepare cifar10"
-    command = ours if name == "cifar10" else f"tfds build {name} --file_format=array_record"
-    return f"prepare it with `{command}`, or name its folder"
+    ours, stock = f"python -m experiments.prepare {name}", f"tfds build {name} --file_format=array_record"
+    command = f"`{ours}`" if name in READERS else f"`{stock}`, which needs TensorFlow"
+    return f"prepare it with {command}, or name its folder"
 
 
 def builder_of(name: str, folder: Path, splits: tuple[str, ...]) -> Any:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from linked_jax.arrays import wide_dtype
 from linked_jax.convolution.geometry import Geometry, few
 
 
@@ -38,8 +39,9 @@ def image_gradient(g: Array, kernel: Array, at: Geometry) -> Array:
     c, ndim = kernel.shape[-2], len(at.space)
 
     def of_images(g: Array) -> Array:
-        products = jnp.matmul(g, kernel.reshape(-1, kernel.shape[-1]).T, precision=at.precision)
-        sums = {phase: jnp.zeros((len(g), *count, c), g.dtype) for phase in itertools.product(*map(range, at.strides))}
+        products = _product(g, kernel.reshape(-1, kernel.shape[-1]).T, at)
+        zeros = jnp.zeros((len(g), *count, c), products.dtype)
+        sums = dict.fromkeys(itertools.product(*map(range, at.strides)), zeros)
         for tap, product in zip(_taps(at), jnp.split(products, math.prod(at.window), axis=-1), strict=True):
             number, phase = zip(*map(divmod, tap, at.strides), strict=True)
             around = [(i, r - m - i) for i, r, m in zip(number, count, at.outputs, strict=True)]
@@ -48,7 +50,8 @@ def image_gradient(g: Array, kernel: Array, at: Geometry) -> Array:
         side_by_side = [axis for i in range(ndim) for axis in (ndim + 1 + i, i)]
         dx = dx.transpose(ndim, *side_by_side, 2 * ndim + 1)
         dx = dx.reshape(len(g), *(r * s for r, s in zip(count, at.strides, strict=True)), c)
-        return dx[:, *(slice(low, low + n) for n, (low, _) in zip(at.space, at.pads, strict=True))]
+        dx = dx[:, *(slice(low, low + n) for n, (low, _) in zip(at.space, at.pads, strict=True))]
+        return dx.astype(g.dtype)
 
     return lax.map(of_images, few(g, at)).reshape(len(g), *at.space, c)
 
@@ -60,11 +63,16 @@ def kernel_gradient(x: Array, g: Array, at: Geometry) -> Array:
     @jax.checkpoint  # or transposing would lay out the patches of all images
     def add(total: Array, images: tuple[Array, Array]) -> tuple[Array, None]:
         patches, g = _patches(images[0], at), images[1].reshape(-1, c_out)
-        return total + jnp.matmul(patches.reshape(len(g), -1).T, g, precision=at.precision), None
+        return total + _product(patches.reshape(len(g), -1).T, g, at), None
 
-    total = jnp.zeros((math.prod(at.window) * c, c_out), x.dtype)
+    total = jnp.zeros((math.prod(at.window) * c, c_out), wide_dtype(x.dtype))
     total, _ = lax.scan(add, total, (few(x, at), few(g, at)))
-    return total.reshape(*at.window, c, c_out)
+    return total.reshape(*at.window, c, c_out).astype(x.dtype)
+
+
+def _product(a: Array, b: Array, at: Geometry) -> Array:
+    """A matrix product in float32 at least, of which more are added: sums in half precision are biased."""
+    return jnp.matmul(a, b, precision=at.precision, preferred_element_type=wide_dtype(a.dtype))
 
 
 def _patches(x: Array, at: Geometry) -> Array:

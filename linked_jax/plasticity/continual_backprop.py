@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from linked_jax.arrays import is_number
 from linked_jax.plasticity.units import Draw, Units, check_paths, listed, needs_params, outgoing_size, renewing_step
 from linked_jax.revive.names import leaves_by_name
 
@@ -31,8 +32,9 @@ def continual_backprop(
         c <- c + replacement_rate * (number of units with a > maturity)
         c >= 1:  the mature unit with the least u starts anew,      c <- c - 1
 
-    Of a unit that starts anew, incoming weights and bias are drawn, outgoing weights, u, a and all that the optimiser
-    holds of these weights become 0. So outputs change by what the unit gave. At most one unit of a layer a step.
+    Of a unit that starts anew, incoming weights and bias are drawn, outgoing weights, u and a become 0, and all that
+    the optimiser holds of these weights is as in tx.init. So outputs change by what the unit gave. At most one unit of
+    a layer a step.
     A linked unit has one utility, over all its members.
 
     Args:
@@ -66,11 +68,11 @@ def continual_backprop(
 
     Reference: Dohare et al., Loss of plasticity in deep continual learning, 2024, algorithm 1.
     """
-    if not 0 <= replacement_rate <= 1:
+    if is_number(replacement_rate) and not 0 <= replacement_rate <= 1:
         raise ValueError(f"replacement_rate is from 0 to 1, got {replacement_rate}; the paper's is 1e-4")
-    if not maturity >= 0:
+    if is_number(maturity) and not maturity >= 0:
         raise ValueError(f"maturity is at least 0 steps, got {maturity}; the paper's is 100 to 10,000")
-    if not 0 <= decay < 1:
+    if is_number(decay) and not 0 <= decay < 1:
         raise ValueError(f"decay is at least 0 and below 1, got {decay}; the paper's is 0.99")
 
     def init(params: Any) -> ContinualBackpropState:

@@ -3,8 +3,10 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from linked_jax.arrays import is_number
 from linked_jax.plasticity.units import needs_params
 
 
@@ -43,7 +45,7 @@ def l2_init(strength: float) -> optax.GradientTransformation:
     Reference: Kumar et al., Maintaining plasticity in continual learning via regenerative regularization, 2023,
     equation (1). Their code has lambda / 2 where the paper has lambda.
     """
-    if not strength >= 0:
+    if is_number(strength) and not strength >= 0:
         raise ValueError(f"the strength of L2 Init is at least 0, got {strength}; 0.01 is the authors' largest")
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, L2InitState]:
@@ -51,4 +53,5 @@ def l2_init(strength: float) -> optax.GradientTransformation:
         pulled = jax.tree.map(lambda g, p, start: g + 2 * strength * (p - start), updates, params, state.start)
         return pulled, state
 
-    return optax.GradientTransformation(lambda params: L2InitState(params), update)
+    # Copies: the caller's arrays may be donated, and an nnx.State shares its variables with the model.
+    return optax.GradientTransformation(lambda params: L2InitState(jax.tree.map(jnp.copy, params)), update)

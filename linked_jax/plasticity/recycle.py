@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from linked_jax.arrays import is_number
 from linked_jax.diagnostics import relative_sizes
 from linked_jax.plasticity.units import Draw, Units, check_paths, listed, needs_params, renewing_step
 
@@ -26,8 +27,9 @@ def recycle_dormant(
     """An optimiser that also gives dormant units new weights.
 
         s_i = m_i / mean_k m_k,   m_i = mean |h_i| of the step's batch
-        s_i <= tau, after every `period`-th step:   incoming weights drawn anew, outgoing weights and their past 0
+        s_i <= tau, after every `period`-th step:   incoming weights drawn anew, outgoing weights 0
 
+    All that the optimiser holds of these weights is then as in tx.init.
     `linked_jax.revive.redo` does this to a model, between steps and on a batch of one's own.
 
     Args:
@@ -59,9 +61,9 @@ def recycle_dormant(
 
     Reference: Sokar et al., The dormant neuron phenomenon in deep reinforcement learning, 2023, algorithm 1.
     """
-    if not period >= 1:
+    if is_number(period) and not period >= 1:
         raise ValueError(f"period is at least 1 step, got {period}; a task's number of steps is usual")
-    if not tau >= 0:
+    if is_number(tau) and not tau >= 0:
         raise ValueError(f"tau is at least 0, got {tau}; 0 finds the units that never fire")
 
     def init(params: Any) -> RecycleState:

@@ -6,6 +6,7 @@ import jax
 import optax
 from jaxtyping import PRNGKeyArray
 
+from linked_jax.arrays import is_number
 from linked_jax.plasticity.units import Draw, needs_params
 
 
@@ -46,9 +47,9 @@ def shrink_and_perturb(shrink: float, perturb: float, draw: Draw, *, key: PRNGKe
     Reference: Ash and Adams, On warm-starting neural network training, 2020; at each step and with the start's own
     distribution as Kumar et al. 2023 have it.
     """
-    if not 0 <= shrink <= 1:
+    if is_number(shrink) and not 0 <= shrink <= 1:
         raise ValueError(f"shrink is from 0 to 1, got {shrink}; 1e-4 is what Kumar et al. chose for random labels")
-    if not perturb >= 0:
+    if is_number(perturb) and not perturb >= 0:
         raise ValueError(f"perturb is at least 0, got {perturb}; 1e-2 is what Kumar et al. chose for random labels")
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ShrinkAndPerturbState]:

@@ -100,12 +100,16 @@ def renewing_step(
     updates, inner = optax.with_extra_args_support(tx).update(updates, state.inner, params, **extra)
     rest, now = jax.random.split(state.key)
 
-    def forget(s: Array, here: Array) -> Array:  # all that the optimiser holds of a parameter, such as Adam's moments
-        return jnp.where(here, 0, s).astype(s.dtype)
-
     def replaced() -> tuple[Any, Any]:
         new, where = renewed(optax.apply_updates(params, updates), draw(now), units, chosen)
-        return jax.tree.map(jnp.subtract, new, params), optax.tree_utils.tree_map_params(tx, forget, inner, where)
+        steps = jax.tree.map(lambda n, p, u: (n - p).astype(u.dtype), new, params, updates)
+        of_state = optax.tree_utils.tree_map_params(  # of what it holds of each parameter, such as Adam's moments
+            tx, lambda _, here: here, inner, where, transform_non_params=lambda _: False
+        )
+        anew = jax.tree.map(
+            lambda here, s, start: jnp.where(here, start, s).astype(s.dtype), of_state, inner, tx.init(new)
+        )
+        return steps, anew
 
     updates, inner = jax.lax.cond(due, replaced, lambda: (updates, inner))
     return updates, rest, inner

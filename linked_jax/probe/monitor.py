@@ -102,8 +102,16 @@ def _after(before: Report | None, report: Report, checks: int) -> Report:
 
 
 def _dead_time(before: LayerReport | None, layer: LayerReport, checks: int) -> dict[str, np.ndarray]:
-    """For how many checks each unit has been dead without a break, and at which share of all of them it was dead."""
+    """For how many checks each unit has been dead without a break, and at which share of all of them it was dead.
+
+    A check without a sample of the layer, such as a branch that was not taken, changes neither.
+    """
     so_far, share = getattr(before, "dead_checks", 0), np.float64(getattr(before, "dead_share", 0))
+    if not layer.samples:
+        return {
+            "dead_checks": np.broadcast_to(so_far, layer.units).astype(np.int32),
+            "dead_share": np.broadcast_to(share, layer.units).astype(np.float32),
+        }
     dead = np.rint(checks * share) + layer.dead
     return {
         "dead_checks": np.where(layer.dead, so_far + 1, 0).astype(np.int32),

@@ -93,10 +93,12 @@ class LayerReport:
     def scalars(self) -> dict[str, float | None]:
         """One number for each diagnostic, ready for JSON: of units the share or the mean; None if it is not finite.
 
+        None too where there was no sample: in a branch that was not taken, or behind a mask.
         Of the negative slopes it is the steepest member's, of `dead_checks` that of the unit that is longest dead.
         """
         shares = ("dead", "dormant", "not_finite", "linearised", "saturated", "dead_band")
-        found = {name: None if (x := getattr(self, name)) is None else x.mean() for name in shares}
+        seen = {name: getattr(self, name) if self.samples else None for name in shares}
+        found = {name: None if x is None else x.mean() for name, x in seen.items()}
         found |= {name: getattr(self, name) for name in _SCALARS}
         found["negative_slope"] = None if self.negative_slope is None else max(self.negative_slope, key=abs)
         found["dead_checks"] = None if self.dead_checks is None else self.dead_checks.max()

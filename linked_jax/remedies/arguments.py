@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from linked_jax.arrays import is_number
+
 
 def check_sizes(**sizes: int | Sequence[int]) -> None:
     """Raise ValueError if a number of features or a kernel size is below 1."""
@@ -17,7 +19,7 @@ def check_sizes(**sizes: int | Sequence[int]) -> None:
 def check_shares(**shares: float) -> None:
     """Raise ValueError if a share that is kept, such as a momentum, is outside [0, 1)."""
     for name, share in shares.items():
-        if not 0 <= share < 1:
+        if is_number(share) and not 0 <= share < 1:
             raise ValueError(f"{name} is at least 0 and below 1, got {share}")
 
 

@@ -119,7 +119,8 @@ def enorm(
         p <- balance(p + u),   buffer <- buffer / factor
 
     A gradient changes by the inverse of its parameter's factor; so do the inner optimiser's buffers, found by the
-    names that Optax gives them: trace and mu, and nu by the squared inverse. Other buffers stay as they are.
+    names that Optax gives them: trace and mu, and nu by the squared inverse, as it is a mean of squares. Adamax' nu is
+    none, so Adamax does not fit. Other buffers stay as they are, and so do those of one number a kernel, as NovoGrad's.
 
     Args:
       inner: an optimiser, with its rate. What it returns is not to be rescaled after `enorm`.
@@ -164,7 +165,7 @@ def enorm(
         def carried(path: Any, leaf: Any) -> Any:
             for buffer, power in _BUFFERS.items():
                 _, _, name = f".{dotted(path)}".partition(f".{buffer}.")
-                if name in factors:
+                if name in factors and jnp.ndim(leaf) == factors[name].ndim:  # novograd has one number a kernel
                     return _times(leaf, factors[name] ** power)
             return leaf
 

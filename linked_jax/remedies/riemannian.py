@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from linked_jax.arrays import like, wide, wide_dtype
+from linked_jax.arrays import is_number, like, wide, wide_dtype
 from linked_jax.remedies.arguments import check_shares, dotted, nearest
 
 Kernel = Float[Array, "... rows c_out"]
@@ -282,7 +282,6 @@ def _unit(p: Any) -> Array:
 
 def _check(learning_rate: optax.ScalarOrSchedule, clip: float, **averages: float) -> None:
     for name, value in (("learning_rate", learning_rate), ("clip", clip)):
-        # Only plain numbers: a schedule checks itself, an array may be traced.
-        if isinstance(value, int | float) and not 0 < value < math.inf:
+        if is_number(value) and not 0 < value < math.inf:  # a schedule checks itself
             raise ValueError(f"{name} is positive and finite, got {value!r}; pass e.g. 0.1")
     check_shares(**averages)

@@ -202,7 +202,7 @@ def test_a_file_that_does_not_do_is_refused(tmp_path, content, said):
 
 
 def test_a_text_that_is_not_prepared_says_how_to(tmp_path):
-    with pytest.raises(UsageError, match=r"tfds build tiny_shakespeare .*--data-dir.*--text"):
+    with pytest.raises(UsageError, match=r"experiments.prepare tiny_shakespeare`.*--data-dir.*--text"):
         text_data.load(None, str(tmp_path), block=64)
 
 

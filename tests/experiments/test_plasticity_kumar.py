@@ -446,7 +446,7 @@ def test_missing_data_names_what_to_prepare_and_how(monkeypatch, tmp_path):
     with pytest.raises(UsageError) as caught:
         started(monkeypatch, *options, "--out", tmp_path / "run")
     assert "cifar_5plus1 needs cifar100" in str(caught.value)
-    assert "tfds build cifar100" in str(caught.value)
+    assert "experiments.prepare cifar100" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 from a server to a set that TFDS reads; the archive is small, its format and the server are real."""
+"""From a server to a set that TFDS reads; the files are small, their formats and the server are real."""
 
 import hashlib
 import http.server
@@ -23,7 +23,7 @@ from PIL import Image
 from experiments import prepare as prepare_module
 from experiments.engine import data
 from experiments.engine.errors import UsageError, run_command
-from experiments.prepare import Archive, prepare
+from experiments.prepare import Source, prepare
 from tests.cases import first_fast
 
 with warnings.catch_warnings():
@@ -167,8 +167,8 @@ def settings(server, tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     server.asked.clear()
-    archive = Archive(address(server, "good"), len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
-    monkeypatch.setattr(prepare_module, "_stock_archive", lambda _: archive)
+    archive = Source(address(server, "good"), len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setattr(prepare_module, "_stock_sources", lambda _: {"cifar-10-binary.tar.gz": archive})
 
 
 def address(server, path):
@@ -227,9 +227,9 @@ def test_the_set_is_what_the_stock_builder_promises(tmp_path, capsys):
     folder = prepare("cifar10", str(tmp_path / "new" / "folder"))
     assert_prepared(tmp_path / "new" / "folder", folder)
     assert capsys.readouterr().out.splitlines() == [
-        f"downloading {prepare_module._stock_archive(None).url}, 0 MB",
+        f"downloading {prepare_module._stock_sources(None)['cifar-10-binary.tar.gz'].url}, 0 MB",
         f"writing cifar10 to {folder}",
-        f"cifar10 is prepared: 15 train and 4 test images in {folder}",
+        f"cifar10 is prepared: 15 train, 4 test examples in {folder}",
     ]
     root = folder.parents[1]
     builder = tfds.builder("cifar10", data_dir=root, file_format="array_record")
@@ -253,7 +253,7 @@ def test_the_set_is_what_the_stock_builder_promises(tmp_path, capsys):
 
 def test_the_archive_is_the_one_that_tfds_names(monkeypatch):
     monkeypatch.undo()
-    archive = prepare_module._stock_archive(tfds.builder_cls("cifar10"))
+    (archive,) = prepare_module._stock_sources(tfds.builder_cls("cifar10")).values()
     assert archive.url == "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
     assert archive.size == 170_052_171
     assert len(bytes.fromhex(archive.sha256)) == 32
@@ -307,8 +307,8 @@ def in_new_process(folder, url, before=""):
     code = f"""
 import os, signal, sys
 from experiments import prepare
-archive = prepare.Archive("file:///none", {len(CONTENT)}, {hashlib.sha256(CONTENT).hexdigest()!r})
-prepare._stock_archive = lambda _: archive
+archive = prepare.Source("file:///none", {len(CONTENT)}, {hashlib.sha256(CONTENT).hexdigest()!r})
+prepare._stock_sources = lambda _: {{"cifar-10-binary.tar.gz": archive}}
 {before}
 sys.argv = ["prepare", "cifar10", "--data-dir", {str(folder)!r}, "--url", {url!r}]
 try:
@@ -324,7 +324,7 @@ def test_the_command_needs_no_tensorflow(server, tmp_path):
     folder = tmp_path / "tfds"
     ran = in_new_process(folder, address(server, "good"))
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert ran.stdout.splitlines()[-1].startswith("cifar10 is prepared: 15 train and 4 test images in ")
+    assert ran.stdout.splitlines()[-1].startswith("cifar10 is prepared: 15 train, 4 test examples in ")
     assert_prepared(folder, folder / "cifar10" / VERSION)
 
 
@@ -574,12 +574,13 @@ def test_a_run_that_is_killed_while_it_writes(signum, server, tmp_path):
 # --- the command line
 
 
-@pytest.mark.parametrize("name", first_fast(["mnist", "CIFAR10", "cifar100", "", "../cifar10"]))
+@pytest.mark.parametrize("name", first_fast(["svhn_cropped", "CIFAR10", "cifar100-x", "", "../cifar10"]))
 def test_other_sets(name, server, tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, name, "--data-dir", str(tmp_path / "tfds")) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    for part in ("only cifar10", repr(name), f"tfds build {name} --file_format=array_record"):
+    known = "cifar10, cifar100, mnist, tiny_shakespeare can be prepared"
+    for part in (known, repr(name), f"tfds build {name} --file_format=array_record"):
         assert part in said
     assert not (tmp_path / "tfds").exists()
     assert server.asked == []
@@ -589,7 +590,7 @@ def test_help_names_every_option(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     assert command(monkeypatch, "--help") == 0
     said = capsys.readouterr().out
-    for part in ("python -m experiments.prepare", "NAME", "--data-dir", "$TFDS_DATA_DIR", "--url", "checksum"):
+    for part in ("python -m experiments.prepare", "NAME", "--data-dir", "$TFDS_DATA_DIR", "--url", "Checksums"):
         assert part in said
 
 

@@ -30,6 +30,7 @@ from experiments.engine.errors import UsageError
 from experiments.engine.files import write_whole
 from experiments.engine.records import Record
 from experiments.engine.study import open_record
+from experiments.engine.tfds import how_to_prepare
 from experiments.plasticity.kumar import table
 from experiments.plasticity.kumar.methods import METHODS
 from experiments.plasticity.kumar.problems import PROBLEMS, Problem
@@ -172,6 +173,5 @@ def _load(name: str, settings: Settings) -> data_lib.Split:
         of = [p for p in settings.problems if PROBLEMS[p].dataset == name]
         what = str(error).split("; ")[0]
         raise UsageError(
-            f"{', '.join(of)} needs {name}: {what}; prepare it with `tfds build {name} --file_format=array_record` and "
-            "pass its folder as --data-dir, or choose other --problems"
+            f"{', '.join(of)} needs {name}: {what}; {how_to_prepare(name)} with --data-dir, or choose other --problems"
         ) from error

@@ -283,7 +283,8 @@ def test_unknown_names(name, tmp_path):
 def test_names_that_are_not_prepared(tmp_path, own_cache):
     tmp_path.joinpath("empty").mkdir()
     hows = {
-        "mnist": "`tfds build mnist --file_format=array_record`",
+        "svhn_cropped": "`tfds build svhn_cropped --file_format=array_record`, which needs TensorFlow",
+        "mnist": "`python -m experiments.prepare mnist`",
         "cifar10": "`python -m experiments.prepare cifar10`",
     }
     for name, how in hows.items():
