@@ -4,6 +4,7 @@ from typing import Any, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -27,9 +28,10 @@ def wide(x: Any) -> Any:
     return x.astype(wide_dtype(x.dtype))
 
 
-def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether an argument is a plain number, which can be checked; an array may be traced.
+Number = float | Array
+"""A number, or a scalar array, which may be traced: of `optax.inject_hyperparams`, or of a vmap over strengths."""
 
-    Of `optax.inject_hyperparams` or a vmap over strengths it is.
-    """
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a `Number` is a plain one, which can be checked."""
     return isinstance(value, int | float | np.number)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from linked_jax.arrays import is_number
+from linked_jax.arrays import Number, is_number
 from linked_jax.plasticity.units import Draw, Units, check_paths, listed, needs_params, outgoing_size, renewing_step
 from linked_jax.revive.names import leaves_by_name
 
@@ -24,7 +24,7 @@ class ContinualBackpropState(NamedTuple):
 
 def continual_backprop(
     tx: optax.GradientTransformation, units: Sequence[Units], draw: Draw, *, key: PRNGKeyArray,
-    replacement_rate: float = 1e-4, maturity: int = 100, decay: float = 0.99,
+    replacement_rate: Number = 1e-4, maturity: int | Array = 100, decay: Number = 0.99,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """An optimiser that also gives units of little use new weights.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from linked_jax.arrays import is_number
+from linked_jax.arrays import Number, is_number
 from linked_jax.plasticity.units import needs_params
 
 
@@ -16,7 +16,7 @@ class L2InitState(NamedTuple):
     start: Any
 
 
-def l2_init(strength: float) -> optax.GradientTransformation:
+def l2_init(strength: Number) -> optax.GradientTransformation:
     """Add the gradient of a pull towards the start to the gradients; it stands before the optimiser.
 
         g' = g + 2 lambda (theta - theta_0)   =   gradient of   L(theta) + lambda |theta - theta_0|^2

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from linked_jax.arrays import is_number
+from linked_jax.arrays import Number, is_number
 from linked_jax.diagnostics import relative_sizes
 from linked_jax.plasticity.units import Draw, Units, check_paths, listed, needs_params, renewing_step
 
@@ -21,8 +21,8 @@ class RecycleState(NamedTuple):
 
 
 def recycle_dormant(
-    tx: optax.GradientTransformation, units: Sequence[Units], draw: Draw, *, key: PRNGKeyArray, period: int,
-    tau: float = 0.025,
+    tx: optax.GradientTransformation, units: Sequence[Units], draw: Draw, *, key: PRNGKeyArray, period: int | Array,
+    tau: Number = 0.025,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """An optimiser that also gives dormant units new weights.
 

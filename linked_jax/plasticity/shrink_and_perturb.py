@@ -6,7 +6,7 @@ import jax
 import optax
 from jaxtyping import PRNGKeyArray
 
-from linked_jax.arrays import is_number
+from linked_jax.arrays import Number, is_number
 from linked_jax.plasticity.units import Draw, needs_params
 
 
@@ -16,7 +16,9 @@ class ShrinkAndPerturbState(NamedTuple):
     key: PRNGKeyArray
 
 
-def shrink_and_perturb(shrink: float, perturb: float, draw: Draw, *, key: PRNGKeyArray) -> optax.GradientTransformation:
+def shrink_and_perturb(
+    shrink: Number, perturb: Number, draw: Draw, *, key: PRNGKeyArray
+) -> optax.GradientTransformation:
     """Shrink the parameters after a step and add a perturbation; it stands last in a chain, after the rate.
 
         theta' = (1 - shrink) (theta + u) + perturb * epsilon,   epsilon drawn as the parameters' start is

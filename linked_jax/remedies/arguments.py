@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from linked_jax.arrays import is_number
+from linked_jax.arrays import Number, is_number
 
 
 def check_sizes(**sizes: int | Sequence[int]) -> None:
@@ -16,7 +16,7 @@ def check_sizes(**sizes: int | Sequence[int]) -> None:
             raise ValueError(f"{name} is at least 1, got {size}")
 
 
-def check_shares(**shares: float) -> None:
+def check_shares(**shares: Number) -> None:
     """Raise ValueError if a share that is kept, such as a momentum, is outside [0, 1)."""
     for name, share in shares.items():
         if is_number(share) and not 0 <= share < 1:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from linked_jax.arrays import is_number, like, wide, wide_dtype
+from linked_jax.arrays import Number, is_number, like, wide, wide_dtype
 from linked_jax.remedies.arguments import check_shares, dotted, nearest
 
 Kernel = Float[Array, "... rows c_out"]
@@ -28,7 +28,7 @@ class SphereState(NamedTuple):
     kept: Any
 
 
-def tangent(y: Kernel, g: Kernel, *, clip: float = math.inf) -> Kernel:
+def tangent(y: Kernel, g: Kernel, *, clip: Number = math.inf) -> Kernel:
     """The part of a gradient that is tangent to the sphere, shortened to at most `clip` in each column.
 
         h = g - (y.g) y,   h <- h min(1, clip / ||h||)
@@ -40,7 +40,7 @@ def tangent(y: Kernel, g: Kernel, *, clip: float = math.inf) -> Kernel:
     """
     h = g - _dot(y, g) * y
     h = h - _dot(y, h) * y  # again: where g is almost parallel to y, the first h is mostly rounding
-    if clip == math.inf:
+    if is_number(clip) and clip == math.inf:
         return h
     norm = _norm(h)
     return jnp.where(norm > clip, clip * h / jnp.where(norm > clip, norm, 1), h)
@@ -66,7 +66,7 @@ def geodesic(y: Kernel, delta: Kernel) -> tuple[Kernel, Kernel]:
 
 
 def sgd_g(
-    learning_rate: optax.ScalarOrSchedule, *, momentum: float = 0.9, clip: float = 0.1
+    learning_rate: optax.ScalarOrSchedule, *, momentum: Number = 0.9, clip: Number = 0.1
 ) -> optax.GradientTransformation:
     """SGD with momentum on the sphere (SGD-G), for kernels only.
 
@@ -103,7 +103,7 @@ def sgd_g(
 
 
 def adam_g(
-    learning_rate: optax.ScalarOrSchedule, *, b1: float = 0.9, b2: float = 0.99, clip: float = 0.1
+    learning_rate: optax.ScalarOrSchedule, *, b1: Number = 0.9, b2: Number = 0.99, clip: Number = 0.1
 ) -> optax.GradientTransformation:
     """Adam on the sphere (Adam-G), for kernels only; v is one number for each column.
 
@@ -280,7 +280,7 @@ def _unit(p: Any) -> Array:
     return p / jnp.where(norm > 0, norm, 1)
 
 
-def _check(learning_rate: optax.ScalarOrSchedule, clip: float, **averages: float) -> None:
+def _check(learning_rate: optax.ScalarOrSchedule, clip: Number, **averages: Number) -> None:
     for name, value in (("learning_rate", learning_rate), ("clip", clip)):
         if is_number(value) and not 0 < value < math.inf:  # a schedule checks itself
             raise ValueError(f"{name} is positive and finite, got {value!r}; pass e.g. 0.1")

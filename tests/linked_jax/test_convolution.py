@@ -13,7 +13,7 @@ from jax import lax
 
 from linked_jax import LinkedConv, convolution
 from linked_jax import linen as linked_linen
-from linked_jax.convolution import banded, patched, winograd
+from linked_jax.convolution import banded, conv_general_dilated, patched, winograd
 from linked_jax.convolution.geometry import Geometry
 from linked_jax.linking import linked
 from linked_jax.probe import probe
@@ -152,6 +152,27 @@ def test_half_precision(dtype, channels, strides):
     half = jax.grad(lambda k: ours(x.astype(dtype), k).astype(jnp.float32).sum())(kernel.astype(dtype))
     assert half.dtype == dtype
     close(half.astype(jnp.float32), jax.grad(lambda k: theirs(x, k).sum())(kernel), 0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_sum_over_many_images_in_half_precision_is_not_biased(dtype):
+    layer = LinkedConv(24, 48, (3, 3), strides=2, dtype=dtype, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer)
+    z = jax.random.normal(jax.random.key(0), (63, 8, 8, 24))
+
+    def gradient(conv):
+        def loss(params):
+            net = nnx.merge(graph, params)
+            net.conv.conv_general_dilated = conv
+            return net(z).astype(jnp.float32).sum()
+
+        return jax.grad(loss)(params)["conv"]["kernel"][...]
+
+    ours, theirs = gradient(conv_general_dilated), gradient(jax.lax.conv_general_dilated)
+    ratio = (ours * theirs).sum() / jnp.square(theirs).sum()
+    assert abs(ratio - 1) < 2e-3
+    assert jnp.abs(ours - theirs).max() < 0.01 * jnp.abs(theirs).max()
 
 
 @pytest.mark.slow

@@ -226,6 +226,12 @@ def test_statistics_stream_through_a_compiled_scan_from_zeros():
     assert_statistics(stream(z), statistics(lk_relu, z)._asdict(), 1e-6)
 
 
+def test_units_without_data_are_not_said_to_be_anything():
+    none = statistics(lk_relu, jnp.zeros((0, 2)))
+    for verdict in (dead_units, dead_links, dormant_units, linearised_units, saturated_units, not_finite_units):
+        assert not verdict(none).any()
+
+
 def test_no_data_is_the_neutral_element():
     some, none = statistics(lk_relu, jnp.array([[1.0, -3.0]])), statistics(lk_relu, jnp.zeros((0, 2)))
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(none))

@@ -1,5 +1,6 @@
 import functools
 import inspect
+import itertools
 import re
 
 import flax.linen
@@ -307,6 +308,7 @@ PADDINGS = {
     "VALID": ((2, 2), "VALID"),
     "CIRCULAR": ((3, 3), "CIRCULAR"),
     "REFLECT": ((3, 3), "REFLECT"),
+    "SAME_LOWER": ((3, 3), "SAME_LOWER"),
 }
 
 
@@ -325,6 +327,43 @@ def test_a_layer_with_a_stride_starts_as_an_isometry_whatever_the_padding(name):
 def test_a_layer_without_a_stride_starts_as_an_isometry_whatever_the_padding(padding):
     layer, z = LinkedConv(4, 4, (3,), padding=padding, rngs=nnx.Rngs(0)), white(3, 8, 4)
     np.testing.assert_allclose(jnp.square(layer(z)).sum((1, 2)), jnp.square(z).sum((1, 2)), rtol=1e-5)
+
+
+DILATED = [
+    (padding, window, dilation)
+    for padding, window, dilation in itertools.product(
+        ["numbers", "SAME", "SAME_LOWER", "CAUSAL"], (3, 2, 4), (2, 1, 3)
+    )
+    if dilation == 1 or window % 2 or not padding.startswith("SAME")  # else no tap lies on the pixel itself
+]
+
+
+@pytest.mark.parametrize(("padding", "window", "dilation"), first_fast(DILATED))
+def test_a_layer_with_a_dilated_kernel_starts_as_an_isometry_whatever_the_padding(padding, window, dilation):
+    low = (window - 1) // 2 * dilation
+    pads = [(low, (window - 1) * dilation - low)] if padding == "numbers" else padding
+    options, z = {"kernel_dilation": dilation, "padding": pads}, white(3, 12, 4)
+    theirs = linked_jax.linen.LinkedConv(4, (window,), **options)
+    theirs = theirs.apply(theirs.init(jax.random.key(0), z), z)
+    for y in (LinkedConv(4, 4, (window,), **options, rngs=nnx.Rngs(0))(z), theirs):
+        assert y.shape == z.shape
+        np.testing.assert_allclose(jnp.square(y).sum((1, 2)), jnp.square(z).sum((1, 2)), rtol=1e-5)
+
+
+def test_sizes_may_be_numpys(unchecked):
+    sizes = {"strides": np.int64(2), "padding": np.int64(1)}
+    assert LinkedConv(2, 4, np.int64(3), **sizes, rngs=nnx.Rngs(0))(white(1, 8, 2)).shape == (1, 4, 4)
+    assert LinkedConvTranspose(2, 4, np.int64(2), strides=np.int64(2), rngs=nnx.Rngs(0))(white(1, 4, 2)).shape == (
+        1,
+        8,
+        4,
+    )
+
+
+@pytest.mark.parametrize("padding", ["CAUSAL", "SAME_LOWER", "REFLECT"])
+def test_a_transposed_layer_names_the_paddings_that_it_takes(padding):
+    with pytest.raises(ValueError, match=f"padding is one of SAME, VALID, CIRCULAR, or numbers, got '{padding}'"):
+        LinkedConvTranspose(2, 4, (3,), padding=padding, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.slow

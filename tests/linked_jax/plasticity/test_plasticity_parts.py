@@ -1,5 +1,7 @@
 """Parts that keep nets learning, against NumPy: what they add, whom they replace, what they forget."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +103,47 @@ def test_a_seed_has_its_own_perturbations_by_the_key_in_the_state():
     states = [optax.tree_utils.tree_set(tx.init(params), key=jax.random.key(seed)) for seed in (1, 2)]
     first, second = (tx.update(zeros, state, params)[0]["a"]["kernel"] for state in states)
     assert (first != second).all()
+
+
+@pytest.mark.parametrize("donated", [False, True])
+def test_the_start_is_kept_where_parameters_change_in_place(donated):
+    tx = optax.chain(l2_init(0.5), optax.sgd(0.1))
+    if donated:
+        params = {"w": jnp.ones(1)}
+        state = tx.init(params)
+
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def step(params, state):
+            updates, state = tx.update({"w": jnp.ones(1)}, state, params)
+            return optax.apply_updates(params, updates), state
+
+        for _ in range(3):
+            params, state = step(params, state)
+        (found,) = params["w"]
+    else:
+        net = nnx.Linear(1, 1, use_bias=False, rngs=nnx.Rngs(0))
+        net.kernel[...] = jnp.ones((1, 1))
+        state = tx.init(nnx.state(net, nnx.Param))
+        for _ in range(3):
+            grads = nnx.grad(lambda net: net(jnp.ones((1, 1))).sum())(net)
+            updates, state = tx.update(grads, state, nnx.state(net, nnx.Param))
+            nnx.update(net, optax.apply_updates(nnx.state(net, nnx.Param), updates))
+        found = net.kernel[0, 0]
+    np.testing.assert_allclose(found, 0.729, rtol=1e-6)  # 1 - 0.1 (1 + 0.9 + 0.81): the pull is towards 1
+
+
+@pytest.mark.parametrize("make", [l2_init, lambda strength: shrink_and_perturb(strength, strength, draw, key=KEY)])
+def test_a_strength_may_be_traced(make):
+    params = draw(KEY)
+
+    def of(strength):
+        tx = make(strength)
+        return tx.update(gradients(0), tx.init(params), params)[0]
+
+    strengths = jnp.array([0.1, 0.5])
+    together = jax.vmap(of)(strengths)
+    for place, strength in enumerate((0.1, 0.5)):
+        close(jax.tree.map(lambda leaf, place=place: leaf[place], together), of(strength))
 
 
 # --- units that start anew --------------------------------------------------------------------------------------------
@@ -209,6 +252,38 @@ def test_outputs_change_by_what_the_unit_gave_and_a_new_unit_learns():
     gradient = jax.grad(lambda p: (nnx.merge(graph, p)(x) ** 2).sum())(new)
     moved, _ = optax.adam(0.1).update(gradient, optax.adam(0.1).init(new))
     assert (jnp.abs(moved["layers"][2]["kernel"][...][jnp.array([2, 6])]) > 0.01).all()
+
+
+@pytest.mark.parametrize("inner", [optax.rprop(0.1), optax.contrib.schedule_free_sgd(0.1), optax.adam(0.1)])
+def test_a_new_unit_has_the_optimisers_state_of_a_start(inner):
+    tx = recycle_dormant(inner, UNITS, draw, key=KEY, period=1, tau=0.1)
+    params, few = draw(KEY), [jnp.array([0.0, 1, 1, 1]), jnp.ones(5)]
+    updates, state = tx.update(gradients(0), tx.init(params), params, magnitudes=few)
+    params = optax.apply_updates(params, updates)
+    fresh = inner.init(params)
+    rows = rows_of(params["b"]["kernel"], 0, 4)
+    trees = zip(*(tree_of_params(inner, s, params) for s in (state.inner, fresh)), strict=True)
+    for found, wanted in trees:
+        close(found["a"]["kernel"][:, 0], wanted["a"]["kernel"][:, 0])
+        close(found["a"]["bias"][0], wanted["a"]["bias"][0])
+        close(found["b"]["kernel"][np.array(rows)], wanted["b"]["kernel"][np.array(rows)])
+
+
+def tree_of_params(tx, state, params):
+    """The parts of an optimiser's state that are like the parameters."""
+    like = jax.tree.structure(params)
+    parts = jax.tree.leaves(state, is_leaf=lambda part: jax.tree.structure(part) == like)
+    found = [part for part in parts if jax.tree.structure(part) == like]
+    assert found
+    return found
+
+
+def test_gradients_may_be_more_precise_than_parameters():
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), draw(KEY))
+    tx = recycle_dormant(optax.sgd(0.1), UNITS, draw, key=KEY, period=1)
+    few = [jnp.array([0.0, 1, 1, 1]), jnp.ones(5)]
+    updates, _ = jax.jit(tx.update)(gradients(0), tx.init(half), half, magnitudes=few)
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
 
 
 @pytest.mark.slow

@@ -67,6 +67,19 @@ def test_the_monitor_keeps_a_history():
     assert json.loads(json.dumps(monitor.history, allow_nan=False)) == monitor.history
 
 
+def test_a_branch_that_was_not_taken_changes_nothing():
+    def forward(sign, x):
+        return jax.lax.cond(sign > 0, lambda z: jax.nn.relu(z - 10), jnp.tanh, x @ jnp.eye(3))
+
+    monitor = Monitor([jnp.ones((4, 3))], every=1, call=forward)
+    for step, sign in enumerate((1.0, -1.0, -1.0, 1.0)):
+        monitor(step, jnp.float32(sign))
+    relus = [entry["layers"][1] for entry in monitor.history]  # the branch for False comes first
+    assert [layer["dead"] for layer in relus] == [1.0, None, None, 1.0]
+    assert [layer["dead_checks"] for layer in relus] == [1.0, 1.0, 1.0, 2.0]
+    assert [layer["dead_share"] for layer in relus] == [1.0, 1.0, 1.0, 1.0]
+
+
 @pytest.mark.slow
 def test_a_monitor_of_infinite_values_stays_ready_for_json():
     monitor = Monitor([white(8, 4)], every=1, call=lambda w, x: jax.nn.relu(x / w))

@@ -225,6 +225,14 @@ def loss(params, x):
     return (dense_net(params, x) ** 2).mean()
 
 
+def test_a_buffer_of_one_number_a_kernel_keeps_its_shape():
+    params = {"a": {"kernel": jnp.ones((2, 3))}, "b": {"kernel": jnp.full((3, 1), 2.0)}}
+    optimizer = enorm(optax.novograd(0.1), [Layer("a"), Layer("b")])
+    state = optimizer.init(params)
+    _, after = optimizer.update(params, state, params)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("inner", [optax.sgd(0.01, momentum=0.9, nesterov=True), optax.adam(0.01)], ids=["sgd", "adam"])
 def test_a_step_is_the_inner_step_and_then_balance_and_buffers_follow(inner):

@@ -316,6 +316,16 @@ def test_bad_arguments(make, message):
         make()
 
 
+@pytest.mark.parametrize("make", [sgd_g, adam_g])
+def test_a_rate_may_be_injected(make):
+    params = {"w": jnp.array([[0.6, 0.0], [0.8, 1.0]])}
+    injected = optax.inject_hyperparams(make)(learning_rate=0.2)
+    found, _ = jax.jit(injected.update)(jax.tree.map(jnp.ones_like, params), injected.init(params), params)
+    plain = make(0.2)
+    wanted, _ = plain.update(jax.tree.map(jnp.ones_like, params), plain.init(params), params)
+    np.testing.assert_allclose(found["w"], wanted["w"], rtol=1e-6)
+
+
 def test_a_step_needs_the_kernels():
     y = jnp.asarray(on_sphere(5, 3), jnp.float32)
     with pytest.raises(ValueError, match="got None"):
