@@ -22,6 +22,11 @@ _BEFORE_CONFIG = {_LOCK, _HOLDER, f"{_HOLDER}.tmp", f"{CONFIG}.tmp"}
 Line = dict[str, Any]
 
 
+def commands(config: Mapping[str, Any]) -> list[str]:
+    """Those that made a record, the one that began it first."""
+    return [config["command"], *config.get("more_commands", ())]
+
+
 class Record:
     """A run's folder, locked while it is open; a context manager. Lines are on disk when `add` returns.
 
@@ -84,6 +89,12 @@ class Record:
                 record.close()
                 raise UsageError(f"{folder} is a record with another {key}; pass another --out, or remove it")
         return record
+
+    def made_by(self, command: str) -> None:
+        """Add a command that adds to the record, beside the one that began it."""
+        if command not in commands(self.config):
+            self.config["more_commands"] = [*self.config.get("more_commands", ()), command]
+            write_whole(self.folder / CONFIG, json.dumps(self.config, indent=2) + "\n")
 
     def add(self, *lines: Mapping[str, Any]) -> None:
         """Append JSON objects to metrics.jsonl: one, or several together, all of them or none."""

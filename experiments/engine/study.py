@@ -62,6 +62,7 @@ def open_record(
         Record.open(Path(folder), config, same=same) as record,
         Ended(f"What was done is saved in {record.folder}; go on with the same command: {again}"),
     ):
+        record.made_by(config["command"])
         yield record
 
 

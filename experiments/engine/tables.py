@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.engine.published import EDITIONS, published, published_time
+from experiments.engine.records import commands
 
 HEADINGS = {"depth": "layers", "width": "units", "lr": "learning rate"}
 """Column headings of axes whose names do not speak for themselves."""
@@ -165,12 +166,12 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def provenance(config: Mapping[str, Any], more: str = "") -> str:
-    """What a record was made with, as the last lines of its page: versions, commit, hardware and more, the command."""
+    """What a record was made with, as the last lines of its page: versions, commit, hardware and more, the commands."""
     versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
-    hardware = config["hardware"]
+    hardware, made_by = config["hardware"], "\n".join(commands(config))
     return (
         f"- versions: {versions}\n- commit: {config['commit']}\n- hardware: {hardware['devices']} x "
-        f"{hardware['device']}, {hardware['cpu_cores']} cores{more}\n\n```bash\n{config['command']}\n```"
+        f"{hardware['device']}, {hardware['cpu_cores']} cores{more}\n\n```bash\n{made_by}\n```"
     )
 
 

@@ -1,10 +1,12 @@
 """The picture of the README, units that die against units that cannot: `python -m experiments.report.front`."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.engine.checks import command_line
 from experiments.engine.console import Console
 from experiments.engine.errors import run_command
 from experiments.engine.plots import COLOURS, figure, label_ends, mean_band, save
@@ -75,5 +77,19 @@ def picture(path: Path) -> Path:
     return save(sheet, path)
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The picture of the README, from the records."""
+
+    out: str = str(RESULTS / "front.png")
+    """The file to write."""
+
+
+def main() -> None:
+    """Draw it where the command line says."""
+    settings = command_line(Settings, "python -m experiments.report.front")
+    Console().say(f"picture  {picture(Path(settings.out))}")
+
+
 if __name__ == "__main__":
-    run_command(lambda: Console().say(f"picture  {picture(RESULTS / 'front.png')}"))
+    run_command(main)

@@ -215,6 +215,16 @@ def test_lines_that_belong_together_are_all_there_or_none(tmp_path, monkeypatch)
     assert records.read_lines(tmp_path / "run") == [{"seed": 0}, *wanted]
 
 
+def test_each_command_that_adds_to_a_record_is_told_once(tmp_path):
+    config = {"experiment": "x", "command": "python -m x --seeds 1"}
+    for seeds in (1, 2, 1, 2):
+        with Record.open(tmp_path / "run", config, same=("experiment",)) as record:
+            record.made_by(f"python -m x --seeds {seeds}")
+    again = records.read_config(tmp_path / "run")
+    assert records.commands(again) == ["python -m x --seeds 1", "python -m x --seeds 2"]
+    assert again["commit"] == record.config["commit"]
+
+
 def test_an_error_while_a_record_is_opened_lets_go_of_it(tmp_path, monkeypatch):
     Record.create(tmp_path / "run", {}).close()
     with monkeypatch.context() as crash:
