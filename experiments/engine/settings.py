@@ -23,7 +23,7 @@ class Settings:
     preset: Preset = "auto"
     """quick: minutes, digits. paper: as printed, hours. auto: quick, CIFAR-10 if prepared. Other options override."""
     act: tuple[str, ...] = ("lk_relu",)
-    """Rows: relu, lk_relu (linked), relu_sqrt2 (equal parameters), relu_bn (batch norm); all. Wrong names list them."""
+    """Rows: relu, lk_relu (linked), relu_sqrt2 (wider by sqrt(2)), relu_bn (batch norm); all. Wrong names list them."""
     norm: Norm = "none"
     """batch: batch norm before every activation, as if each row ended in _bn."""
     match_params: bool = False

@@ -555,7 +555,8 @@ def test_a_run_that_is_stopped_at_its_last_step(step, tmp_path, monkeypatch):
 @pytest.mark.fault("kills", "SIGKILL, SIGTERM while a data set is prepared")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_killed_while_it_writes(signum, server, tmp_path):
-    killed = f"prepare.Image.fromarray = lambda _: os.kill(os.getpid(), {int(signum)})"
+    kill = f"lambda _: os.kill(os.getpid(), {int(signum)})"
+    killed = f"from experiments.engine import archives; archives.Image.fromarray = {kill}"
     ran = in_new_process(tmp_path, address(server, "good"), killed)
     left = list(tmp_path.iterdir())
     if signum == signal.SIGTERM:
