@@ -35,6 +35,7 @@ DEEP = (
 )
 CONTINUAL = (
     Curve("lk_swish_ours", "linked Swish", _BLUE),
+    Curve("swish_ours", "Swish, same start", _GREEN),
     Curve("lk_relu", "CReLU", _GREY),
     Curve("relu", "ReLU", _RED),
 )
@@ -73,7 +74,7 @@ def picture(path: Path) -> Path:
     draw(left, {c: deep(c.row) for c in DEEP}, "CIFAR-10, 50 layers of 4 units: test accuracy", "epoch")
     left.axhline(CHANCE, color="0.5", lw=1, ls=":")
     left.text(10, CHANCE - 0.01, "chance", color="0.4", fontsize=9, ha="right", va="top")
-    draw(right, {c: continual(c.row) for c in CONTINUAL}, "CIFAR-100, new classes again and again: accuracy", "task")
+    draw(right, {c: continual(c.row) for c in CONTINUAL}, "CIFAR-100, new classes again and again: online accuracy", "task")
     return save(sheet, path)
 
 
