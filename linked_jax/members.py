@@ -186,9 +186,10 @@ def evaluate(member: Member, z: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*
             # jit: a bare custom_jvp, as jax.nn.relu is, would still join a vmap around us
             return np.asarray(jax.jit(member)(jnp.asarray(z, jnp.float64)), np.float64)
     except _UNMEASURABLE as error:
+        why, *_ = str(error).splitlines() or [type(error).__name__]
         raise ValueError(
-            f"{brief(member)} cannot be evaluated at any number of z ({str(error).splitlines()[0]}); give it numbers "
-            "alone, or the layer a kernel_init"
+            f"{brief(member)} cannot be evaluated at any number of z ({why}); give it numbers alone, or the layer a "
+            "kernel_init"
         ) from error
 
 

@@ -350,6 +350,15 @@ def test_a_layer_with_a_dilated_kernel_starts_as_an_isometry_whatever_the_paddin
         np.testing.assert_allclose(jnp.square(y).sum((1, 2)), jnp.square(z).sum((1, 2)), rtol=1e-5)
 
 
+def test_a_member_with_a_number_for_each_channel_needs_a_kernel_init():
+    slopes = np.array([0.1, 0.2], np.float32)
+    link = linked(lambda z: jnp.where(z > 0, z, slopes * z))
+    with pytest.raises(ValueError, match=r"cannot be evaluated at any number of z .*kernel_init"):
+        LinkedLinear(2, 3, link=link, rngs=nnx.Rngs(0))
+    init = nnx.initializers.orthogonal()
+    assert LinkedLinear(2, 3, link=link, kernel_init=init, rngs=nnx.Rngs(0))(white(5, 2)).shape == (5, 3)
+
+
 def test_sizes_may_be_numpys(unchecked):
     sizes = {"strides": np.int64(2), "padding": np.int64(1)}
     assert LinkedConv(2, 4, np.int64(3), **sizes, rngs=nnx.Rngs(0))(white(1, 8, 2)).shape == (1, 4, 4)
