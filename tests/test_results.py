@@ -132,6 +132,8 @@ STUDIES = {
     "plasticity/regression": regression.page,
     "revive": revive_plots.markdown,
     "charlm": charlm_table.markdown,
+    "charlm/controls": charlm_table.markdown,
+    "charlm/layer_norm": charlm_table.markdown,
 }
 
 

@@ -9,7 +9,8 @@ changes take the place of normalisation:
 
 - the embeddings are multiplied by a learned scalar s that starts where a norm would put them, at a mean square of 1,
   s = 1 / (0.02 sqrt(2)); so are they for DyT, whose authors do the same, but with s = sqrt(width): a row of its own;
-- the last kernel of a linked MLP starts as `LinkedLinear`'s own does, so that the MLP is linear at the start.
+- the last kernel of a linked MLP starts as `LinkedLinear`'s own does, so that the MLP is linear at the start; in the
+  rows *_gpt2 as nanoGPT's.
 
 Attention is as it was, and no branch is scaled.
 """
