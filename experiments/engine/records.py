@@ -289,7 +289,7 @@ def _json(line: Mapping[str, Any]) -> str:
 
 def new_folder(out: str | None, name: str) -> Path:
     """The folder for a new record: `out`, or runs/<time>-<name>; checked to be new and writable, and not made."""
-    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # to the microsecond: several may begin at once
     folder = Path(out) if out else Path("runs") / f"{time}-{name}"
     if _is_taken(folder):
         raise _is_there(folder)

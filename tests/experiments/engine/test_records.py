@@ -125,7 +125,7 @@ def test_a_config_that_is_no_json_leaves_nothing(tmp_path):
 def test_a_new_folder_is_named_and_not_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert new_folder("here/run", "name") == Path("here/run")
-    assert re.fullmatch(r"runs/\d{8}-\d{6}-\d{3}-depth-relu", new_folder(None, "depth-relu").as_posix())
+    assert re.fullmatch(r"runs/\d{8}-\d{6}-\d{6}-depth-relu", new_folder(None, "depth-relu").as_posix())
     assert list(tmp_path.iterdir()) == []
 
 
