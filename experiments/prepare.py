@@ -105,7 +105,7 @@ def prepare(name: str, data_dir: str | None = None, url: str | None = None) -> P
             f"cannot write to {root} ({error.strerror or error}); --data-dir takes a folder with 200 MB of room "
             "to write in"
         ) from error
-    sizes = ", ".join(f"{half.num_examples:,} {split}" for split, half in builder.info.splits.items())
+    sizes = ", ".join(f"{info.num_examples:,} {split}" for split, info in builder.info.splits.items())
     console.say(f"{name} is prepared: {sizes} examples in {folder}")
     return folder
 
@@ -192,7 +192,7 @@ def _write(stock: Any, contents: Contents, root: str, console: Console) -> Any:
 
     builder = Prepared(data_dir=root, file_format="array_record")
     with (
-        console.progress("writing", sum(half.size for half in contents.splits.values())) as advance,
+        console.progress("writing", sum(split.size for split in contents.splits.values())) as advance,
         contextlib.redirect_stdout(io.StringIO()),  # TFDS tells of a download of unknown size
     ):
         try:

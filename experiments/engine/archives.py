@@ -23,7 +23,7 @@ Files = Mapping[str, bytes]
 Example = dict[str, Any]
 
 
-class Half(NamedTuple):
+class SplitContents(NamedTuple):
     """A split: how many examples, and each with its key."""
 
     size: int
@@ -33,7 +33,7 @@ class Half(NamedTuple):
 class Contents(NamedTuple):
     """Of a set: its splits, and the names of the classes of its labels, by their features."""
 
-    splits: dict[str, Half]
+    splits: dict[str, SplitContents]
     names: dict[str, list[str]]
 
 
@@ -55,10 +55,10 @@ def _cifar(train: Sequence[str], test: Sequence[str], labels: Mapping[str, str])
         (archive,) = files.values()
         found = _unpack(archive, console)
 
-        def half(split: str, names: Sequence[str]) -> Half:
+        def contents_of(split: str, names: Sequence[str]) -> SplitContents:
             joined = np.frombuffer(b"".join(found[name] for name in names), np.uint8)
             records = joined.reshape(-1, len(labels) + 3 * 32 * 32)
-            return Half(len(records), examples(split, records))
+            return SplitContents(len(records), examples(split, records))
 
         def examples(split: str, records: UInt8[np.ndarray, "n bytes"]) -> Iterator[tuple[int, Example]]:
             for index, record in enumerate(records):
@@ -68,7 +68,7 @@ def _cifar(train: Sequence[str], test: Sequence[str], labels: Mapping[str, str])
                 yield index, {"id": f"{split}_{index:05d}", "image": image, **of_record}
 
         names = {label: found[file].decode().split() for label, file in labels.items()}
-        return Contents({"train": half("train", train), "test": half("test", test)}, names)
+        return Contents({"train": contents_of("train", train), "test": contents_of("test", test)}, names)
 
     return read
 
@@ -76,13 +76,15 @@ def _cifar(train: Sequence[str], test: Sequence[str], labels: Mapping[str, str])
 def _mnist(files: Files, _console: Console) -> Contents:
     """Four files: 16 bytes of head and 28 x 28 pixels an image, 8 bytes of head and a byte a label."""
 
-    def half(name: str) -> Half:
+    def contents_of(name: str) -> SplitContents:
         images, labels = (gzip.decompress(files[f"{name}-{kind}-ubyte.gz"]) for kind in ("images-idx3", "labels-idx1"))
         pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
         pairs = zip(pixels, labels[8:], strict=True)
-        return Half(len(pixels), enumerate({"image": Image.fromarray(image), "label": y} for image, y in pairs))
+        return SplitContents(
+            len(pixels), enumerate({"image": Image.fromarray(image), "label": y} for image, y in pairs)
+        )
 
-    return Contents({"train": half("train"), "test": half("t10k")}, {})
+    return Contents({"train": contents_of("train"), "test": contents_of("t10k")}, {})
 
 
 def _tiny_shakespeare(files: Files, _console: Console) -> Contents:
@@ -92,7 +94,7 @@ def _tiny_shakespeare(files: Files, _console: Console) -> Contents:
     first = int(len(text) * 0.9)
     second = first + int((len(text) - first) * 0.5)
     parts = {"train": text[:first], "validation": text[first:second], "test": text[second:]}
-    return Contents({split: Half(1, iter([(split, {"text": part})])) for split, part in parts.items()}, {})
+    return Contents({split: SplitContents(1, iter([(split, {"text": part})])) for split, part in parts.items()}, {})
 
 
 READERS: dict[str, Reader] = {

@@ -74,12 +74,8 @@ def picture(path: Path) -> Path:
     draw(left, {c: deep(c.row) for c in DEEP}, "CIFAR-10, 50 layers of 4 units: test accuracy", "epoch")
     left.axhline(CHANCE, color="0.5", lw=1, ls=":")
     left.text(10, CHANCE - 0.01, "chance", color="0.4", fontsize=9, ha="right", va="top")
-    draw(
-        right,
-        {c: continual(c.row) for c in CONTINUAL},
-        "CIFAR-100, new classes again and again: online accuracy",
-        "task",
-    )
+    title = "CIFAR-100, new classes again and again: online accuracy"
+    draw(right, {c: continual(c.row) for c in CONTINUAL}, title, "task")
     return save(sheet, path)
 
 

@@ -262,14 +262,14 @@ def test_a_new_unit_has_the_optimisers_state_of_a_start(inner):
     params = optax.apply_updates(params, updates)
     fresh = inner.init(params)
     rows = rows_of(params["b"]["kernel"], 0, 4)
-    trees = zip(*(tree_of_params(inner, s, params) for s in (state.inner, fresh)), strict=True)
+    trees = zip(*(trees_like(s, params) for s in (state.inner, fresh)), strict=True)
     for found, wanted in trees:
         close(found["a"]["kernel"][:, 0], wanted["a"]["kernel"][:, 0])
         close(found["a"]["bias"][0], wanted["a"]["bias"][0])
         close(found["b"]["kernel"][np.array(rows)], wanted["b"]["kernel"][np.array(rows)])
 
 
-def tree_of_params(tx, state, params):
+def trees_like(state, params):
     """The parts of an optimiser's state that are like the parameters."""
     like = jax.tree.structure(params)
     parts = jax.tree.leaves(state, is_leaf=lambda part: jax.tree.structure(part) == like)
