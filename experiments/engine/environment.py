@@ -1,9 +1,10 @@
-"""What computes: versions, hardware and commit, as records have them."""
+"""What computes: versions, hardware, commit and commands, as records have them."""
 
 import datetime
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ def program() -> dict[str, Any]:
     """What computes: versions and commit. It does not start JAX."""
     versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     return {"versions": versions, "commit": _commit()}
+
+
+def commands(config: Mapping[str, Any]) -> list[str]:
+    """Those that made a record, the one that began it first."""
+    return [config["command"], *config.get("more_commands", ())]
 
 
 def _version(package: str) -> str:

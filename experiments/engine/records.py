@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 
 from experiments.engine.checkpoints import Checkpoints
-from experiments.engine.environment import environment, program
+from experiments.engine.environment import commands, environment, program
 from experiments.engine.errors import UsageError
 from experiments.engine.files import write_whole, writing
 
@@ -20,11 +20,6 @@ CONFIG, METRICS, TIMES = "config.json", "metrics.jsonl", "times.json"
 _LOCK, _HOLDER = ".lock", ".holder"
 _BEFORE_CONFIG = {_LOCK, _HOLDER, f"{_HOLDER}.tmp", f"{CONFIG}.tmp"}
 Line = dict[str, Any]
-
-
-def commands(config: Mapping[str, Any]) -> list[str]:
-    """Those that made a record, the one that began it first."""
-    return [config["command"], *config.get("more_commands", ())]
 
 
 class Record:

@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from experiments.engine.environment import commands
 from experiments.engine.published import EDITIONS, published, published_time
-from experiments.engine.records import commands
 
 HEADINGS = {"depth": "layers", "width": "units", "lr": "learning rate"}
 """Column headings of axes whose names do not speak for themselves."""

@@ -221,7 +221,7 @@ def test_each_command_that_adds_to_a_record_is_told_once(tmp_path):
         with Record.open(tmp_path / "run", config, same=("experiment",)) as record:
             record.made_by(f"python -m x --seeds {seeds}")
     again = records.read_config(tmp_path / "run")
-    assert records.commands(again) == ["python -m x --seeds 1", "python -m x --seeds 2"]
+    assert environment.commands(again) == ["python -m x --seeds 1", "python -m x --seeds 2"]
     assert again["commit"] == record.config["commit"]
 
 
