@@ -72,10 +72,11 @@ class Row:
 
     Attributes:
       says: what it is, for the table.
-      link: of the MLPs. A link of two members has narrower MLPs, so that all rows have as many parameters.
+      link: of the MLPs.
       norm: rngs -> what stands in the place of a norm; by default nothing.
       scale: where s starts, by which the embeddings are multiplied; None for no s.
       out_init: link, deviation -> how the last kernel of an MLP starts; by default as GPT-2's.
+      hidden: pre-activations of an MLP; by default as many as give every row the parameters of GPT-2's, 4 WIDTH wide.
     """
 
     says: str
@@ -83,11 +84,16 @@ class Row:
     norm: Norm = lambda _rngs: lambda x: x
     scale: float | None = None
     out_init: Callable[[Link, float], Initializer] = lambda _link, deviation: nnx.initializers.normal(deviation)
+    hidden: int | None = None
 
     @property
-    def hidden(self) -> int:
-        """Pre-activations of an MLP: 4 WIDTH, as GPT-2, for a link of one member."""
-        return round(8 * WIDTH / (1 + self.link.arity))
+    def units(self) -> int:
+        """Pre-activations of an MLP."""
+        return self.hidden or _units(self.link)
+
+
+def _units(link: Link) -> int:
+    return round(8 * WIDTH / (1 + link.arity))
 
 
 def _layer_norm(rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -110,6 +116,14 @@ ROWS = {
         out_init=_linear,
     ),
     "layer_norm_lk_gelu_gpt2": Row("layer normalisation, linked gelu, GPT-2's start", lk_gelu, _layer_norm),
+    "layer_norm_lk_gelu_wide": Row(
+        "the same with as many units as gelu has: more parameters", lk_gelu, _layer_norm, hidden=_units(gelu)
+    ),
+    "layer_norm_narrow": Row(
+        "layer normalisation, gelu, as few units as a linked row has: fewer parameters",
+        norm=_layer_norm,
+        hidden=_units(lk_gelu),
+    ),
     "rms_norm": Row("RMS normalisation, gelu", norm=lambda rngs: nnx.RMSNorm(WIDTH, epsilon=_EPSILON, rngs=rngs)),
     "dyt": Row("DyT, gelu; the scalar", norm=lambda _rngs: DynamicTanh(), scale=_TO_ONE),
     "dyt_sqrt_width": Row("DyT, gelu; its authors' scalar", norm=lambda _rngs: DynamicTanh(), scale=math.sqrt(WIDTH)),
@@ -141,8 +155,8 @@ class MLP(nnx.Module):
 
     def __init__(self, row: Row, deviation: float, *, rngs: nnx.Rngs):
         init = row.out_init(row.link, deviation)
-        self.wide = _kernel(WIDTH, row.hidden, STD, rngs)
-        self.out = LinkedLinear(row.hidden, WIDTH, link=row.link, use_bias=False, kernel_init=init, rngs=rngs)
+        self.wide = _kernel(WIDTH, row.units, STD, rngs)
+        self.out = LinkedLinear(row.units, WIDTH, link=row.link, use_bias=False, kernel_init=init, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n t c"]) -> Float[Array, "n t c"]:
         """An array like x."""

@@ -16,6 +16,8 @@ STYLES = {
     "layer_norm_lk_gelu": (COLOURS[6], "--"),
     "layer_norm_lk_gelu_scaled": (COLOURS[2], "-"),
     "layer_norm_lk_gelu_gpt2": (COLOURS[2], "--"),
+    "layer_norm_lk_gelu_wide": (COLOURS[2], ":"),
+    "layer_norm_narrow": (COLOURS[6], "-."),
     "rms_norm": (COLOURS[7], "--"),
     "dyt": (COLOURS[0], "-"),
     "dyt_sqrt_width": (COLOURS[0], "--"),

@@ -16,7 +16,7 @@ from flax import nnx
 from experiments.charlm import __main__ as charlm
 from experiments.charlm import data as text_data
 from experiments.charlm import table, training
-from experiments.charlm.net import BLOCK, HEADS, ROWS, STD, WIDTH, CharTransformer
+from experiments.charlm.net import BLOCK, HEADS, ROWS, STD, WIDTH, CharTransformer, Row
 from experiments.engine.errors import UsageError
 from experiments.engine.tfds import tfds_folder
 from tests.cases import first_fast
@@ -71,12 +71,21 @@ def parameters(row, depth):
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_all_rows_have_as_many_parameters_as_nano_gpt(row):
+@pytest.mark.parametrize("row", [name for name, row in ROWS.items() if row.hidden is None])
+def test_rows_have_as_many_parameters_as_nano_gpt(row):
     block = 4 * WIDTH * WIDTH + 8 * WIDTH * WIDTH + 2 * WIDTH
     wanted = 65 * WIDTH + BLOCK * WIDTH + 2 * block + WIDTH
     assert parameters("layer_norm", 2) == wanted
     assert abs(parameters(row, 2) / wanted - 1) < 0.003
+
+
+@pytest.mark.parametrize(
+    ("control", "units_of"), [("layer_norm_lk_gelu_wide", "gelu"), ("layer_norm_narrow", "lk_gelu")]
+)
+def test_the_controls_of_width_have_the_units_of_the_other_activation(control, units_of):
+    assert ROWS[control].units == ROWS[units_of].units != Row("", ROWS[control].link).units
+    more = (1 + ROWS[control].link.arity) * (ROWS[control].units - Row("", ROWS[control].link).units) * WIDTH
+    assert parameters(control, 1) == parameters("layer_norm" if more < 0 else "layer_norm_lk_gelu", 1) + more
 
 
 def layer_norm(x, gain):
