@@ -9,7 +9,8 @@ from pathlib import Path
 
 from experiments.engine.archives import READERS
 from experiments.engine.errors import UsageError, run_command
-from experiments.engine.records import CONFIG, read_config, read_lines
+from experiments.engine.folders import CONFIG
+from experiments.engine.records import read_config, read_lines
 from experiments.engine.tfds import tfds_folder
 
 _HERE = Path(__file__).parent

@@ -33,7 +33,7 @@ import jax
 from experiments.dynamics import links, plots
 from experiments.dynamics.toy import Toy, moons
 from experiments.dynamics.training import snapshots, train
-from experiments.engine import records
+from experiments.engine import folders
 from experiments.engine.checks import command_line, in_range
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
@@ -82,7 +82,7 @@ def check(settings: Settings) -> Settings:
 def main() -> None:
     """Train the nets that the record lacks; leave a record, a table and two pictures."""
     settings, console = check(command_line(Settings, "python -m experiments.dynamics")), Console()
-    folder = Path(settings.out) if settings.out else records.new_folder(None, "dynamics")
+    folder = Path(settings.out) if settings.out else folders.new_folder(None, "dynamics")
     data, toy = moons(), Toy(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Toy)})
     with open_record("dynamics", folder, protocol=dataclasses.asdict(toy), data=data) as record:
         console.say(f"data     {data} (fingerprint {data.identity['fingerprint']})")

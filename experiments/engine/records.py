@@ -1,24 +1,21 @@
 """What a run leaves: a folder with config.json and metrics.jsonl. Tables and pictures are made from these alone."""
 
-import datetime
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
+from experiments.engine import folders
 from experiments.engine.checkpoints import Checkpoints
 from experiments.engine.environment import commands, environment, program
 from experiments.engine.errors import UsageError
 from experiments.engine.files import write_whole, writing
+from experiments.engine.folders import CONFIG, METRICS, TIMES
 
-CONFIG, METRICS, TIMES = "config.json", "metrics.jsonl", "times.json"
-_LOCK, _HOLDER = ".lock", ".holder"
-_BEFORE_CONFIG = {_LOCK, _HOLDER, f"{_HOLDER}.tmp", f"{CONFIG}.tmp"}
 Line = dict[str, Any]
 
 
@@ -28,9 +25,9 @@ class Record:
     Its config is everything that determines the run, with versions, hardware and commit.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], lines: list[Line], lock: FileLock):
+    def __init__(self, folder: Path, config: dict[str, Any], lines: list[Line], held: FileLock):
         self.folder, self.config, self.lines = folder, config, lines
-        self._lock = lock
+        self._held = held
         self._metrics = (folder / METRICS).open("a", encoding="utf-8")
 
     @classmethod
@@ -38,43 +35,35 @@ class Record:
         """Make the folder of a new run; one that exists is refused."""
         complete = {**config, **environment()}
         text = json.dumps(complete, indent=2)  # before the folder is made: it may fail
-        if _is_taken(folder):
-            raise _is_there(folder)
+        held = folders.make(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _cannot_write(folder, error) from error
-        lock = _lock(folder)
-        try:
-            if (folder / CONFIG).exists():  # of another process that began at the same moment, and has ended
-                raise _is_there(folder)
             write_whole(folder / CONFIG, text + "\n")
-            return cls(folder, complete, [], lock)
+            return cls(folder, complete, [], held)
         except BaseException:
-            _unlock(folder, lock)
+            folders.unlock(folder, held)
             raise
 
     @classmethod
     def reopen(cls, folder: Path) -> "Record":
         """Resume a run that ended early; refused if it is damaged, belongs to other code, or another process has it."""
         _check_is_there(folder)
-        lock = _lock(folder)
+        held = folders.lock(folder)
         try:
             config = resumable_config(folder)
             lines = read_lines(folder, damaged_end=True)
-            record = cls(folder, config, lines, lock)
+            record = cls(folder, config, lines, held)
             content = (folder / METRICS).read_bytes()
             if content.count(b"\n") != len(lines) or content[-1:] not in (b"", b"\n"):
                 record.keep(len(lines))  # a half-written end: drop it from the file
             return record
         except BaseException:
-            _unlock(folder, lock)
+            folders.unlock(folder, held)
             raise
 
     @classmethod
     def open(cls, folder: Path, config: Mapping[str, Any], *, same: Sequence[str]) -> "Record":
         """A new record, or the one that is there, if these entries of its config are the same."""
-        if not _is_taken(folder):
+        if not folders.is_taken(folder):
             return cls.create(folder, config)
         if not (folder / CONFIG).is_file():
             raise UsageError(f"{folder} is there and is no record; pass --out with a new folder, or that of a record")
@@ -152,8 +141,8 @@ class Record:
     def close(self) -> None:
         """Close metrics.jsonl and let others have the folder; nothing if it is closed."""
         self._metrics.close()
-        if self._lock.is_locked:
-            _unlock(self.folder, self._lock)
+        if self._held.is_locked:
+            folders.unlock(self.folder, self._held)
 
     def __enter__(self) -> "Record":
         return self
@@ -252,67 +241,5 @@ def _damaged(path: Path, line: int, error: object) -> NoReturn:
     raise UsageError(f"{path}, line {line} cannot be read ({error}); the record is damaged, make it again")
 
 
-def _lock(folder: Path) -> FileLock:
-    lock = _acquire(folder)
-    now = datetime.datetime.now().isoformat(" ", "seconds")
-    write_whole(folder / _HOLDER, f"process {os.getpid()} on {platform.node()} since {now}")
-    return lock
-
-
-def _unlock(folder: Path, lock: FileLock) -> None:
-    (folder / _HOLDER).unlink(missing_ok=True)
-    (folder / _LOCK).unlink(missing_ok=True)  # before it is released: afterwards it may be another process's
-    lock.release()
-
-
-def _acquire(folder: Path) -> FileLock:
-    lock = FileLock(folder / _LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        try:
-            holder = (folder / _HOLDER).read_text(encoding="utf-8")
-        except OSError:
-            holder = "another process"
-        raise UsageError(f"the run {folder} is being written by {holder}; wait for it, or stop it") from None
-    return lock
-
-
 def _json(line: Mapping[str, Any]) -> str:
     return json.dumps(line, allow_nan=False) + "\n"
-
-
-def new_folder(out: str | None, name: str) -> Path:
-    """The folder for a new record: `out`, or runs/<time>-<name>; checked to be new and writable, and not made."""
-    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # to the microsecond: several may begin at once
-    folder = Path(out) if out else Path("runs") / f"{time}-{name}"
-    if _is_taken(folder):
-        raise _is_there(folder)
-    parent = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"no permission to write the record {folder}; pass --out with a folder that you can write")
-    return folder
-
-
-def _is_taken(folder: Path) -> bool:
-    """Whether something is there: more than what a process leaves that was killed before it had a config.json."""
-    try:
-        return not {path.name for path in folder.iterdir()} <= _BEFORE_CONFIG
-    except FileNotFoundError:
-        return False
-    except NotADirectoryError:  # the folder, or one above it, is a file
-        return folder.exists()
-    except OSError as error:  # a name that is too long, which Path.exists() no longer tells from Python 3.14 on
-        raise _cannot_write(folder, error) from error
-
-
-def _is_there(folder: Path) -> UsageError:
-    if (folder / _HOLDER).exists():
-        _acquire(folder).release()  # or says who holds it
-    return UsageError(f"the record {folder} exists; pass another --out, resume it with --resume {folder}, or delete it")
-
-
-def _cannot_write(folder: Path, error: OSError) -> UsageError:
-    return UsageError(
-        f"cannot write the record {folder} ({error.strerror}); pass --out with a folder that you can write"
-    )

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from experiments.engine import data as data_lib
-from experiments.engine import plots, processes, records, tables, training
+from experiments.engine import folders, plots, processes, records, tables, training
 from experiments.engine.checkpoints import Checkpoints, Saved, like
 from experiments.engine.checks import option
 from experiments.engine.console import Console
@@ -51,7 +51,7 @@ def run(experiment: Experiment) -> None:
         _start(experiment, settings)
         settings = experiment.check(settings)
         name = f"{experiment.name}-{'-'.join(settings.act[:3])}"
-        folder = processes.from_first(lambda: str(records.new_folder(settings.out, name)))
+        folder = processes.from_first(lambda: str(folders.new_folder(settings.out, name)))
         _Run(experiment, settings, Path(folder), None).go()
         return
     folder = Path(settings.resume)
@@ -81,7 +81,7 @@ def _recorded_settings(experiment: Experiment, folder: Path, config: Mapping[str
         values = {key: tuple(v) if isinstance(v, list) else v for key, v in config["settings"].items()}
         return type(experiment.presets["auto"])(**values, **kept)
     except (AttributeError, KeyError, TypeError) as error:
-        raise UsageError(f"the settings in {folder}/{records.CONFIG} are damaged ({error}); start anew") from error
+        raise UsageError(f"the settings in {folder}/{folders.CONFIG} are damaged ({error}); start anew") from error
 
 
 def _data(settings: Settings) -> data_lib.Dataset:
@@ -139,7 +139,7 @@ class _Run:
         with self.record:
             with Interrupts() as interrupts:
                 self._train_all(checkpoints, interrupts)
-            if self.settings.time_steps and not (self.folder / records.TIMES).exists():
+            if self.settings.time_steps and not (self.folder / folders.TIMES).exists():
                 self._time()
         if processes.is_first():
             self._show()

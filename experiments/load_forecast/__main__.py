@@ -27,7 +27,7 @@ from typing import Literal
 
 import jax
 
-from experiments.engine import records, study
+from experiments.engine import folders, study
 from experiments.engine.checks import command_line, in_range, known
 from experiments.engine.console import Console
 from experiments.engine.errors import UsageError, run_command
@@ -70,7 +70,7 @@ def main() -> None:
     """Read the command line, train every net, and leave a record, a table and a picture."""
     console = Console()
     settings = check(command_line(Settings, "python -m experiments.load_forecast"))
-    folder = Path(settings.out) if settings.out else records.new_folder(None, "load_forecast")
+    folder = Path(settings.out) if settings.out else folders.new_folder(None, "load_forecast")
     if settings.csv is None:
         series = load_series.made()
     else:

@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.engine import records
 from experiments.engine.errors import UsageError
+from experiments.engine.folders import CONFIG, METRICS
 from experiments.engine.published import published
 
 Line = dict[str, Any]
@@ -82,7 +83,7 @@ def _record_folders(root: Path, problems: list[str]) -> Iterator[Path]:
 
     for path, inside, files in os.walk(root, onerror=unreadable):
         inside.sort()
-        if records.CONFIG in files or records.METRICS in files:
+        if CONFIG in files or METRICS in files:
             inside.clear()  # no records within a record
             yield Path(path)
 

@@ -11,7 +11,8 @@ import pytest
 
 from experiments.engine import environment, records
 from experiments.engine.errors import UsageError
-from experiments.engine.records import Record, new_folder
+from experiments.engine.folders import new_folder
+from experiments.engine.records import Record
 
 
 @pytest.fixture
