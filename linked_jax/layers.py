@@ -168,7 +168,12 @@ class LinkedConv(nnx.Module):
             strides=strides,
             kernel_init=kernel_init
             or conv_start(
-                link, strides, options.get("input_dilation"), groups, padding, options.get("kernel_dilation")
+                link,
+                strides=strides,
+                padding=padding,
+                input_dilation=options.get("input_dilation"),
+                kernel_dilation=options.get("kernel_dilation"),
+                feature_group_count=groups,
             ),
             rngs=rngs,
             **{"conv_general_dilated": conv_general_dilated, **options, "padding": padding},
@@ -308,17 +313,23 @@ def _known(name: str) -> str:
 
 def conv_start(
     link: Activation,
+    *,
     strides: int | Sequence[int],
-    input_dilation: int | Sequence[int] | None,
-    groups: int,
     padding: Padding,
+    input_dilation: int | Sequence[int] | None,
     kernel_dilation: int | Sequence[int] | None,
+    feature_group_count: int,
 ) -> Initializer:
     """The default kernel_init of a convolution; one that dilates its input is a transposed one."""
     transpose = input_dilation is not None and bool(np.max(input_dilation) > 1)
-    steps: Any = input_dilation if transpose else strides
-    geometry: dict[str, Any] = {"padding": padding, "kernel_dilation": kernel_dilation or 1, "transpose": transpose}
-    return default_kernel_init(link, strides=steps, feature_group_count=groups, **geometry)
+    return default_kernel_init(
+        link,
+        strides=input_dilation if transpose else strides,  # pyright: ignore[reportArgumentType]
+        padding=padding,
+        kernel_dilation=kernel_dilation or 1,
+        transpose=transpose,
+        feature_group_count=feature_group_count,
+    )
 
 
 def check_link(link: Activation) -> Activation:

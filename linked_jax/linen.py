@@ -94,9 +94,13 @@ class LinkedConv(nn.Conv):
         check_groups(self.link, self.feature_group_count)
         if self.kernel_init is None:
             self.kernel_init = conv_start(
-                self.link, self.strides or 1, self.input_dilation, self.feature_group_count, self.padding,
-                self.kernel_dilation,
-            )  # fmt: skip
+                self.link,
+                strides=self.strides or 1,
+                padding=self.padding,
+                input_dilation=self.input_dilation,
+                kernel_dilation=self.kernel_dilation,
+                feature_group_count=self.feature_group_count,
+            )
         super().__post_init__()
 
     @nn.remat
