@@ -51,9 +51,10 @@ class Group:
 
     @property
     def heading(self) -> str:
-        """Title, data set, and what differs from other tables."""
-        experiment = self.config["experiment"]
-        differs = ", ".join(f"{what} {value}" for what, value in self.differs.items())
+        """Title, data set, how little of it was learnt if not all, and what differs from other tables."""
+        experiment, size = self.config["experiment"], self.config["protocol"].get("train_size")
+        told = ({} if size is None else {"train size": size}) | self.differs
+        differs = ", ".join(f"{what} {value}" for what, value in told.items())
         title = TABLES[experiment].title if experiment in TABLES else experiment
         return f"{title}. {self.config['data']['name']}" + (f" ({differs})" if differs else "")
 

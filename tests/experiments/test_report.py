@@ -215,6 +215,12 @@ def test_a_heading_names_settings_before_code_and_before_what_an_older_record_la
     ]  # fmt: skip
 
 
+def test_a_heading_says_that_a_part_of_the_training_set_was_learnt(tmp_path):
+    write_record(tmp_path / "run", protocol={"train_size": 128})
+    (group,) = the_groups(tmp_path)
+    assert group.heading == "Table 2: many narrow layers. digits (train size 128)"
+
+
 def test_time_hardware_numpy_and_command_may_differ_and_are_all_named(tmp_path):
     write_record(tmp_path / "one")
     changes = {"command": "python -m experiments.depth --seed 3", "hardware": {"device": "H200"}}
