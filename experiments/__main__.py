@@ -36,7 +36,7 @@ def prepared(folder: Path) -> list[str]:
 def runs(folder: Path) -> list[str]:
     """A line for each record in a folder, the oldest first."""
     found = []
-    for config in sorted(folder.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime):
+    for config in sorted(folder.rglob(CONFIG), key=lambda path: path.stat().st_mtime):
         try:
             told, lines = read_config(config.parent), read_lines(config.parent, damaged_end=True)
             found.append(f"{config.parent}: {told.get('command', 'unknown')}, {len(lines):,} lines")

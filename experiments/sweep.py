@@ -23,7 +23,8 @@ from typing import Annotated, Any
 import tyro
 from filelock import FileLock, Timeout
 
-from experiments.engine import records
+from experiments.engine import data as data_lib
+from experiments.engine import folders, records
 from experiments.engine.checks import command_line, option
 from experiments.engine.console import Console
 from experiments.engine.errors import InterruptedRunError, UsageError, run_command
@@ -127,7 +128,7 @@ def _job(table: Experiment, settings: Any, cell: Cell, out: Path) -> Job:
     settings = dataclasses.replace(settings, **own)
     folder = out / "-".join(str(values[0]) for values in own.values())
     start = [sys.executable, "-m", f"experiments.{table.name}"]
-    if not folder.exists():
+    if not folders.is_taken(folder):
         return Job(folder, [*start, *_options(settings, table.presets[settings.preset], own), "--out", str(folder)])
     _refuse_others(folder, table, settings)
     data = ["--data-dir", settings.data_dir] if settings.data_dir else []
@@ -152,14 +153,15 @@ def _refuse_others(folder: Path, table: Experiment, settings: Any) -> None:
     try:
         config = records.read_config(folder)
         found = {"experiment": config["experiment"], **config["settings"]}
-    except (UsageError, KeyError, TypeError):
+        left_to_the_data = [name for name, value in config.get("asked", {}).items() if value is None]
+    except (UsageError, AttributeError, KeyError, TypeError):
         return  # a damaged record: its command says so
+    if settings.dataset == "auto":
+        settings = dataclasses.replace(settings, dataset=data_lib.of_auto(settings.data_dir))
     for name, value in {"experiment": table.name, **recorded(settings)}.items():
-        left_to_the_data = (name, value) in (("dataset", "auto"), ("epochs", None), ("batch_size", None))
-        if not left_to_the_data and found.get(name) != value:
-            raise UsageError(
-                f"{folder} is a record with {name} {found.get(name)}, and this sweep has {value}; pass another --out"
-            )
+        has = None if value is None and name in left_to_the_data else found.get(name)
+        if has != value:
+            raise UsageError(f"{folder} is a record with {name} {has}, and this sweep has {value}; pass another --out")
 
 
 def is_finished(folder: Path) -> bool:

@@ -7,6 +7,7 @@ code. A file whose SHA-256 is another one is never trained on: the one before it
 import hashlib
 import io
 import json
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -76,10 +77,7 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove all of them, and the folder."""
-        for path in self._files():
-            path.unlink(missing_ok=True)
-        if self.folder.exists():
-            self.folder.rmdir()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("*.ckpt") if path.stem.isdigit())

@@ -39,9 +39,10 @@ class Dataset:
     tested_on: Literal["test", "held-out"] = "test"  # what the test images are
 
     @property
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         """What a record says of its data."""
-        return {"name": self.name, "fingerprint": self.fingerprint, "description": str(self)}
+        told = {"name": self.name, "fingerprint": self.fingerprint, "description": str(self)}
+        return {**told, "classes": self.classes}
 
     def __str__(self) -> str:
         n, height, width, channels = self.train_images.shape
@@ -66,14 +67,18 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     digits: 1,437 train and 360 test images of 8x8x1, 10 classes
     """
     folder = tfds.tfds_folder(data_dir)
-    if name == "auto":
-        name = "cifar10" if any(folder.glob("cifar10/*/dataset_info.json")) else "digits"
-        if name == "digits":
-            how = tfds.how_to_prepare("cifar10")
-            print(f"cifar10 is not in {folder}: taking the embedded digits. To get it, {how} with --data-dir.")
+    if name == "auto" and (name := of_auto(data_dir)) == "digits":
+        how = tfds.how_to_prepare("cifar10")
+        print(f"cifar10 is not in {folder}: taking the embedded digits. To get it, {how} with --data-dir.")
     classes, arrays = _digits() if name == "digits" else tfds.arrays_of(name, folder)
     on_device: Any = {key: jnp.asarray(value) for key, value in arrays.items()}
     return Dataset(name, classes, **on_device, fingerprint=_fingerprint(arrays))
+
+
+def of_auto(data_dir: str | None = None) -> str:
+    """The set that "auto" stands for."""
+    prepared = any(tfds.tfds_folder(data_dir).glob("cifar10/*/dataset_info.json"))
+    return "cifar10" if prepared else "digits"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What computes: versions, hardware, commit and commands, as records have them."""
 
 import datetime
+import hashlib
 import os
 import platform
 import subprocess
@@ -52,7 +53,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The commit of this checkout, "+changes" if code or settings differ from it; "unknown" outside a checkout."""
+    """The commit, and "+changes-" and a digest of the code if that differs; else "unknown-" and the digest."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -60,6 +61,13 @@ def _commit() -> str:
 
     try:
         code = [":/linked_jax", ":/experiments", ":/benchmarks", ":/pyproject.toml"]
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", *code) else "")
+        return git("rev-parse", "HEAD") + (f"+changes-{_digest()}" if git("status", "--porcelain", "--", *code) else "")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return f"unknown-{_digest()}"
+
+
+def _digest() -> str:
+    """Of this package and of linked_jax beside it, so that two states of changed code are told apart."""
+    root = Path(__file__).parents[2]
+    files = [path for package in ("linked_jax", "experiments") for path in sorted((root / package).rglob("*.py"))]
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()[:8]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments.engine.files import write_whole
-from experiments.engine.tables import CHANCE, HEADINGS, Nets, Run, text, varying
+from experiments.engine.tables import HEADINGS, Nets, Run, chance, tested_on, text, varying
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 """Okabe and Ito's, which colour-blind readers can tell apart; then black and grey."""
@@ -84,7 +84,7 @@ def save(figure: Any, path: Path, dpi: int = _DPI) -> Path:
     return path
 
 
-def accuracy_picture(nets: Nets, path: Path, *, title: str) -> Path:
+def accuracy_picture(nets: Nets, path: Path, *, title: str, data: Mapping[str, Any]) -> Path:
     """Accuracy and dead units by epoch, dead units and signal by layer after the last; gives the path of the PNG.
 
     A row has at most five nets. Lines have epoch, test_accuracy, units, dead_units, dead_by_layer, signal_by_layer.
@@ -94,34 +94,41 @@ def accuracy_picture(nets: Nets, path: Path, *, title: str) -> Path:
     grid = whole.subplots(len(facets), len(_PANELS), squeeze=False)
     for row, (named, curves) in zip(grid, facets, strict=True):
         for panel, what in zip(row, _PANELS.values(), strict=True):
-            _draw(panel, curves, what)
+            _draw(panel, curves, what, data)
         label_ends(row[0])
         row[0].set_title(named, fontsize=9, loc="left", weight="bold")
     for panel, name in zip(grid[0], _PANELS, strict=True):
-        panel.set_title(name, fontsize=9, loc="right")
+        panel.set_title(_of_images(name, data), fontsize=9, loc="right")
     whole.suptitle("; ".join(filter(None, (title, caption(nets)))), fontsize=11)
     return save(whole, path, dpi=100)
 
 
-def panel_pictures(nets: Nets) -> dict[str, bytes]:
+def panel_pictures(nets: Nets, *, data: Mapping[str, Any]) -> dict[str, bytes]:
     """The panels of `accuracy_picture`, each as a PNG that a phone can show; many nets one below the other."""
     facets, pictures = _facets(nets), {}
     for name, what in _PANELS.items():
         one = figure(4.6, 0.2 + 2.4 * len(facets))
         panels = one.subplots(len(facets), squeeze=False)[:, 0]
         for panel, (named, curves) in zip(panels, facets, strict=True):
-            _draw(panel, curves, what)
+            _draw(panel, curves, what, data)
             label_ends(panel)
             panel.set_title(named, fontsize=9)
-        pictures[name] = png(one)
+        pictures[_of_images(name, data)] = png(one)
     return pictures
+
+
+def _of_images(value: Any, data: Mapping[str, Any]) -> Any:
+    """Texts that speak of the test set, where the accuracies are of other images."""
+    if not isinstance(value, str) or tested_on(data) == "test":
+        return value
+    return value.replace("Test", tested_on(data).capitalize()).replace("test", tested_on(data))
 
 
 def caption(nets: Nets) -> str:
     """What the lines of the pictures are, where it needs saying."""
-    runs = [run for _, runs in nets for run in runs]
-    seeds = len({run[0]["seed"] for run in runs})
-    said = [f"lines are means over {seeds} seeds, bands span them"] if seeds > 1 else []
+    runs, counts = [run for _, runs in nets for run in runs], sorted({len(runs) for _, runs in nets})
+    seeds = " to ".join(map(str, counts[:: max(1, len(counts) - 1)]))
+    said = [f"lines are means over {seeds} seeds, bands span them"] if max(counts, default=1) > 1 else []
     if any("diverged" in run[-1] for run in runs):
         said.append("runs that diverged are not drawn")
     return "; ".join(said)
@@ -230,7 +237,7 @@ def _name(net: Mapping[str, Any], axes: Sequence[str]) -> str:
     return ", ".join(text(net[axis]) for axis in axes)
 
 
-def _draw(panel: Any, curves: Sequence[_Curve], what: _Panel) -> None:
+def _draw(panel: Any, curves: Sequence[_Curve], what: _Panel, data: Mapping[str, Any]) -> None:
     """For each net the mean line, and a band from the least to the greatest value; a single point gets a dot."""
     for curve in curves:
         runs = [what.values(run) for run in curve.runs]
@@ -243,13 +250,14 @@ def _draw(panel: Any, curves: Sequence[_Curve], what: _Panel) -> None:
         panel.fill_between(x, values.min(axis=0), values.max(axis=0), color=curve.colour, alpha=0.13, lw=0)
         if length == 1:
             panel.set_xlim(0.5, 1.5)
-    panel.set(**what.axes)
+    panel.set(**{name: _of_images(value, data) for name, value in what.axes.items()})
     if what.least_top is not None:
         panel.set_ylim(-0.1, max(what.least_top, panel.get_ylim()[1]))
     if what.chance:
-        panel.axhline(CHANCE, color="0.5", lw=1, ls=":")
+        guess = chance(data)
+        panel.axhline(guess, color="0.5", lw=1, ls=":")
         panel.text(
-            0.01, CHANCE - 0.01, "chance", color="0.4", fontsize=7, va="top", transform=panel.get_yaxis_transform()
+            0.01, guess - 0.01, "chance", color="0.4", fontsize=7, va="top", transform=panel.get_yaxis_transform()
         )
     panel.xaxis.label.set_size(8.5)
     panel.yaxis.label.set_size(8.5)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -71,7 +72,8 @@ class Record:
         for key in same:
             if record.config.get(key) != config[key]:
                 record.close()
-                raise UsageError(f"{folder} is a record with another {key}; pass another --out, or remove it")
+                told = _difference(record.config.get(key), config[key])
+                raise UsageError(f"{folder} is a record with another {key}{told}; pass another --out, or remove it")
         return record
 
     def made_by(self, command: str) -> None:
@@ -183,6 +185,18 @@ def resumable_config(folder: Path) -> dict[str, Any]:
                 "mix two programs in one record; go back to that, or start anew"
             )
     return config
+
+
+def _difference(had: Any, has: Any) -> str:
+    """The first entry in which two JSON objects differ, in brackets; empty for other values."""
+    if not (isinstance(had, dict) and isinstance(has, dict)):
+        return ""
+    name = next(name for name in {**had, **has} if had.get(name) != has.get(name))
+    return f" ({name}: {_brief(had.get(name))} there, {_brief(has.get(name))} here)"
+
+
+def _brief(value: Any) -> str:
+    return textwrap.shorten(json.dumps(value), 60, placeholder=" ...")
 
 
 def _check_is_there(folder: Path) -> None:

@@ -26,6 +26,7 @@ from experiments.engine.interrupts import Interrupts
 from experiments.engine.optimizers import OPTIMIZERS
 from experiments.engine.parallel import on_devices, placement, request_devices
 from experiments.engine.settings import (
+    LEFT_TO_THE_DATA,
     NOT_PROTOCOL,
     OF_THIS_COMMAND,
     Cell,
@@ -99,6 +100,7 @@ class _Run:
 
     def __init__(self, experiment: Experiment, settings: Any, folder: Path, record: records.Record | None):
         self.experiment, self.folder, self.console = experiment, folder, Console(quiet=not processes.is_first())
+        asked = {name: getattr(settings, name) for name in LEFT_TO_THE_DATA}
         settings = on_devices(settings)
         self.data = _data(settings)
         self.settings = settle(settings, self.data)
@@ -120,7 +122,7 @@ class _Run:
         self.shown = [axis for axis in axes if axis == "act" or len({cell[axis] for cell in self.cells}) > 1]
         self.say_what_comes()
         self.counted = self._count()
-        config = self._config()
+        config = {**self._config(), "asked": asked}
         self.record = record or _open(folder, config, lambda: records.Record.create(folder, config))
 
     def say_what_comes(self) -> None:
@@ -150,11 +152,18 @@ class _Run:
 
     def _train_all(self, checkpoints: Checkpoints, interrupts: Interrupts) -> None:
         saved = processes.everywhere(checkpoints.load)
-        first = saved.facts["run"] if saved else 0
-        self.record.keep(saved.facts["lines"] if saved else 0)
-        if first == len(self.runs):
+        first, lines = (saved.facts["run"], saved.facts["lines"]) if saved else (0, 0)
+        if lines > len(self.record.lines):
+            raise UsageError(
+                f"{self.folder / folders.METRICS} has {len(self.record.lines)} lines, {lines} at the last checkpoint; "
+                "a part of the record is lost: begin anew, with another --out"
+            )
+        if first == len(self.runs) or (not saved and self._is_whole()):
             self.console.say(f"the run {self.folder} is complete")
             return
+        if self.record.lines and not saved:
+            self.console.say(f"no checkpoint is left: training begins again, lines recorded: {len(self.record.lines)}")
+        self.record.keep(lines)
         latest: Callable[[], training.Snapshot] | None = None
         for number, (cell, seeds) in enumerate(self.runs[first:], start=first):
             if cell is not self.runs[number - 1][0] or number == first:
@@ -166,6 +175,14 @@ class _Run:
             latest = self._train(number, loop, snapshot, checkpoints, interrupts)
         assert latest is not None
         self._save(checkpoints, latest(), len(self.runs))
+
+    def _is_whole(self) -> bool:
+        """Whether each net and seed has its last epoch, or diverged."""
+        epochs, axes = self.settings.epochs, self.experiment.all_axes
+        ends = [line for line in self.record.lines if "diverged" in line or line["epoch"] == epochs]
+        return len({(line["seed"], *(line[axis] for axis in axes)) for line in ends}) == sum(
+            len(s) for _, s in self.runs
+        )
 
     def _is_good(self, snapshot: training.Snapshot) -> bool:
         """Whether it may be saved: else one with a loss that is not finite would take the place of a good one."""
@@ -213,7 +230,7 @@ class _Run:
                 for line in lines:
                     self.record.add({**cell, **line})
                     if each_epoch or line["epoch"] == plan.epochs or "diverged" in line:
-                        self.console.say(f"{named} {_said(line, plan.epochs)}")
+                        self.console.say(f"{named} {_said(line, plan.epochs, self.data.tested_on)}")
         return latest[0]
 
     def _again(self) -> str:
@@ -282,21 +299,23 @@ class _Run:
         )  # fmt: skip
 
     def _show(self) -> None:
-        nets = tables.by_net(self.record.lines, self.experiment.all_axes)
-        rows = tables.summary(tables.numbers(self.experiment.name, self.data.name, nets), self.experiment.all_axes)
-        self.console.table(f"{self.experiment.title}, {self.data.name}. {tables.legend(rows)}", rows)
-        picture = plots.accuracy_picture(nets, self.folder / f"{self.experiment.name}.png", title=str(self.data))
+        nets, data = tables.by_net(self.record.lines, self.experiment.all_axes), self.data.identity
+        rows = tables.summary(tables.numbers(self.experiment.name, data, nets), self.experiment.all_axes)
+        self.console.table(f"{self.experiment.title}, {self.data.name}. {tables.legend(rows, data)}", rows)
+        path = self.folder / f"{self.experiment.name}.png"
+        picture = plots.accuracy_picture(nets, path, title=str(self.data), data=data)
         self.console.say(f"record   {self.folder}\npicture  {picture}")
         times = records.read_times(self.folder)
         if times:
             title = f"Median time of a training step, {times['steps']} steps of each net in turns."
-            self.console.table(title, tables.time_table(times["medians"]))
+            self.console.table(title, tables.time_table(self.experiment.name, times["medians"]))
 
 
-def _said(line: Mapping[str, Any], epochs: int) -> str:
+def _said(line: Mapping[str, Any], epochs: int, tested_on: str) -> str:
     if "diverged" in line:
         return f"seed {line['seed']}  {line['diverged']}"
+    skipped = f"  skipped {line['skipped']}" if line.get("skipped") else ""
     return (
         f"seed {line['seed']}  epoch {line['epoch']:>3}/{epochs}  loss {line['train_loss']:.4f}  "
-        f"test {line['test_accuracy']:.4f}  dead {line['dead_units']}  {line['seconds']:.1f} s"
+        f"{tested_on} {line['test_accuracy']:.4f}  dead {line['dead_units']}{skipped}  {line['seconds']:.1f} s"
     )

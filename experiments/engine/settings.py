@@ -94,6 +94,7 @@ _NOT_RECORDED = ("norm", "match_params", "data_dir", "out", "resume", "checkpoin
 OF_THIS_COMMAND = ("data_dir", "checkpoint_every", *_OF_PROCESSES)
 """What a command that resumes a record may say anew."""
 _MOST_SEEDS = 2**31
+_MOST = 1_000_000  # of anything that is counted
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -132,6 +133,8 @@ def check(settings: AnySettings, all_rows: tuple[str, ...], axes: tuple[str, ...
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and number < 1:
                 raise UsageError(f"{option(name)} is at least 1, got {number}")
+            if isinstance(number, int) and number > _MOST:
+                raise UsageError(f"{option(name)} is at most {_MOST:,}, got {number:,}")
     for name in ("act", "init", *axes):
         if getattr(settings, name) == ():
             raise UsageError(f"{option(name)} takes at least one value, got none")
@@ -176,6 +179,10 @@ def check_processes(settings: Settings) -> None:
             f"--devices counts those of all processes, got {settings.devices} devices for {count} processes; make it a "
             "multiple of --process-count, or leave it out"
         )
+
+
+LEFT_TO_THE_DATA = ("dataset", "epochs", "batch_size")
+"""The settings that `settle` may fill in."""
 
 
 def settle(settings: AnySettings, data: data_lib.Dataset) -> AnySettings:

@@ -9,7 +9,7 @@ from experiments.engine.published import EDITIONS, published, published_time
 
 HEADINGS = {"depth": "layers", "width": "units", "lr": "learning rate"}
 """Column headings of axes whose names do not speak for themselves."""
-CHANCE = 0.1  # of the ten classes that every set of the paper has; a run that diverged gets it
+CHANCE = 0.1  # of the ten classes that every set of the paper has
 FEW = 3  # seeds; a row with fewer is marked, its deviation says little
 Net = dict[str, Any]
 Run = list[Mapping[str, Any]]
@@ -33,6 +33,8 @@ def summary(found: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[dic
             texts |= {f"{edition} (best)": text(row[edition]) for edition in EDITIONS}
         if any(other["diverged"] for other in found):
             texts["diverged"] = str(row["diverged"])
+        if any(other["skipped"] for other in found):
+            texts["skipped"] = f"{row['skipped']:,}"
         if "parameters" in row:
             texts["parameters"] = text(row["parameters"])
         if "flops" in row:
@@ -41,46 +43,62 @@ def summary(found: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[dic
     return rows
 
 
-def legend(rows: Sequence[Mapping[str, str]]) -> str:
+def chance(data: Mapping[str, Any]) -> float:
+    """The accuracy of a guess, which a run that diverged gets; data is a record's entry."""
+    return 1 / data["classes"] if "classes" in data else CHANCE  # older records are of ten
+
+
+def tested_on(data: Mapping[str, Any]) -> str:
+    """Which images the accuracies are of: "test" or "held-out"."""
+    return "held-out" if "held-out images" in data["description"] else "test"
+
+
+def legend(rows: Sequence[Mapping[str, str]], data: Mapping[str, Any]) -> str:
     """What the columns of `summary` mean, of those that it has."""
-    columns = rows[0]
+    columns, images = rows[0], tested_on(data)
     few, costs = any(row["seeds"].endswith("*") for row in rows), "MFLOP" in columns
     said = {
-        "Test accuracy, mean ± sample standard deviation over seeds: of the last epoch, and of each run's best.": True,
+        f"{images.capitalize()} accuracy, mean ± sample standard deviation over seeds: of the last epoch, and of each "
+        "run's best.": True,
         "paper, later: the paper's two editions: CIFAR-10, one run, its best epoch.": "paper (best)" in columns,
         f"* fewer than {FEW} seeds: too few to compare.": few,
-        f"diverged: runs whose loss did; their last epoch counts as chance, {CHANCE}.": "diverged" in columns,
+        f"diverged: runs whose loss did; their last epoch counts as chance, {chance(data):g}.": "diverged" in columns,
         "MFLOP, activation KiB: of one image, the forward pass and what it keeps for the backward pass.": costs,
-        "dead: units that are zero on all test images, of all units; from: the first layer with one in any seed.": True,
-        "signal: mean square of the pre-activations, first to last layer. time: of a run.": True,
+        "skipped: updates that were left out, of all seeds, where a number was not finite.": "skipped" in columns,
+        f"dead: units that are zero on all {images} images, of all units; from: the first layer with one in any "
+        "seed.": True,
+        "signal: mean square of the pre-activations, first to last layer. time: of a run, with compilation.": True,
     }
     return " ".join(text for text, holds in said.items() if holds)
 
 
 def numbers(
-    experiment: str, dataset: str, nets: Nets, configured: Sequence[Mapping[str, Any]] = ()
+    experiment: str, data: Mapping[str, Any], nets: Nets, configured: Sequence[Mapping[str, Any]] = ()
 ) -> list[dict[str, Any]]:
     """What `summary` shows, as numbers: a row for each net of `by_net`, with the values of each seed.
 
     Returns:
       Rows with all axes; parameters, flops and activation_bytes where `configured`, the nets of config.json, has them;
       seeds, last and best (lists, one value a seed); paper and later (None where the two editions of the paper print
-      none, as on all sets but cifar10); diverged; dead (mean), units, dead_from (a layer from 1, or None),
-      first_signal, last_signal and seconds (means). The last six are None if no epoch was evaluated.
+      none, as on all sets but cifar10, and for held-out images); diverged; skipped; dead (mean), units, dead_from (a
+      layer from 1, or None), first_signal, last_signal and seconds (means). The last six are None if no epoch was
+      evaluated.
     """
-    axes = list(nets[0][0]) if nets else []
+    axes, guess = list(nets[0][0]) if nets else [], chance(data)
+    has_printed = (data["name"], tested_on(data)) == ("cifar10", "test")
     counts = {tuple(net[axis] for axis in axes): {k: v for k, v in net.items() if k not in axes} for net in configured}
     return [
         {
             **net,
             **counts.get(tuple(net.values()), {}),
             "seeds": [run[0]["seed"] for run in runs],
-            "last": [CHANCE if "diverged" in run[-1] else run[-1]["test_accuracy"] for run in runs],
+            "last": [guess if "diverged" in run[-1] else run[-1]["test_accuracy"] for run in runs],
             "best": [
-                max((line["test_accuracy"] for line in run if "test_accuracy" in line), default=CHANCE) for run in runs
+                max((line["test_accuracy"] for line in run if "test_accuracy" in line), default=guess) for run in runs
             ],
-            **(published(experiment, net) if dataset == "cifar10" else dict.fromkeys(EDITIONS)),
+            **(published(experiment, net) if has_printed else dict.fromkeys(EDITIONS)),
             "diverged": sum("diverged" in run[-1] for run in runs),
+            "skipped": sum(line.get("skipped", 0) for run in runs for line in run),
             **_layers(runs),
         }
         for net, runs in nets
@@ -175,15 +193,15 @@ def provenance(config: Mapping[str, Any], more: str = "") -> str:
     )
 
 
-def time_table(medians: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Step times relative to lk_relu's, beside what both editions printed (table 6); without it, to the first net's."""
+def time_table(experiment: str, medians: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Step times relative to lk_relu's, or without it to the first net's; table 6 beside what both editions printed."""
     base = next((net for net in medians if net["act"] == "lk_relu"), medians[0])
     rows = []
     for net in medians:
         row = {HEADINGS.get(key, key): text(value) for key, value in net.items() if key != "step_seconds"}
         row["ms a step"] = f"{net['step_seconds'] * 1000:.3g}"
         row[f"time / {base['act']}"] = f"{net['step_seconds'] / base['step_seconds']:.2f}"
-        if base["act"] == "lk_relu":
+        if (experiment, base["act"], net.get("link")) == ("resnet50", "lk_relu", "inside"):
             row |= {edition: text(value) for edition, value in published_time(net["act"]).items()}
         rows.append(row)
     return rows

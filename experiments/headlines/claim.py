@@ -70,7 +70,8 @@ def table(claim: Claim, lines: Sequence[Line]) -> list[dict[str, str]]:
             row = {"row": name}
             for key, heading in claim.measures.items():
                 values = [run[key] for run in runs if key in run]
-                row[heading] = spread(values) if values else "-"
+                lost = f" ({len(runs) - len(values)} of {len(runs)} diverged)" if len(values) < len(runs) else ""
+                row[heading] = (spread(values) if values else "-") + lost
             seconds = statistics.fmean(run["seconds"] for run in runs)
             rows.append(row | {"seeds": str(len(runs)), "time": f"{seconds:.0f} s"})
     return rows

@@ -1,7 +1,7 @@
 """Does a net that learns one task after the other go on learning? ReLU, linked neurons and three remedies.
 
     python -m experiments.plasticity
-    python -m experiments.plasticity --methods relu lk_relu --streams random_labels --tasks 20 --seeds 1
+    python -m experiments.plasticity --methods relu lk_relu --streams random_labels --seeds 1 --out runs/short
     python -m experiments.plasticity --protocol kumar        # the field's own problems: experiments/plasticity/kumar
     python -m experiments.plasticity --protocol regression   # slowly changing: experiments/plasticity/regression.py
 

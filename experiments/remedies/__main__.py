@@ -1,7 +1,7 @@
 """All remedies on the same work, beside linked neurons: two networks, one data pipeline, one budget.
 
     python -m experiments.remedies
-    python -m experiments.remedies --methods relu lk_relu normprop --nets depth --seeds 1
+    python -m experiments.remedies --methods relu lk_relu normprop --nets depth --seeds 1 --out runs/three
 
 Rates: each method tries three with seed 0 and takes the one with the least training loss of the last epoch; the test
 set has no say. The other seeds then run at that rate. Methods that learn are stressed: batches of 2, raw pixels
@@ -49,12 +49,15 @@ class Settings:
     """The folder of the record. The same command resumes one that is there."""
 
 
+_SAME = ("experiment", "protocol", "data", "nets")
+
+
 def check(settings: Settings) -> Settings:
     """Refuse what cannot run, with a UsageError; name all methods."""
     methods = known("methods", METHODS if "all" in settings.methods else settings.methods, METHODS)
-    known("nets", settings.nets, NETS)
+    nets = known("nets", settings.nets, NETS)
     in_range(settings, {"seeds": (1, math.inf), "epochs": (1, math.inf), "time_steps": (0, math.inf)})
-    return dataclasses.replace(settings, methods=methods)
+    return dataclasses.replace(settings, methods=methods, nets=nets)
 
 
 def main() -> None:
@@ -69,7 +72,7 @@ def main() -> None:
         console.say(f"{net} {row} {stress if stress != 'none' else ''} rate {rate:g} seed {seed}  {said}")
         return line
 
-    with study.open_record("remedies", folder, data=work.data, **_config(settings, work)) as record:
+    with study.open_record("remedies", folder, data=work.data, same=_SAME, **_config(settings, work)) as record:
         with console.progress("runs", planned(methods, nets, settings.seeds, settings.stress)) as advance:
             for net in nets:
                 for method in methods:

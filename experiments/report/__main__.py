@@ -104,11 +104,12 @@ def _write_table(folder: Path, group: Group) -> dict[str, bytes]:
     (folder / f"{group.name}.csv").write_text(csv_of(group), encoding="utf-8")
     if not group.lines:
         return {}
+    data = group.config["data"]
     table = plots.table_picture(group.numbers, group.axes, title=group.heading)
     (folder / f"{group.name}.png").write_bytes(table)
-    plots.accuracy_picture(group.by_net, folder / f"{group.name}-curves.png", title=group.heading)
+    plots.accuracy_picture(group.by_net, folder / f"{group.name}-curves.png", title=group.heading, data=data)
     about = plots.caption(group.by_net)
-    panels = plots.panel_pictures(group.by_net)
+    panels = plots.panel_pictures(group.by_net, data=data)
     captions = {f"{name}{'; ' if about else ''}{about}": png for name, png in panels.items()}
     return {"The table as a picture": table, **captions}
 

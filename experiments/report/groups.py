@@ -47,7 +47,7 @@ class Group:
     def numbers(self) -> list[dict[str, Any]]:
         """The table, as numbers."""
         nets = [net for record in self.records for net in record.config["nets"]]
-        return tables.numbers(self.config["experiment"], self.config["data"]["name"], self.by_net, nets)
+        return tables.numbers(self.config["experiment"], self.config["data"], self.by_net, nets)
 
     @property
     def heading(self) -> str:

@@ -22,7 +22,7 @@ def times_of(group: Group) -> list[tuple[str, list[dict[str, str]]]]:
         times = record.times
         if times and len(times["medians"]) > 1:
             title = f"Median time of a training step, {times['steps']} steps of each net in turns; {_hardware(record)}"
-            found.append((title, tables.time_table(times["medians"])))
+            found.append((title, tables.time_table(group.config["experiment"], times["medians"])))
     return found
 
 
@@ -30,7 +30,7 @@ def markdown_of(group: Group) -> str:
     """The Markdown file of a group: heading, table, legend, notes, origin and commands."""
     rows = table_of(group)
     parts = [f"# {group.heading}"]
-    parts += [tables.markdown(rows), tables.legend(rows)] if rows else ["No run is finished."]
+    parts += [tables.markdown(rows), tables.legend(rows, group.config["data"])] if rows else ["No run is finished."]
     for title, times in times_of(group):
         parts += [title + ":", tables.markdown(times)]
     if group.notes:

@@ -46,6 +46,8 @@ def test_what_is_there_is_said_in_80_columns(tmp_path):
     (tmp_path / "tfds" / "mnist" / "3.0.1" / "dataset_info.json").write_text("{}")
     with Record.create(tmp_path / "runs" / "one", {"command": "python -m experiments.depth --act relu"}) as record:
         record.add({"epoch": 1})
+    with Record.create(tmp_path / "runs" / "sweep" / "two", {"command": "python -m experiments.depth --act selu"}):
+        pass
     (tmp_path / "runs" / "bad").mkdir()
     (tmp_path / "runs" / "bad" / "config.json").write_text("{")
     said = overview.overview(tmp_path / "tfds", tmp_path / "runs")
@@ -53,6 +55,7 @@ def test_what_is_there_is_said_in_80_columns(tmp_path):
     assert f"mnist prepared in {tmp_path / 'tfds'}" in flat
     assert "cifar10, cifar100, tiny_shakespeare" in flat
     assert "one: python -m experiments.depth --act relu, 1 lines" in flat
+    assert "two: python -m experiments.depth --act selu, 0 lines" in flat
     assert "config.json cannot be read" in flat
     assert "nothing in none/ yet" in " ".join(overview.overview(tmp_path, Path("none")).split())
     long = [line for line in said.splitlines() if len(line) > 80]

@@ -368,6 +368,13 @@ def test_the_table_is_what_numpy_finds_in_the_lines():
     assert tried["lk_relu"]["rate 0.2"] == "-"
 
 
+def test_runs_that_no_table_shows_are_named():
+    assert table.left_out("cifar_5plus1", 4, LINES) == ""
+    another = line("relu", 0.3, 3, [0.25, 0.9, 0.75, 0.9])
+    said = "Not in the table, at other rates: relu at 0.3, seed 3: 50.00."
+    assert table.left_out("cifar_5plus1", 4, [*LINES, another]) == said
+
+
 def test_published_numbers_stand_beside_ours_only_at_the_full_number_of_tasks():
     rows = {row["method"]: row for row in table.beside_published(LINES)}
     assert rows["relu"]["5+1 CIFAR"] == "- / 4.76"
@@ -391,7 +398,8 @@ def test_published_numbers_stand_beside_ours_only_at_the_full_number_of_tasks():
         ({"rates": (0.0,)}, "--rates are positive numbers, got 0.0"),
         ({"rates": (float("nan"),)}, "--rates are positive numbers, got nan"),
         ({"rates": ()}, "nothing to run"),
-        ({"tasks": -1}, "--tasks is from 0 to 10,000, got -1"),
+        ({"tasks": -1}, "--tasks is from 0 to 500, got -1"),
+        ({"tasks": 31}, "--tasks 31 is more than there are: cifar_5plus1 has 30; pass fewer, or 0"),
         ({"seeds": -1}, "--seeds is from 0"),
         ({"tuning_seeds": 4}, "--tuning-seeds is from 0 to 3, got 4"),
         ({"seeds": 0, "tuning_seeds": 0}, "nothing to run"),
@@ -400,6 +408,10 @@ def test_published_numbers_stand_beside_ours_only_at_the_full_number_of_tasks():
 def test_bad_options_are_refused(options, said):
     with pytest.raises(UsageError, match=said):
         command.check(command.Settings(**options))
+
+
+def test_a_rate_that_is_given_twice_counts_once():
+    assert command.check(command.Settings(rates=(1e-3, 1e-4, 1e-3))).rates == (1e-3, 1e-4)
 
 
 def test_all_problems_and_all_methods():
@@ -474,4 +486,11 @@ def test_the_command_leaves_a_record_that_grows_and_resumes(monkeypatch, tmp_pat
     again = [json.loads(text) for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     timed = {"seconds": 0, "training_seconds": 0}
     assert [each | timed for each in again] == [each | timed for each in lines]
+    monkeypatch.setattr(data_lib, "load_split", lambda name, _: dataclasses.replace(half(name), fingerprint="other"))
+    with pytest.raises(
+        UsageError, match=r"the runs of random_label_mnist in .* are on mnist's test half, .*; pass ano"
+    ):
+        started(monkeypatch, *options, "--methods", "relu", "--tuning-seeds", 3)
+    assert len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == len(lines)
+    monkeypatch.setattr(data_lib, "load_split", lambda name, _: half(name))
     capsys.readouterr()

@@ -215,6 +215,44 @@ def test_a_heading_names_settings_before_code_and_before_what_an_older_record_la
     ]  # fmt: skip
 
 
+def test_accuracies_on_held_out_images_are_called_so(tmp_path):
+    data = {"name": "cifar10", "description": "cifar10: 9 train and 9 held-out images of 8x8x1, 10 classes"}
+    (group,) = the_groups(write_record(tmp_path / "run", data=data))
+    text = report.markdown_of(group)
+    assert "Held-out accuracy" in text
+    assert "zero on all held-out images" in text
+    assert "est accuracy" not in text
+    assert "paper" not in report.table_of(group)[0]
+    assert next(iter(plots.panel_pictures(group.by_net, data=group.config["data"]))) == "Held-out accuracy by epoch"
+
+
+def test_chance_is_that_of_the_sets_classes(tmp_path):
+    def diverge(lines):
+        first = [line for line in lines if line["epoch"] == 1]
+        keep = ("act", "depth", "init", "lr", "seed", "epoch")
+        return [{**{key: line[key] for key in keep}, "diverged": "the loss is nan in epoch 1"} for line in first]
+
+    (group,) = the_groups(write_record(tmp_path / "run", diverge, data={"classes": 100}))
+    assert report.table_of(group)[0]["last epoch"] == "0.0100 ± 0.0000"
+    assert "counts as chance, 0.01." in report.markdown_of(group)
+
+
+def test_updates_that_were_skipped_are_counted(tmp_path):
+    def skip(lines):
+        return [line | {"skipped": 2 * (line["act"] == "relu")} for line in lines]
+
+    (group,) = the_groups(write_record(tmp_path / "run", skip))
+    assert [row["skipped"] for row in report.table_of(group)] == ["12", "0"]
+    assert "skipped: updates that were left out" in report.markdown_of(group)
+
+
+def test_a_caption_tells_unequal_numbers_of_seeds():
+    nets = [({"act": act}, [[{"seed": seed}] for seed in range(count)]) for act, count in (("relu", 3), ("selu", 1))]
+    assert plots.caption(nets) == "lines are means over 1 to 3 seeds, bands span them"
+    assert plots.caption(nets[:1]) == "lines are means over 3 seeds, bands span them"
+    assert plots.caption(nets[1:]) == ""
+
+
 def test_a_heading_says_that_a_part_of_the_training_set_was_learnt(tmp_path):
     write_record(tmp_path / "run", protocol={"train_size": 128})
     (group,) = the_groups(tmp_path)
@@ -418,7 +456,9 @@ def test_step_times_stand_beside_the_published_ones(tmp_path):
     assert "7 steps of each net in turns" in text
     assert "| act | link | ms a step | time / lk_relu | paper | later |" in text
     assert "| lk_relu_bn | inside | 250 | 2.50 | 2.30288 | 2.09 |" in text
-    assert list(tables.time_table(medians[1:])[0]) == ["act", "link", "ms a step", "time / lk_relu_bn"]
+    assert list(tables.time_table("resnet50", medians[1:])[0]) == ["act", "link", "ms a step", "time / lk_relu_bn"]
+    assert "paper" not in tables.time_table("depth", medians)[0]
+    assert "paper" not in tables.time_table("resnet50", [net | {"link": "everywhere"} for net in medians])[0]
 
 
 # --- files
@@ -602,5 +642,5 @@ def test_dead_units_of_a_later_net_are_not_cut_off():
     lines = [{**line, "dead_by_layer": [0, 0, 3 * number]} for number, line in enumerate(many(["relu", "selu"])[0])]
     ((_, curves),) = plots._facets(tables.by_net(lines, ["act"]))
     panel = plots.figure(4, 3).subplots()
-    plots._draw(panel, curves, plots._PANELS["Dead units by layer, after training"])
+    plots._draw(panel, curves, plots._PANELS["Dead units by layer, after training"], CONFIG["data"])
     assert panel.get_ylim()[1] >= 3

@@ -263,16 +263,49 @@ def test_what_the_data_decide_is_no_difference(command, ran, tmp_path):
     assert command(*tiny(["relu"]))[0] == 0
     path = tmp_path / "out" / "relu-2-auto" / "config.json"
     config = json.loads(path.read_text())
-    config["settings"] |= {"batch_size": 32}
-    path.write_text(json.dumps(config))
-    assert (
-        command("depth", "--seeds", 2, "--out", "out", "--", "--act", "relu", "--depth", "2", "--epochs", "1")[0] == 0
-    )
+    config["settings"] |= {"batch_size": 32}  # as a run settles it
+    options = ["depth", "--seeds", 2, "--out", "out", "--", "--act", "relu", "--depth", "2", "--epochs", "1"]
+    for asked, code in [({"batch_size": None}, 0), ({"batch_size": 32}, 2), ({}, 2)]:
+        path.write_text(json.dumps(config | {"asked": asked}))
+        assert command(*options)[0] == code
+        assert command(*options, "--batch-size", "32")[0] == 0
     assert len(ran.commands) == 1
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_set_that_was_prepared_since_is_another(command, ran, tmp_path, monkeypatch, prepared):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    assert command(*tiny(["relu"]))[0] == 0
+    if prepared:
+        info = tmp_path / "tfds" / "cifar10" / "3.0.2" / "dataset_info.json"
+        info.parent.mkdir(parents=True)
+        info.write_text("{}")
+    options = [
+        "depth",
+        "--seeds",
+        2,
+        "--out",
+        "out",
+        "--",
+        "--act",
+        "relu",
+        "--depth",
+        "2",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "479",
+    ]
+    code, _, error = command(*options)
+    assert code == (2 if prepared else 0)
+    assert ("dataset digits, and this sweep has cifar10" in error) == prepared
+
+
 def test_a_damaged_record_goes_to_its_command(command, ran, tmp_path):
-    (tmp_path / "out" / "relu-2-auto").mkdir(parents=True)
+    folder = tmp_path / "out" / "relu-2-auto"
+    folder.mkdir(parents=True)
+    assert command(*tiny(["relu"], "--dry-run"))[1].endswith("--out out/relu-2-auto\n")  # it is empty
+    (folder / "config.json").write_text("{")
     assert command(*tiny(["relu"], "--dry-run"))[1] == "python -m experiments.depth --resume out/relu-2-auto\n"
 
 

@@ -66,16 +66,22 @@ class Settings:
 
 def check(settings: Settings) -> Settings:
     """Refuse what cannot run, with a UsageError; name all problems and methods."""
-    ranges = {"tasks": (0, 10_000), "seeds": (0, 1000), "tuning_seeds": (0, FIRST_SEED)}
+    ranges = {"tasks": (0, 500), "seeds": (0, 1000), "tuning_seeds": (0, FIRST_SEED)}
     in_range(settings, ranges)  # pyright: ignore[reportArgumentType]
     for rate in settings.rates:
         if not 0 < rate < math.inf:
             raise UsageError(f"--rates are positive numbers, got {rate}; try 1e-3")
     if not settings.rates or not settings.seeds + settings.tuning_seeds:
         raise UsageError("there is nothing to run; give --rates at least one, and --seeds or --tuning-seeds")
+    problems = known("problems", PROBLEMS if "all" in settings.problems else settings.problems, PROBLEMS)
+    most = {name: PROBLEMS[name].tasks for name in problems if settings.tasks > PROBLEMS[name].tasks}
+    if most:
+        has = ", ".join(f"{name} has {tasks}" for name, tasks in most.items())
+        raise UsageError(f"--tasks {settings.tasks} is more than there are: {has}; pass fewer, or 0 for each one's own")
     return dataclasses.replace(
         settings,
-        problems=known("problems", PROBLEMS if "all" in settings.problems else settings.problems, PROBLEMS),
+        problems=problems,
+        rates=tuple(dict.fromkeys(settings.rates)),
         methods=known("methods", METHODS if "all" in settings.methods else settings.methods, METHODS),
     )
 
@@ -95,6 +101,8 @@ def main() -> None:
         console.progress("tasks", total) as advance,
     ):
         for name in settings.problems:
+            _same_data(record, name, sets[PROBLEMS[name].dataset])
+        for name in settings.problems:
             for row in settings.methods:
                 problem = PROBLEMS[name]
                 work = Work(problem, METHODS[row], sets[problem.dataset], _tasks(settings, problem))
@@ -110,6 +118,19 @@ def main() -> None:
         console.say(f"record   {record.folder}")
 
 
+def _said(data: data_lib.Split) -> str:
+    return f"{data}, fingerprint {data.fingerprint}"
+
+
+def _same_data(record: Record, name: str, data: data_lib.Split) -> None:
+    """Refuse to add runs of a problem to those on other images."""
+    there = record.find({"problem": name})
+    if there is not None and there["data"] != _said(data):
+        raise UsageError(
+            f"the runs of {name} in {record.folder} are on {there['data']}, this is {_said(data)}; pass another --out"
+        )
+
+
 def _of_row(
     record: Record, name: str, row: str, work: Work, settings: Settings, say: Callable[[str], None],
     advance: Callable[[int], None],
@@ -117,12 +138,14 @@ def _of_row(
     """Add the runs of a row that the record lacks: the rates, then the result at the best."""
     told = {"problem": name, "row": row, "tasks": work.tasks}
     shape = work.method.shape(work.problem)
-    facts = {"units": list(shape.sizes), "parameters": _parameters(work), "data": str(work.data)}
+    facts = {"units": list(shape.sizes), "parameters": _parameters(work), "data": _said(work.data)}
 
     def once(runs: Sequence[Run]) -> None:
         keys = [{**told, "rate": rate, "seed": seed} for seed, rate in runs]
         new = [run for run, key in zip(runs, keys, strict=True) if record.find(key) is None]
-        which = f"{name}-{row}-{work.tasks}-" + "-".join(f"{seed}at{rate:g}" for seed, rate in new)
+        which = f"{name}-{row}-{work.tasks}-{work.data.fingerprint[:8]}-" + "-".join(
+            f"{seed}at{rate:g}" for seed, rate in new
+        )
         unfinished = record.checkpoints(which)
 
         def make(_missing: Sequence[int]) -> list[dict[str, Any]]:
@@ -157,7 +180,7 @@ def _groups(runs: Sequence[Run], problem: Problem) -> list[Sequence[Run]]:
 
 
 def _tasks(settings: Settings, problem: Problem) -> int:
-    return min(settings.tasks or problem.tasks, problem.tasks)
+    return settings.tasks or problem.tasks
 
 
 def _parameters(work: Work) -> int:

@@ -80,6 +80,16 @@ def table(problem: str, tasks: int, lines: Sequence[Line]) -> list[dict[str, str
     return [texts for _, texts in sorted(rows, key=lambda pair: -pair[0])]
 
 
+def left_out(problem: str, tasks: int, lines: Sequence[Line]) -> str:
+    """The runs that no table shows: of seeds that do not choose, at another rate than the row's; empty if none is."""
+    told = []
+    for row, of_row in by_row(problem, tasks, lines).items():
+        shown = result(of_row)
+        others = [line for line in of_row if line["seed"] >= FIRST_SEED and line not in shown]
+        told += [f"{row} at {line['rate']:g}, seed {line['seed']}: {100 * line['score']:.2f}" for line in others]
+    return f"Not in the table, at other rates: {'; '.join(told)}." if told else ""
+
+
 def rates_table(problem: str, tasks: int, lines: Sequence[Line]) -> list[dict[str, str]]:
     """The mean score at each rate, of the seeds that choose it, for the rows that tried several."""
     found, rows = by_row(problem, tasks, lines), []
@@ -122,6 +132,8 @@ def markdown(config: Mapping[str, Any], lines: Sequence[Line]) -> str:
         parts += [f"## {what.says}", steps, markdown_table(table(problem, tasks, lines))]
         if rates := rates_table(problem, tasks, lines):
             parts += ["Score at each rate, of the seeds that choose it:", markdown_table(rates)]
+        if left := left_out(problem, tasks, lines):
+            parts.append(left)
     parts += ["## Beside the published numbers", "Ours / published. " + published()["about"]]
     parts.append(markdown_table(beside_published(lines)))
     rows = dict.fromkeys(line["row"] for line in lines)

@@ -49,7 +49,7 @@ def test_a_record_says_everything_that_determines_the_run(tmp_path):
     assert config["hardware"]["devices"] == jax.device_count()
     assert config["hardware"]["cpu_cores"] == os.cpu_count()
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", config["time"])
-    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?|unknown", config["commit"])
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes-[0-9a-f]{8})?|unknown-[0-9a-f]{8}", config["commit"])
 
 
 def test_no_path_of_this_machine_is_recorded(tmp_path):
@@ -281,7 +281,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 def test_the_commit_of_a_checkout_and_whether_code_differs_from_it(checkout):
     git(checkout, "init", "-q")
-    assert environment._commit() == "unknown"  # no commit yet
+    assert re.fullmatch("unknown-[0-9a-f]{8}", environment._commit())  # no commit yet
     git(checkout, "add", ".")
     git(checkout, "commit", "-qm", "first")
     commit = git(checkout, "rev-parse", "HEAD")
@@ -290,20 +290,25 @@ def test_the_commit_of_a_checkout_and_whether_code_differs_from_it(checkout):
     (checkout / "README.md").write_text("prose and results do not change a run")
     assert environment._commit() == commit
     (checkout / "experiments" / "new.py").write_text("")
-    assert environment._commit() == f"{commit}+changes"
+    added = environment._commit()
+    assert re.fullmatch(rf"{commit}\+changes-[0-9a-f]{{8}}", added)
     (checkout / "experiments" / "new.py").unlink()
     (checkout / "experiments" / "engine" / "records.py").write_text("2\n")
-    assert environment._commit() == f"{commit}+changes"
+    changed = environment._commit()
+    assert re.fullmatch(rf"{commit}\+changes-[0-9a-f]{{8}}", changed)
+    (checkout / "experiments" / "engine" / "records.py").write_text("3\n")
+    assert len({added, changed, environment._commit()}) == 3
 
 
 def test_the_commit_is_unknown_outside_a_checkout_and_without_git(checkout, monkeypatch):
-    assert environment._commit() == "unknown"
+    unknown = environment._commit()
+    assert re.fullmatch("unknown-[0-9a-f]{8}", unknown)
     git(checkout, "init", "-q")
     git(checkout, "add", ".")
     git(checkout, "commit", "-qm", "first")
-    assert environment._commit() != "unknown"
+    assert environment._commit() == git(checkout, "rev-parse", "HEAD")
     monkeypatch.setenv("PATH", "")
-    assert environment._commit() == "unknown"
+    assert environment._commit() == unknown
 
 
 HOLDER = """

@@ -120,6 +120,21 @@ def test_an_interrupted_run_goes_on_is_interrupted_again_and_ends_as_if_nothing_
     assert f"the run {folder} is complete" in out
     assert (saved(folder), metrics(folder), (folder / "config.json").read_bytes()) == before
 
+    shutil.rmtree(folder / "checkpoint")  # as in a record that was kept without it
+    code, out, error = command("--resume", folder)
+    assert (code, error) == (0, "")
+    assert f"the run {folder} is complete" in out
+    assert metrics(folder) == before[1]
+
+
+@pytest.mark.slow
+def test_without_a_checkpoint_a_run_that_is_not_whole_begins_again_and_says_so(folder, command, whole_here):
+    shutil.rmtree(folder / "checkpoint")
+    code, out, error = command("--resume", folder)
+    assert (code, error) == (0, "")
+    assert "no checkpoint is left: training begins again, lines recorded: 1" in out
+    same(folder, whole_here)
+
 
 def change(folder, **values):
     path = folder / "config.json"
@@ -157,6 +172,7 @@ REFUSED = {
     "no settings": (lambda run: change(run, settings=None), "config.json are damaged"),
     "unknown settings": (lambda run: change(run, settings={"depht": 3}), "config.json are damaged"),
     "a damaged line": (lambda run: add_line(run, "{\n{}\n"), "metrics.jsonl, line 2 cannot be read"),
+    "a lost line": (lambda run: (run / "metrics.jsonl").write_text(""), "a part of the record is lost"),
     "damaged checkpoints": (lambda run: damage_checkpoints(run, lambda all: all[:-1] + b"x"), "its SHA-256 is another"),
     "empty checkpoints": (lambda run: damage_checkpoints(run, lambda _all: b""), "its SHA-256 is another"),
     "another net's checkpoint": (another_net, "is of another net"),
