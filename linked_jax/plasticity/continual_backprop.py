@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
@@ -30,11 +31,10 @@ def continual_backprop(
 
         u <- decay u + (1 - decay) |h| sum |outgoing weights|,      a <- a + 1
         c <- c + replacement_rate * (number of units with a > maturity)
-        c >= 1:  the mature unit with the least u starts anew,      c <- c - 1
+        the floor(c) mature units with the least u / (1 - decay^a) start anew,      c <- c - their number
 
     Of a unit that starts anew, incoming weights and bias are drawn, outgoing weights, u and a become 0, and all that
-    the optimiser holds of these weights is as in tx.init. So outputs change by what the unit gave. At most one unit of
-    a layer a step.
+    the optimiser holds of these weights is as in tx.init. So outputs change by what the unit gave.
     A linked unit has one utility, over all its members.
 
     Args:
@@ -66,7 +66,8 @@ def continual_backprop(
       >>> optax.apply_updates(params, updates)["b"]["kernel"][:, 0].tolist()
       [1.0, 0.0, 1.0]
 
-    Reference: Dohare et al., Loss of plasticity in deep continual learning, 2024, algorithm 1.
+    Reference: Dohare et al., Loss of plasticity in deep continual learning, 2024, algorithm 1; the division by
+    1 - decay^a, without which a unit that is new looks useless, is in their code.
     """
     if is_number(replacement_rate) and not 0 <= replacement_rate <= 1:
         raise ValueError(f"replacement_rate is from 0 to 1, got {replacement_rate}; the paper's is 1e-4")
@@ -78,35 +79,38 @@ def continual_backprop(
     def init(params: Any) -> ContinualBackpropState:
         check_paths(params, units)
         leaves = leaves_by_name(params)
-        zeros = tuple(jnp.zeros(leaves[layer.kernels[0]].shape[-1]) for layer in units)
-        return ContinualBackpropState(zeros, zeros, (jnp.zeros(()),) * len(units), key, tx.init(params))
+        counts = [leaves[layer.kernels[0]].shape[-1] if leaves else 0 for layer in units]
+        utility, age = (tuple(jnp.zeros(count) for count in counts) for _ in range(2))
+        due = tuple(jnp.zeros(()) for _ in units)
+        return ContinualBackpropState(utility, age, due, jax.random.clone(key), tx.init(params))
 
     def update(
         updates: Any, state: Any, params: Any = None, *, magnitudes: Any = None, **extra: Any
     ) -> tuple[Any, ContinualBackpropState]:
         needs_params(params, "continual_backprop")
         leaves, (utility, age, due, chosen) = leaves_by_name(params), ([], [], [], [])
-        sizes = listed(magnitudes, units, "continual_backprop")
+        sizes = listed(magnitudes, units, params, "continual_backprop")
         for i, (layer, size) in enumerate(zip(units, sizes, strict=True)):
             contribution = size * outgoing_size(leaves[layer.kernels[1]], size.size)
             u = decay * state.utility[i] + (1 - decay) * contribution
             a = state.age[i] + 1
-            least, c = _least(u, a > maturity, state.due[i] + replacement_rate * (a > maturity).sum(dtype=u.dtype))
+            c = state.due[i] + replacement_rate * (a > maturity).sum(dtype=u.dtype)
+            least = _least(u / (1 - decay**a), a > maturity, jnp.floor(c))
             utility.append(jnp.where(least, 0, u))
             age.append(jnp.where(least, 0, a))
-            due.append(c)
+            due.append(c - least.sum(dtype=c.dtype))
             chosen.append(least)
         any_chosen = jnp.concatenate(chosen).any()
-        steps, rest, inner = renewing_step(tx, updates, state, params, extra, any_chosen, draw, units, chosen)
+        steps, rest, inner = renewing_step(
+            tx, updates, state, params, {**extra, "magnitudes": magnitudes}, any_chosen, draw, units, chosen,
+            "continual_backprop",
+        )  # fmt: skip
         return steps, ContinualBackpropState(tuple(utility), tuple(age), tuple(due), rest, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _least(
-    utility: Float[Array, " c"], mature: Bool[Array, " c"], due: Float[Array, ""]
-) -> tuple[Bool[Array, " c"], Float[Array, ""]]:
-    """The unit to be replaced, if one is due, and what is due afterwards."""
-    index = jnp.where(mature, utility, jnp.inf).argmin()
-    now = (due >= 1) & mature.any()
-    return now & (jnp.arange(utility.size) == index), due - now.astype(due.dtype)
+def _least(utility: Float[Array, " c"], mature: Bool[Array, " c"], count: Float[Array, ""]) -> Bool[Array, " c"]:
+    """Which of the mature units are the so many with the least utility."""
+    rank = jnp.argsort(jnp.argsort(jnp.where(mature, utility, jnp.inf)))
+    return mature & (rank < count)

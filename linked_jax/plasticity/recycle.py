@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
@@ -29,7 +30,8 @@ def recycle_dormant(
         s_i = m_i / mean_k m_k,   m_i = mean |h_i| of the step's batch
         s_i <= tau, after every `period`-th step:   incoming weights drawn anew, outgoing weights 0
 
-    All that the optimiser holds of these weights is then as in tx.init.
+    All that the optimiser holds of these weights is then as in tx.init. Where all units of a layer are dormant, the
+    dormant ones of the next see them all the same: else a net of dead layers would come back one layer a period.
     `linked_jax.revive.redo` does this to a model, between steps and on a batch of one's own.
 
     Args:
@@ -68,16 +70,27 @@ def recycle_dormant(
 
     def init(params: Any) -> RecycleState:
         check_paths(params, units)
-        return RecycleState(jnp.zeros((), jnp.int32), key, tx.init(params))
+        return RecycleState(jnp.zeros((), jnp.int32), jax.random.clone(key), tx.init(params))
 
     def update(
         updates: Any, state: Any, params: Any = None, *, magnitudes: Any = None, **extra: Any
     ) -> tuple[Any, RecycleState]:
         needs_params(params, "recycle_dormant")
-        sizes, count = listed(magnitudes, units, "recycle_dormant"), state.steps + 1
+        sizes, count = listed(magnitudes, units, params, "recycle_dormant"), state.steps + 1
         dormant = [relative_sizes(size, finite=jnp.isfinite(size)) <= tau for size in sizes]
         due = count % period == 0
-        steps, rest, inner = renewing_step(tx, updates, state, params, extra, due, draw, units, dormant)
+        steps, rest, inner = renewing_step(
+            tx,
+            updates,
+            state,
+            params,
+            {**extra, "magnitudes": magnitudes},
+            due,
+            draw,
+            units,
+            dormant,
+            "recycle_dormant",
+        )
         return steps, RecycleState(count, rest, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -7,7 +7,7 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from linked_jax.arrays import Number, is_number
-from linked_jax.plasticity.units import Draw, needs_params
+from linked_jax.plasticity.units import Draw, fresh_start, needs_params
 
 
 class ShrinkAndPerturbState(NamedTuple):
@@ -57,9 +57,9 @@ def shrink_and_perturb(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ShrinkAndPerturbState]:
         needs_params(params, "shrink_and_perturb")
         key, now = jax.random.split(state.key)
-        moved = jax.tree.map(
-            lambda u, p, fresh: (1 - shrink) * u - shrink * p + perturb * fresh, updates, params, draw(now)
-        )
+        epsilon = fresh_start(draw, now, params, "shrink_and_perturb")
+        moved = jax.tree.map(lambda u, p, e: (1 - shrink) * u - shrink * p + perturb * e, updates, params, epsilon)
         return moved, ShrinkAndPerturbState(key)
 
-    return optax.GradientTransformation(lambda params: ShrinkAndPerturbState(key), update)
+    # A copy of the key: the state may be donated.
+    return optax.GradientTransformation(lambda params: ShrinkAndPerturbState(jax.random.clone(key)), update)

@@ -50,9 +50,12 @@ def outgoing_size(kernel: Float[Array, "*window rows c_out"], units: int) -> Flo
 
 
 def check_paths(params: Any, units: Sequence[Units]) -> None:
-    """Raise ValueError if a path is not there, or the kernels do not fit."""
+    """Raise ValueError if a path is not there, or the kernels do not fit; nothing is to check in a tree of no leaves.
+
+    Such a tree is what `optax.tree_utils.tree_map_params` gives to init.
+    """
     leaves = leaves_by_name(params)
-    for layer in units:
+    for layer in units if leaves else ():
         for name in layer.kernels:
             if name not in leaves:
                 there = ", ".join("/".join(n[:-1]) for n in leaves if n[-1] == "kernel")
@@ -70,10 +73,13 @@ def renewed(params: Any, fresh: Any, units: Sequence[Units], chosen: Sequence[Bo
     drawn: dict[Names, Array] = {}
     cut: dict[Names, Array] = {}
     for layer, mask in zip(units, chosen, strict=True):
-        before, after = layer.kernels
-        drawn |= {name: jnp.broadcast_to(mask, leaves[name].shape) for name in (before, layer.bias) if name in leaves}
+        names = [name for name in (layer.kernels[0], layer.bias) if name in leaves]
+        drawn |= {name: jnp.broadcast_to(mask, leaves[name].shape) for name in names}
+    for layer, mask in zip(units, chosen, strict=True):
+        after = layer.kernels[1]
         rows = jnp.tile(mask, leaves[after].shape[-2] // mask.size)[:, None]
-        cut[after] = jnp.broadcast_to(rows, leaves[after].shape)
+        both = mask.all() & drawn.get(after, no)  # else new units of a layer would see nothing of one that is all new
+        cut[after] = jnp.broadcast_to(rows, leaves[after].shape) & ~both
 
     def new(path: Any, p: Array, start: Array) -> Array:
         name = leaf_names(path)
@@ -90,18 +96,32 @@ def renewed(params: Any, fresh: Any, units: Sequence[Units], chosen: Sequence[Bo
 
 Draw = Callable[[Array], Any]
 """key -> parameters at a fresh start."""
+_OF_UNITS = 1  # `shrink_and_perturb` may have the same key, and draws other numbers
+
+
+def fresh_start(draw: Draw, key: PRNGKeyArray, params: Any, name: str) -> Any:
+    """What `draw` gives; ValueError if that is no tree like the parameters."""
+    fresh = draw(key)
+    got, wanted = map(jax.tree.structure, (fresh, params))
+    if got != wanted:
+        raise ValueError(
+            f"the draw of {name} gives a tree of {got.num_leaves} arrays that is not like the parameters' of "
+            f"{wanted.num_leaves}; return the very structure that update gets, inside optax.masked the masked one"
+        )
+    return fresh
 
 
 def renewing_step(
     tx: optax.GradientTransformation, updates: Any, state: Any, params: Any, extra: dict[str, Any],
-    due: Bool[Array, ""], draw: Draw, units: Sequence[Units], chosen: Sequence[Bool[Array, "_"]],
+    due: Bool[Array, ""], draw: Draw, units: Sequence[Units], chosen: Sequence[Bool[Array, "_"]], name: str,
 ) -> tuple[Any, PRNGKeyArray, Any]:  # fmt: skip
     """Updates after which the chosen units have started anew, if it is due; the next key, and the optimiser's state."""
     updates, inner = optax.with_extra_args_support(tx).update(updates, state.inner, params, **extra)
     rest, now = jax.random.split(state.key)
 
     def replaced() -> tuple[Any, Any]:
-        new, where = renewed(optax.apply_updates(params, updates), draw(now), units, chosen)
+        fresh = fresh_start(draw, jax.random.fold_in(now, _OF_UNITS), params, name)
+        new, where = renewed(optax.apply_updates(params, updates), fresh, units, chosen)
         steps = jax.tree.map(lambda n, p, u: (n - p).astype(u.dtype), new, params, updates)
         of_state = optax.tree_utils.tree_map_params(  # of what it holds of each parameter, such as Adam's moments
             tx, lambda _, here: here, inner, where, transform_non_params=lambda _: False
@@ -115,14 +135,20 @@ def renewing_step(
     return updates, rest, inner
 
 
-def listed(magnitudes: Any, units: Sequence[Units], name: str) -> list[Float[Array, "_"]]:
-    """The magnitudes of each layer, in order; ValueError if there are not as many as layers of units."""
-    found = [jnp.asarray(leaf) for leaf in jax.tree.leaves(magnitudes)]
+def listed(magnitudes: Any, units: Sequence[Units], params: Any, name: str) -> list[Float[Array, "_"]]:
+    """The magnitudes of each layer; ValueError if they are no sequence of one array (C,) for each layer of units."""
+    found = [jnp.asarray(size) for size in magnitudes] if isinstance(magnitudes, list | tuple) else []
     if len(found) != len(units):
+        got = f"{len(found)}" if found or magnitudes is None else f"a {type(magnitudes).__name__}"
         raise ValueError(
-            f"{name} needs mean |h| of the units of {len(units)} layers, got {len(found)}; call update(grads, state, "
-            "params, magnitudes=[...])"
+            f"{name} needs mean |h| of the units of {len(units)} layers, in their order, got {got}; call update(grads, "
+            "state, params, magnitudes=[...])"
         )
+    leaves = leaves_by_name(params)
+    for layer, size in zip(units, found, strict=True):
+        wanted = leaves[layer.kernels[0]].shape[-1:]
+        if size.shape != wanted:
+            raise ValueError(f"the magnitudes of {layer.incoming!r} have shape {wanted}, one a unit, got {size.shape}")
     return found
 
 

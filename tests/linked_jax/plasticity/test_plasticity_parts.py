@@ -184,7 +184,7 @@ def zeros_like(params):
 
 @pytest.mark.slow
 def test_continual_backprop_is_what_numpy_computes():
-    rate, maturity, decay, steps = 0.06, 5, 0.9, 40
+    rate, maturity, decay, steps = 0.4, 3, 0.9, 40  # more than one unit a step at times
     tx = continual_backprop(
         optax.adam(0.01), UNITS, draw, key=KEY, replacement_rate=rate, maturity=maturity, decay=decay
     )
@@ -203,16 +203,16 @@ def test_continual_backprop_is_what_numpy_computes():
             age[i] += 1
             mature = np.flatnonzero(age[i] > maturity)
             due[i] += rate * len(mature)
-            if due[i] >= 1 and len(mature):
-                unit = mature[utility[i][mature].argmin()]
+            corrected = utility[i][mature] / (1 - decay ** age[i][mature])
+            for unit in mature[np.argsort(corrected)[: int(due[i])]]:
                 chosen.append((name, unit))
                 utility[i][unit] = age[i][unit] = 0
                 due[i] -= 1
         key, now = jax.random.split(key)
         adam(wanted, moments, numpy(gradients(number)), number + 1)
-        renew(wanted, moments, numpy(draw(now)), chosen)
+        renew(wanted, moments, numpy(draw(jax.random.fold_in(now, 1))), chosen)
         replaced += len(chosen)
-    assert replaced > 8
+    assert replaced > 40
     close(params, wanted)
     close(list(state.utility), utility)
     close(list(state.age), age)
@@ -229,7 +229,7 @@ def test_recycling_is_what_numpy_computes():
         key, now = jax.random.split(key)
         adam(wanted, moments, numpy(gradients(number)), number + 1)
         if number in (2, 5):
-            renew(wanted, moments, numpy(draw(now)), [("a", 0), ("b", 2), ("b", 3)])
+            renew(wanted, moments, numpy(draw(jax.random.fold_in(now, 1))), [("a", 0), ("b", 2), ("b", 3)])
     close(params, wanted)
 
 
@@ -240,7 +240,7 @@ def test_outputs_change_by_what_the_unit_gave_and_a_new_unit_learns():
     graph, params = nnx.split(net, nnx.Param)
     fresh = nnx.state(nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), lk_relu, nnx.Linear(8, 2, rngs=rngs)), nnx.Param)
     tx = continual_backprop(
-        optax.adam(0.1), [Units("layers/0", "layers/2")], lambda _: fresh, key=KEY, replacement_rate=1.0, maturity=0
+        optax.adam(0.1), [Units("layers/0", "layers/2")], lambda _: fresh, key=KEY, replacement_rate=0.25, maturity=0
     )
     x, state = jax.random.normal(KEY, (6, 3)), tx.init(params)
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -252,6 +252,90 @@ def test_outputs_change_by_what_the_unit_gave_and_a_new_unit_learns():
     gradient = jax.grad(lambda p: (nnx.merge(graph, p)(x) ** 2).sum())(new)
     moved, _ = optax.adam(0.1).update(gradient, optax.adam(0.1).init(new))
     assert (jnp.abs(moved["layers"][2]["kernel"][...][jnp.array([2, 6])]) > 0.01).all()
+
+
+def test_units_of_one_worth_are_replaced_by_turns():
+    units, params = [Units("a", "b")], {"a": {"kernel": jnp.ones((1, 8))}, "b": {"kernel": jnp.ones((8, 1))}}
+    options = {"replacement_rate": 0.01, "maturity": 20, "key": KEY}
+    tx = continual_backprop(optax.sgd(0.0), units, lambda _: params, **options)
+
+    def step(carry, _):
+        state, ages = carry
+        _, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params, magnitudes=[jnp.ones(8)])
+        return (state, ages + (state.age[0] == 0)), None
+
+    (_, times), _ = jax.jit(lambda start: jax.lax.scan(step, start, None, 2000))((tx.init(params), jnp.zeros(8)))
+    assert times.sum() > 80
+    assert times.min() > 0  # without the division by 1 - decay^a it is one unit again and again
+    assert times.max() < times.sum() / 2
+
+
+def test_a_net_of_dead_layers_comes_back_at_once():
+    def net(params, x):
+        for name in ("a", "b", "c"):
+            x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"])
+        return x @ params["d"]["kernel"]
+
+    def fresh(key):
+        keys = jax.random.split(key, 4)
+        kernels = {name: jax.random.normal(k, (5, 5)) for name, k in zip("abcd", keys, strict=True)}
+        return {name: {"kernel": kernel, "bias": jnp.zeros(5)} for name, kernel in kernels.items()}
+
+    dead = fresh(KEY)
+    for name in ("a", "b", "c"):
+        dead[name]["bias"] = jnp.full(5, -1e3)
+    tx = recycle_dormant(optax.sgd(0.1), [Units("a", "b"), Units("b", "c"), Units("c", "d")], fresh, key=KEY, period=1)
+    zeros = jax.tree.map(jnp.zeros_like, dead)
+    updates, _ = tx.update(zeros, tx.init(dead), dead, magnitudes=[jnp.zeros(5)] * 3)
+    new, x = optax.apply_updates(dead, updates), jax.random.normal(KEY, (8, 5))
+    np.testing.assert_array_equal(net(new, x), net(dead, x))
+    gradient = jax.grad(lambda params: (net(params, x) - 1).mean() ** 2)(new)
+    assert (jnp.abs(gradient["d"]["kernel"]) > 0).any()
+
+
+@pytest.mark.parametrize("make", ["continual_backprop", "recycle_dormant", "shrink_and_perturb"])
+def test_the_state_may_be_donated_and_the_key_lives_on(make):
+    key = jax.random.key(7)
+    tx = {
+        "continual_backprop": lambda: continual_backprop(optax.adam(0.1), UNITS, draw, key=key),
+        "recycle_dormant": lambda: recycle_dormant(optax.adam(0.1), UNITS, draw, key=key, period=2),
+        "shrink_and_perturb": lambda: optax.with_extra_args_support(shrink_and_perturb(0.1, 0.1, draw, key=key)),
+    }[make]()
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state):
+        updates, state = tx.update(gradients(0), state, params, magnitudes=magnitudes(0))
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(2):
+        params = draw(KEY)
+        state = tx.init(params)
+        for _ in range(3):
+            params, state = step(params, state)
+    assert jnp.isfinite(jax.random.normal(key))
+
+
+def test_two_parts_of_one_key_draw_other_numbers():
+    parts = recycle_dormant(optax.sgd(0.0), UNITS, draw, key=KEY, period=1), shrink_and_perturb(0.0, 1.0, draw, key=KEY)
+    params, zeros = draw(KEY), jax.tree.map(jnp.zeros_like, draw(KEY))
+    few = [jnp.array([0.0, 1, 1, 1]), jnp.ones(5)]
+    renewed, _ = parts[0].update(zeros, parts[0].init(params), params, magnitudes=few)
+    epsilon, _ = parts[1].update(zeros, parts[1].init(params), params)
+    new = params["a"]["kernel"][:, 0] + renewed["a"]["kernel"][:, 0]
+    assert (jnp.abs(new - epsilon["a"]["kernel"][:, 0]) > 1e-3).all()
+
+
+def test_one_part_within_another_and_optax_maps_over_their_states():
+    options = {"key": KEY, "period": 1}
+    tx = recycle_dormant(continual_backprop(optax.adam(0.1), UNITS, draw, key=KEY), UNITS, draw, **options)
+    params = draw(KEY)
+    state = tx.init(params)
+    updates, state = tx.update(gradients(0), state, params, magnitudes=magnitudes(0))
+    assert state.inner.age[0].tolist() == [1.0] * 4
+    marked = optax.tree_utils.tree_map_params(tx, lambda leaf: leaf + 1, state)
+    adam, before = (optax.tree_utils.tree_get(s, "mu") for s in (marked, state))
+    close(adam, jax.tree.map(lambda leaf: leaf + 1, before))
+    assert updates.keys() == params.keys()
 
 
 @pytest.mark.parametrize("inner", [optax.rprop(0.1), optax.contrib.schedule_free_sgd(0.1), optax.adam(0.1)])
@@ -342,5 +426,15 @@ def test_what_is_missing_is_named():
     with pytest.raises(ValueError, match="'a' has 3 rows, no multiple of the 5 units"):
         uneven.init(params)
     tx = recycle_dormant(optax.sgd(1.0), UNITS, draw, key=KEY, period=1)
-    with pytest.raises(ValueError, match="units of 2 layers, got 0"):
+    with pytest.raises(ValueError, match="units of 2 layers, in their order, got 0"):
         tx.update(params, tx.init(params), params)
+    for wrong, said in (
+        ({"a": jnp.ones(4), "b": jnp.ones(5)}, "2 layers, in their order, got a dict"),
+        ([jnp.ones(4), jnp.ones(10)], r"magnitudes of 'b' have shape \(5,\), one a unit, got \(10,\)"),
+        ([jnp.ones(()), jnp.ones(5)], r"magnitudes of 'a' have shape \(4,\), one a unit, got \(\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            tx.update(params, tx.init(params), params, magnitudes=wrong)
+    wrapped = shrink_and_perturb(0.1, 0.1, lambda key: {"params": draw(key)["a"]}, key=KEY)
+    with pytest.raises(ValueError, match=r"draw of shrink_and_perturb gives a tree of 2 arrays .* parameters' of 6"):
+        wrapped.update(params, wrapped.init(params), params)
