@@ -35,6 +35,9 @@ def recombine(
     Returns:
       An array like phase_of.
 
+    Raises:
+      TypeError: for integers, in which the result would be cut off.
+
     Reference: Chen et al., Amplitude-phase recombination, 2021.
 
     Examples:
@@ -44,6 +47,11 @@ def recombine(
       >>> bool(jnp.allclose(recombine(x, x), x, atol=1e-5)), bool(jnp.allclose(recombine(2 * x, x), 2 * x, atol=1e-5))
       (True, True)
     """
+    for x in (amplitude_of, phase_of):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(
+                f"images of floating-point numbers are recombined, got {x.dtype}; scale them first: x / 255"
+            )
     spectrum_1, spectrum_2 = (jnp.fft.fftn(wide(x), axes=_AXES) for x in (amplitude_of, phase_of))
     one = jnp.ones((), spectrum_2.dtype)
     present = spectrum_2 != 0

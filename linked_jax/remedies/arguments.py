@@ -7,12 +7,14 @@ from typing import Any
 import jax
 
 from linked_jax.arrays import Number, is_number
+from linked_jax.linking import Link
+from linked_jax.members import brief, whole_numbers
 
 
 def check_sizes(**sizes: int | Sequence[int]) -> None:
-    """Raise ValueError if a number of features or a kernel size is below 1."""
+    """Raise TypeError if a number of features or a kernel size is no integer, ValueError if it is below 1."""
     for name, size in sizes.items():
-        if min((size,) if isinstance(size, int) else size, default=1) < 1:
+        if min(whole_numbers(name, size), default=1) < 1:
             raise ValueError(f"{name} is at least 1, got {size}")
 
 
@@ -21,6 +23,13 @@ def check_shares(**shares: Number) -> None:
     for name, share in shares.items():
         if is_number(share) and not 0 <= share < 1:
             raise ValueError(f"{name} is at least 0 and below 1, got {share}")
+
+
+def check_link(link: Link) -> Link:
+    """The link; TypeError if it is none."""
+    if not isinstance(link, Link):
+        raise TypeError(f"link is a Link, got {brief(link)}; pass e.g. linked(jax.nn.relu) or Link((jax.nn.relu,))")
+    return link
 
 
 def dotted(path: Any) -> str:

@@ -11,7 +11,7 @@ from flax.nnx.nn import dtypes
 from jaxtyping import Array, Float, Key
 
 from linked_jax.arrays import like, wide
-from linked_jax.remedies.arguments import check_sizes
+from linked_jax.remedies.arguments import check_shares, check_sizes
 from linked_jax.remedies.moment_calculus import Moments
 
 _TRUSTED_BELOW = 100.0  # the mean of v_pred / v_B; the authors' limit
@@ -177,6 +177,7 @@ class BatchKalmanNorm(nnx.Module):
     ):
         del rngs
         check_sizes(num_features=num_features)
+        check_shares(momentum=momentum)
         if not 0 <= prediction_weight <= 1:
             raise ValueError(f"prediction_weight is in [0, 1], got {prediction_weight}; 0.9 is for micro batches")
         self.num_features = num_features

@@ -26,7 +26,7 @@ from linked_jax.activations import relu
 from linked_jax.arrays import like, wide
 from linked_jax.linking import Link
 from linked_jax.members import is_homogeneous
-from linked_jax.remedies.arguments import dotted, nearest
+from linked_jax.remedies.arguments import check_link, dotted, nearest
 
 _OF_NORMS = ("scale", "mean", "var")
 _BUFFERS = {"trace": -1, "mu": -1, "nu": -2}  # an optimiser's buffer -> the power of the factor in which it changes
@@ -44,6 +44,7 @@ class Layer:
       stacked: whether the parameters have a leading axis of equal layers, applied one after the other.
 
     Raises:
+      TypeError: if the link is none.
       ValueError: if a member of the link is not positively homogeneous, see `linked_jax.members.is_homogeneous`.
 
     Examples:
@@ -57,7 +58,7 @@ class Layer:
     stacked: bool = False
 
     def __post_init__(self):
-        if not all(map(is_homogeneous, self.link.members)):
+        if not all(map(is_homogeneous, check_link(self.link).members)):
             raise ValueError(
                 f"balancing needs g(a z) = a g(z) for a > 0, got {self.link} before {self.path!r}; "
                 f"use members such as relu or leaky_relu"
@@ -113,7 +114,7 @@ def balance(params: Any, chain: Sequence[Layer], *, c: float = 1.0) -> Any:
 
 def enorm(
     inner: optax.GradientTransformation, chain: Sequence[Layer], *, c: float = 1.0
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """An optimiser whose every step is followed by `balance`.
 
         p <- balance(p + u),   buffer <- buffer / factor
@@ -148,13 +149,14 @@ def enorm(
     _check(chain, c)
 
     def init(params: Any) -> Any:
-        _parts(params, chain)
+        if jax.tree.leaves(params):  # there are none where `optax.tree_utils.tree_map_params` looks for their places
+            _parts(params, chain)
         return inner.init(params)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("enorm rescales parameters, got None; pass optimizer.update(gradients, state, params)")
-        updates, state = inner.update(updates, state, params)
+        updates, state = optax.with_extra_args_support(inner).update(updates, state, params, **extra)
         stepped = jax.tree.map(lambda p, u: wide(p) + u, params, updates)
         factors = _factors(stepped, chain, c)
 
@@ -174,7 +176,7 @@ def enorm(
             jax.tree_util.tree_map_with_path(carried, state),
         )
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _factors(params: Any, chain: Sequence[Layer], c: float) -> dict[str, Array]:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
+from linked_jax.remedies.kernels import ComputedKernel
+
 RelativeTo = Literal["max", "std"]
 Which = Callable[[Any, Any], bool]
 Model = TypeVar("Model", bound=nnx.Module)
@@ -95,8 +97,9 @@ def recalibrate(
       does not run by batch statistics keeps what it had; one that it runs several times has those of the last.
 
     Raises:
-      ValueError: if there are no batches, the model has no batch norm or forward runs none by batch statistics, noise
-        is negative or not a number, there is noise but no key or no kernel, or relative_to is unknown.
+      ValueError: if there are no batches, or a batch norm sees one value a channel in each; the model has no batch norm
+        or forward runs none by batch statistics; noise is negative or not a number; there is noise but no key, no
+        kernel, or a layer that computes its kernel, which hardware would hold folded; or relative_to is unknown.
 
     Examples:
       >>> import jax
@@ -115,6 +118,12 @@ def recalibrate(
     _check(noise, relative_to)
     if noise > 0 and key is None:
         raise ValueError(f"noise needs a key, got noise={noise} and key=None; pass key=jax.random.key(0)")
+    for path, node in nnx.iter_graph(model) if noise > 0 else ():
+        if isinstance(node, ComputedKernel):
+            raise ValueError(
+                f"noise is on weights that hardware holds, and {'.'.join(map(str, path))}, a {type(node).__name__}, "
+                "computes its own; put layer.fold() in its place first"
+            )
     probe = nnx.clone(model)
     probe.eval()
     norms = _batch_norms(probe)
@@ -140,6 +149,11 @@ def recalibrate(
             "forward ran no batch norm by batch statistics; pass e.g. forward=lambda model, x: model(x, train=True)"
         )
     for norm, (mean, var), run in zip(_batch_norms(calibrated), average, was_run, strict=True):
+        if run and not var.any():
+            raise ValueError(
+                "the batches have variance 0 in every channel of a batch norm, so the model would divide by almost 0; "
+                "pass a list of batches of several examples, [x] for one array"
+            )
         if run:
             norm.mean[...], norm.var[...] = mean, var
     return calibrated

@@ -6,6 +6,7 @@ Batch norm makes the length of y irrelevant, and yet the length sets the size of
 geodesics, the great circles. Apply it to kernels that only a batch norm follows; no weight decay on them.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float
 
 from linked_jax.arrays import Number, is_number, like, wide, wide_dtype
 from linked_jax.remedies.arguments import check_shares, dotted, nearest
+from linked_jax.revive.names import leaf_names, leaves_by_name
 
 Kernel = Float[Array, "... rows c_out"]
 
@@ -137,6 +139,7 @@ def adam_g(
         h, (m, v) = tangent(y, g, clip=clip), kept
         m = b1 * m + (1 - b1) * h
         v = b2 * v + (1 - b2) * _dot(h, h)
+        t = t.astype(m.dtype)  # b2**t of an integer t would be float64 where that is on
         delta = -lr * jnp.sqrt(1 - b2**t) / (1 - b1**t) * m / jnp.sqrt(v + 1e-8)
         n = _norm(delta)
         u = delta / jnp.where(n > 0, n, 1)
@@ -189,7 +192,8 @@ def riemannian(
     Args:
       on_spheres: `sgd_g` or `adam_g`, with its rate.
       rest: any optimiser, with its rate; the authors take Nesterov SGD with momentum 0.9 and rate 0.01.
-      mask: a tree of bools, see `scale_invariant`.
+      mask: a tree of bools, see `scale_invariant`. It goes by names: the parameters may be variables of NNX in one tree
+        and arrays in the other, as `nnx.Optimizer` has them.
 
     Returns:
       An Optax transformation; its update needs params, and what it returns is not to be rescaled. Start from
@@ -204,7 +208,7 @@ def riemannian(
     """
     if not any(jax.tree.leaves(mask)):
         raise ValueError(f"the mask holds no parameter, got {mask}; use scale_invariant, or the other optimiser alone")
-    return optax.partition({True: on_spheres, False: rest}, mask)
+    return optax.partition({True: on_spheres, False: rest}, functools.partial(_marked, mask))
 
 
 def to_sphere(params: Any, mask: Any) -> Any:
@@ -215,7 +219,7 @@ def to_sphere(params: Any, mask: Any) -> Any:
     >>> to_sphere({"kernel": jnp.array([[3.0], [4.0]])}, {"kernel": True})["kernel"].round(3).ravel()
     Array([0.6, 0.8], dtype=float32)
     """
-    return jax.tree.map(lambda p, on: _unit(p).astype(p.dtype) if on else p, params, mask)
+    return jax.tree.map(lambda p, on: _unit(p).astype(p.dtype) if on else p, params, _marked(mask, params))
 
 
 def orthogonality_penalty(params: Any, mask: Any) -> Float[Array, ""]:
@@ -237,7 +241,21 @@ def orthogonality_penalty(params: Any, mask: Any) -> Float[Array, ""]:
         columns = wide(p).reshape(-1, p.shape[-1])
         return 0.05 * jnp.square(columns.T @ columns - jnp.eye(p.shape[-1])).sum()
 
-    return jnp.asarray(sum(jax.tree.leaves(jax.tree.map(penalty, params, mask))))
+    return jnp.asarray(sum(jax.tree.leaves(jax.tree.map(penalty, params, _marked(mask, params)))))
+
+
+def _marked(mask: Any, params: Any) -> Any:
+    """The bools of a mask as a tree like params, by the names of its leaves, or of the groups that they are of."""
+    marks = leaves_by_name(mask)
+
+    def mark(path: Any, _: Any) -> bool:
+        names = leaf_names(path)
+        found = [marks[names[:i]] for i in range(len(names), -1, -1) if names[:i] in marks]
+        if not found:
+            raise ValueError(f"the mask says nothing of {'.'.join(names)!r}; make it of these parameters")
+        return found[0]
+
+    return jax.tree_util.tree_map_with_path(mark, params)
 
 
 def _on_spheres(
@@ -246,6 +264,12 @@ def _on_spheres(
     """The Optax transformation of step(y, g, kept, lr, t) -> (y, kept)."""
 
     def init(params: Any) -> SphereState:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if jnp.ndim(leaf) < 2:
+                raise ValueError(
+                    f"only kernels are on a sphere, got {dotted(path)!r} of shape {jnp.shape(leaf)}; use "
+                    "riemannian(..., mask=scale_invariant(...))"
+                )
         return SphereState(jnp.zeros((), jnp.int32), jax.tree.map(start, params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, SphereState]:

@@ -194,3 +194,11 @@ def test_a_wrong_probability_is_named(probability):
 def test_an_empty_range_is_named():
     with pytest.raises(ValueError, match="value_range is the least and the largest value, got"):
         apr_s(jax.random.key(0), jnp.ones((2, 4, 4, 1)), darken, value_range=(1.0, 0.0))
+
+
+def test_integers_are_refused(unchecked):
+    whole = jnp.asarray(255 * images(), jnp.uint8)
+    with pytest.raises(TypeError, match="floating-point numbers are recombined, got uint8; scale them first: x / 255"):
+        recombine(whole, whole)
+    with pytest.raises(TypeError, match="got uint8"):
+        apr_s(jax.random.key(0), whole, lambda _, x: x)

@@ -378,6 +378,19 @@ def test_activations_that_are_not_homogeneous_are_refused(name):
         Layer("a", link=ACTIVATIONS[name])
 
 
+def test_the_inner_optimiser_gets_what_it_asks_for_and_optax_maps_over_the_state():
+    params = jax.tree.map(jnp.asarray, dense_params((3, 4, 2), dtype=np.float32))
+    inner = optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau(patience=0, factor=0.5))
+    optimizer, state = enorm(inner, FLAT_CHAIN[:2]), None
+    for value in (1.0, 2.0):
+        state = optimizer.init(params) if state is None else state
+        _, state = optimizer.update(params, state, params, value=value)
+    assert float(optax.tree_utils.tree_get(state, "scale")) == 0.5
+    doubled = optax.tree_utils.tree_map_params(optimizer, lambda leaf: 2 * leaf, state)
+    mu, before = (optax.tree_utils.tree_get(s, "mu")["a"]["kernel"] for s in (doubled, state))
+    np.testing.assert_array_equal(mu, 2 * before)
+
+
 def test_a_step_needs_the_parameters():
     optimizer = enorm(optax.sgd(0.1), FLAT_CHAIN)
     params = dense_params([3, 5, 4, 2], dtype=np.float32)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from linked_jax import LinkedConv
 from linked_jax.remedies import noise_aware
+from linked_jax.remedies.lcw import LCWLinear
 from linked_jax.remedies.noise_aware import perturb, recalibrate
 from tests.cases import first_fast
 
@@ -229,8 +230,12 @@ def test_forward_is_traced_once_for_batches_of_one_shape_and_all_noises():
     assert len(traces) == 1
 
 
-def test_one_batch_of_one_example():
-    close(statistics(recalibrate(Net(), images(1, 1))), moments_in_numpy(Net(), images(1)), 1e-4)
+def test_a_batch_of_one_example_is_enough_where_each_norm_sees_several_values():
+    norm = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+    found, x = recalibrate(norm, images(1, 1)), images(1)
+    close((found.mean[...], found.var[...]), (x.mean((0, 1, 2)), x.var((0, 1, 2))), 1e-4)
+    with pytest.raises(ValueError, match="variance 0 in every channel of a batch norm"):
+        recalibrate(Net(), images(1, 1))  # its second norm sees means of images
 
 
 class WithMode(nnx.Module):
@@ -302,3 +307,22 @@ def test_no_batches_and_no_batch_norm_are_refused():
         recalibrate(Net(), [])
     with pytest.raises(ValueError, match="got Linear without any"):
         recalibrate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), images(2, 3))
+
+
+def test_one_array_in_the_place_of_a_list_of_batches_is_refused():
+    net = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32))
+    with pytest.raises(ValueError, match=r"variance 0 in every channel of a batch norm, .*; pass a list of batches"):
+        recalibrate(net, x)
+    assert (recalibrate(net, [x]).layers[1].var[...] > 0).all()
+
+
+def test_noise_on_a_kernel_that_is_computed_is_refused_until_it_is_folded():
+    rngs = nnx.Rngs(0)
+    net = nnx.Sequential(LCWLinear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
+    x = [jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32))]
+    with pytest.raises(ValueError, match=r"layers.0, a LCWLinear, computes its own; put layer.fold\(\) in its place"):
+        recalibrate(net, x, noise=0.5, key=jax.random.key(0))
+    folded = nnx.Sequential(net.layers[0].fold(), net.layers[1])
+    noisy = recalibrate(folded, x, noise=0.5, key=jax.random.key(0)).layers[1].var[...]
+    assert (noisy != recalibrate(net, x).layers[1].var[...]).all()

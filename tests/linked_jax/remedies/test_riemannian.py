@@ -257,6 +257,52 @@ def test_the_two_parts_go_their_own_ways_in_a_net(make):
     np.testing.assert_allclose(found, desired, atol=1e-7)
 
 
+def arrays(state):
+    """The state with arrays for variables, as flax.nnx.Optimizer has it."""
+    return jax.tree.map(lambda variable: variable[...], state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+@pytest.mark.parametrize("pure", [False, True])
+def test_flax_optimizer_takes_the_mask_of_a_state(pure):
+    net = Net(nnx.Rngs(0))
+    params = nnx.state(net, nnx.Param)
+    mask = scale_invariant(arrays(params) if pure else params, ["convs"])
+    nnx.update(net, to_sphere(params, mask))
+    optimizer = nnx.Optimizer(net, riemannian(adam_g(0.1), optax.sgd(0.1), mask), wrt=nnx.Param)
+    before = net.convs[1].kernel[...].copy()
+    x = white(4, 6, 6, 1, dtype=np.float32)
+    optimizer.update(net, nnx.grad(lambda net: (net(x) ** 2).sum())(net))
+    kernel = net.convs[1].kernel[...]
+    np.testing.assert_allclose((kernel**2).sum((0, 1, 2)), 1, atol=1e-5)
+    assert float(jnp.abs(kernel - before).max()) > 1e-3
+    penalties = [
+        orthogonality_penalty(tree, mask) for tree in (nnx.state(net, nnx.Param), arrays(nnx.state(net, nnx.Param)))
+    ]
+    np.testing.assert_allclose(*penalties, rtol=1e-6)
+
+
+def test_what_is_no_kernel_and_what_the_mask_does_not_name_is_refused():
+    for leaf, shape in ((jnp.ones(3), r"\(3,\)"), (jnp.ones(()), r"\(\)")):
+        with pytest.raises(ValueError, match=rf"only kernels are on a sphere, got 'bias' of shape {shape}; use riem"):
+            sgd_g(0.1).init({"kernel": jnp.ones((2, 2)), "bias": leaf})
+    with pytest.raises(ValueError, match=r"the mask says nothing of 'dense.kernel'; make it of these parameters"):
+        to_sphere({"dense": {"kernel": jnp.ones((2, 2))}}, {"conv": {"kernel": True}})
+
+
+@over_optimizers
+def test_precision_is_kept_where_float64_is_on(make):
+    with jax.enable_x64(True):
+        p = jnp.asarray(white(4, 3, dtype=np.float32))
+
+        def step(carry, _):
+            p, state = carry
+            updates, state = make(0.1).update(p, state, p)
+            return (optax.apply_updates(p, updates), state), None
+
+        (p, state), _ = jax.lax.scan(step, (p, make(0.1).init(p)), length=2)
+        assert {leaf.dtype for leaf in jax.tree.leaves((p, state.kept))} == {jnp.dtype("float32")}
+
+
 @pytest.mark.slow
 def test_the_penalty_is_its_formula_with_its_gradient():
     with jax.enable_x64(True):
