@@ -40,7 +40,7 @@ def test_sizes_may_be_numpys(unchecked):
     assert layer(jnp.ones((2, 8))).shape == (2, 4)
     conv = LCWConv(np.int64(3), 4, (np.int64(3), 3), rngs=nnx.Rngs(0))
     assert conv(jnp.ones((2, 6, 6, 3))).shape == (2, 6, 6, 4)
-    assert BatchChannelNorm(np.int64(8), 2)(jnp.ones((4, 8))).shape == (4, 8)
+    assert BatchChannelNorm(np.int64(8), 2, rngs=nnx.Rngs(0))(jnp.ones((4, 8))).shape == (4, 8)
 
 
 def test_sizes_that_are_no_integers_and_averages_out_of_range_are_refused(unchecked):
