@@ -180,9 +180,8 @@ class _Run:
         """Whether each net and seed has its last epoch, or diverged."""
         epochs, axes = self.settings.epochs, self.experiment.all_axes
         ends = [line for line in self.record.lines if "diverged" in line or line["epoch"] == epochs]
-        return len({(line["seed"], *(line[axis] for axis in axes)) for line in ends}) == sum(
-            len(s) for _, s in self.runs
-        )
+        done = {(line["seed"], *(line[axis] for axis in axes)) for line in ends}
+        return len(done) == sum(len(seeds) for _, seeds in self.runs)
 
     def _is_good(self, snapshot: training.Snapshot) -> bool:
         """Whether it may be saved: else one with a loss that is not finite would take the place of a good one."""
