@@ -18,6 +18,7 @@ class Units:
 
     Outgoing kernels have their rows in the order (d, positions, C), as a blocked link followed by a flatten with
     members outermost gives them; positions are those of a flatten, else 1. A window of a convolution is in front.
+    Layers that a scan has stacked look like a window: a unit would start anew in all of them.
 
     Args:
       incoming: the path of the layer whose outputs are the pre-activations, such as "layers/0"; its kernel has C
