@@ -114,10 +114,11 @@ def fit(
 
     Yields:
       After each epoch a list with a line for each seed: seed, epoch (from 1), train_loss, test_accuracy, units,
-      dead_units, dead_by_layer, signal_by_layer, seconds. Units are scored per link on the test set; the signal is the
-      mean square of the pre-activations of a layer. As soon as a loss is seen not to be finite, a line with seed, epoch
-      and diverged, which says in which step and where in the net; that seed has no further lines. Where such updates
-      are skipped, a line also has skipped, their number, and the train_loss is the mean over the others.
+      dead_units, dead_by_layer, signal_by_layer, seconds, its share. Units are scored per link on the test set; the
+      signal is the mean square of the pre-activations of a layer. As soon as a loss is seen not to be finite, a line
+      with seed, epoch and diverged, which says in which step and where in the net; that seed has no further lines.
+      Where such updates are skipped, a line also has skipped, their number, and the train_loss is the mean over the
+      others.
     """
     place, size = plan.place, len(data.train_labels)
     arrays, lr = plan.arrays(data)
@@ -160,7 +161,7 @@ def fit(
         sizes[-1] = size - (steps - 1) * plan.batch_size
         of_epoch = np.atleast_2d(_joined(losses))
         tested = evaluate(loop.loss.graph, carry, test_images, test_labels, arrays[-1], place)
-        seconds = round(time.perf_counter() - began, 3)
+        seconds = round((time.perf_counter() - began) / len(seeds), 3)
         lines = []
         for seed, of_seed, result in zip(seeds, of_epoch, tested, strict=True):
             if seed not in diverged:
