@@ -133,6 +133,7 @@ STUDIES = {
     "revive": revive_plots.markdown,
     "charlm": charlm_table.markdown,
     "charlm/controls": charlm_table.markdown,
+    "charlm/depth24": charlm_table.markdown,
     "charlm/layer_norm": charlm_table.markdown,
 }
 
