@@ -182,6 +182,20 @@ def test_scales_of_the_ablation():
     assert squares == pytest.approx(wanted, rel=0.1)
 
 
+def test_the_normal_start_has_the_scale_of_ours_and_no_columns_at_right_angles():
+    shape = (400, 200)
+    ours, normal = (
+        STARTS[name](lk_relu, False)[0](KEY, shape, jnp.float32) for name in ("variance_preserving", "normal")
+    )
+    np.testing.assert_allclose((normal**2).mean(), (ours**2).mean(), rtol=0.02)
+    right = ours.T @ ours
+    np.testing.assert_allclose(right, right[0, 0] * np.eye(200), atol=1e-3)
+    assert np.abs((normal.T @ normal) / right[0, 0] - np.eye(200)).max() > 0.1
+    first = STARTS["normal"](lk_relu, True)[0](KEY, shape, jnp.float32)
+    np.testing.assert_allclose((first**2).mean(), 1 / 400, rtol=0.02)
+    assert not STARTS["normal"](lk_relu, False)[1](KEY, (9,), jnp.float32, fan_in=400).any()
+
+
 def test_the_random_slope_is_drawn_once_a_pass_and_its_mean_is_the_links():
     act, z = RandomSmoothLeaky(0.6, 0.9), jnp.full((3, 4), -10.0)
     drawn = [np.unique(np.round(np.asarray(act(z, jax.random.key(i))) / -10, 5)) for i in range(40)]

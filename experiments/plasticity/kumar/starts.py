@@ -7,8 +7,9 @@
     orthogonal              Q, orthonormal columns                                no       yes          no
     shuffled                ours, with a random sign of each mirrored row:        no       yes          yes
                             a unit starts as z or as |z|
+    normal                  N(0, gain(link)^2 / fan_in)                           no       no           yes
 
-All but pytorch have an orthogonal first layer.
+Biases are 0 in all but pytorch. All but pytorch and normal have an orthogonal first layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from linked_jax import Link, default_kernel_init, looks_linear, variance_preserving
+from linked_jax import Link, default_kernel_init, gain, looks_linear, variance_preserving
 from linked_jax.initializers import Initializer
 
 Start = Callable[[Link, bool], tuple[Initializer, Callable[..., Array]]]
@@ -63,10 +64,16 @@ def _shuffled(link: Link) -> Initializer:
     return init
 
 
+def _normal(link: Link, is_first: bool) -> tuple[Initializer, Callable[..., Array]]:
+    scale = gain(_identity if is_first else link) ** 2
+    return jax.nn.initializers.variance_scaling(scale, "fan_in", "normal"), _zeros
+
+
 STARTS: dict[str, Start] = {
     "pytorch": pytorch,
     "ours": _after(default_kernel_init),
     "variance_preserving": _after(variance_preserving),
     "orthogonal": _after(_orthogonal),
     "shuffled": _after(_shuffled),
+    "normal": _normal,
 }
