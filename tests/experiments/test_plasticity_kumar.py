@@ -178,7 +178,7 @@ def test_the_shuffled_start_has_the_kernels_of_ours_but_for_signs_of_mirrored_ro
 def test_scales_of_the_ablation():
     kernels = {name: STARTS[name](lk_relu, False)[0](KEY, (64, 16), jnp.float32) for name in STARTS}
     squares = {name: float(jnp.square(kernel).sum() / 16) for name, kernel in kernels.items()}
-    wanted = {"ours": 2, "shuffled": 2, "variance_preserving": 2, "orthogonal": 1, "pytorch": 1 / 3}
+    wanted = {"ours": 2, "shuffled": 2, "variance_preserving": 2, "normal": 2, "orthogonal": 1, "pytorch": 1 / 3}
     assert squares == pytest.approx(wanted, rel=0.1)
 
 
