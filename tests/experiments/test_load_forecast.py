@@ -173,10 +173,10 @@ def test_the_same_command_resumes_a_record_and_another_one_does_not(a_run, in_pr
     assert out[out.index("Test MAPE") :].split("record")[0] == table[table.index("Test MAPE") :].split("record")[0]
     assert "lk_relu seed" not in out  # it was there
     code, _, error = in_process(tmp_path, *same, "--lr", "0.02")
-    assert (code, "is a record with another protocol; pass another --out" in error) == (2, True)
+    assert (code, "is a record with another protocol (lr: 0.01 there, 0.02 here); pass another" in error) == (2, True)
     written(tmp_path / "town.csv", hourly(start="2023-12-25T06:00"))
     code, _, error = in_process(tmp_path, *same)
-    assert (code, "is a record with another data; pass another --out" in error) == (2, True)
+    assert (code, "is a record with another data (" in error) == (2, True)
 
 
 def test_an_out_with_a_name_that_is_too_long_is_refused(in_process, tmp_path):

@@ -15,7 +15,7 @@ import types
 import pytest
 
 from experiments.engine import environment as environment_of_runs
-from experiments.engine import records
+from experiments.engine import folders
 from experiments.report.stored import read_records
 from tests.children import ROOT, environment, finish, start
 from tests.experiments.engine.test_resume import in_this_process
@@ -89,7 +89,7 @@ def test_a_clock_that_jumps_back(tmp_path, monkeypatch):
         def now(cls, tz=None):
             return super().now(tz) - datetime.timedelta(hours=2 * next(looks))
 
-    for module in (records, environment_of_runs):
+    for module in (folders, environment_of_runs):
         monkeypatch.setattr(module, "datetime", types.SimpleNamespace(datetime=Back, UTC=datetime.UTC))
     monkeypatch.setattr(time, "time", lambda: started.timestamp() - 7200 * next(looks))
     monkeypatch.chdir(tmp_path)
