@@ -5,7 +5,7 @@ import functools
 import itertools
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +104,8 @@ class _Run:
         settings = on_devices(settings)
         self.data = _data(settings)
         self.settings = settle(settings, self.data)
-        begun_on = record.config["data"] if record else self.data.identity
-        if begun_on["fingerprint"] != self.data.fingerprint:
-            raise UsageError(
-                f"the run {folder} was begun on {begun_on['description']} with fingerprint "
-                f"{begun_on['fingerprint']}, this set has {self.data.fingerprint}; pass its --data-dir"
-            )
+        if record:
+            _check_data(folder, record.config["data"], self.data)
         self.cells = experiment.cells(self.settings)
         self.place = placement(self.settings)
         seeds = list(range(self.settings.seed, self.settings.seed + self.settings.seeds))
@@ -153,12 +149,8 @@ class _Run:
     def _train_all(self, checkpoints: Checkpoints, interrupts: Interrupts) -> None:
         saved = processes.everywhere(checkpoints.load)
         first, lines = (saved.facts["run"], saved.facts["lines"]) if saved else (0, 0)
-        if lines > len(self.record.lines):
-            raise UsageError(
-                f"{self.folder / folders.METRICS} has {len(self.record.lines)} lines, {lines} at the last checkpoint; "
-                "a part of the record is lost: begin anew, with another --out"
-            )
-        if first == len(self.runs) or (not saved and self._is_whole()):
+        _check_lines(self.record, lines)
+        if first == len(self.runs) or (not saved and _is_whole(self.record, self.runs)):
             self.console.say(f"the run {self.folder} is complete")
             return
         if self.record.lines and not saved:
@@ -175,13 +167,6 @@ class _Run:
             latest = self._train(number, loop, snapshot, checkpoints, interrupts)
         assert latest is not None
         self._save(checkpoints, latest(), len(self.runs))
-
-    def _is_whole(self) -> bool:
-        """Whether each net and seed has its last epoch, or diverged."""
-        epochs, axes = self.settings.epochs, self.experiment.all_axes
-        ends = [line for line in self.record.lines if "diverged" in line or line["epoch"] == epochs]
-        done = {(line["seed"], *(line[axis] for axis in axes)) for line in ends}
-        return len(done) == sum(len(seeds) for _, seeds in self.runs)
 
     def _is_good(self, snapshot: training.Snapshot) -> bool:
         """Whether it may be saved: else one with a loss that is not finite would take the place of a good one."""
@@ -304,10 +289,33 @@ class _Run:
         path = self.folder / f"{self.experiment.name}.png"
         picture = plots.accuracy_picture(nets, path, title=str(self.data), data=data)
         self.console.say(f"record   {self.folder}\npicture  {picture}")
-        times = records.read_times(self.folder)
-        if times:
+        if times := records.read_times(self.folder):
             title = f"Median time of a training step, {times['steps']} steps of each net in turns."
             self.console.table(title, tables.time_table(self.experiment.name, times["medians"]))
+
+
+def _is_whole(record: records.Record, runs: Sequence[tuple[Cell, Sequence[int]]]) -> bool:
+    """Whether each net and seed has its last epoch, or diverged."""
+    axes, epochs = record.config["axes"], record.config["settings"]["epochs"]
+    ends = [line for line in record.lines if "diverged" in line or line["epoch"] == epochs]
+    done = {(line["seed"], *(line[axis] for axis in axes)) for line in ends}
+    return len(done) == sum(len(seeds) for _, seeds in runs)
+
+
+def _check_data(folder: Path, begun_on: Mapping[str, Any], data: data_lib.Dataset) -> None:
+    if begun_on["fingerprint"] != data.fingerprint:
+        raise UsageError(
+            f"the run {folder} was begun on {begun_on['description']} with fingerprint {begun_on['fingerprint']}, this "
+            f"set has {data.fingerprint}; pass its --data-dir"
+        )
+
+
+def _check_lines(record: records.Record, saved: int) -> None:
+    if len(record.lines) < saved:
+        raise UsageError(
+            f"{record.folder / folders.METRICS} has {len(record.lines)} lines, {saved} at the last checkpoint; a part of the record is "
+            "lost: begin anew, with another --out"
+        )
 
 
 def _said(line: Mapping[str, Any], epochs: int, tested_on: str) -> str:

@@ -78,11 +78,7 @@ def continual_backprop(
 
     def init(params: Any) -> ContinualBackpropState:
         check_paths(params, units)
-        leaves = leaves_by_name(params)
-        counts = [leaves[layer.kernels[0]].shape[-1] if leaves else 0 for layer in units]
-        utility, age = (tuple(jnp.zeros(count) for count in counts) for _ in range(2))
-        due = tuple(jnp.zeros(()) for _ in units)
-        return ContinualBackpropState(utility, age, due, jax.random.clone(key), tx.init(params))
+        return ContinualBackpropState(*_start(params, units), jax.random.clone(key), tx.init(params))
 
     def update(
         updates: Any, state: Any, params: Any = None, *, magnitudes: Any = None, **extra: Any
@@ -100,14 +96,19 @@ def continual_backprop(
             age.append(jnp.where(least, 0, a))
             due.append(c - least.sum(dtype=c.dtype))
             chosen.append(least)
-        any_chosen = jnp.concatenate(chosen).any()
-        steps, rest, inner = renewing_step(
-            tx, updates, state, params, {**extra, "magnitudes": magnitudes}, any_chosen, draw, units, chosen,
-            "continual_backprop",
-        )  # fmt: skip
+        any_chosen, extra["magnitudes"] = jnp.concatenate(chosen).any(), magnitudes
+        steps, rest, inner = renewing_step(tx, updates, state, params, extra, any_chosen, draw, units, chosen)
         return steps, ContinualBackpropState(tuple(utility), tuple(age), tuple(due), rest, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _start(params: Any, units: Sequence[Units]) -> tuple[tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]]:
+    """Utility, age and due: zeros, each an array of its own, so that the state may be donated."""
+    leaves = leaves_by_name(params)
+    counts = [leaves[layer.kernels[0]].shape[-1] if leaves else 0 for layer in units]
+    utility, age = (tuple(map(jnp.zeros, counts)) for _ in range(2))
+    return utility, age, tuple(jnp.zeros(()) for _ in units)
 
 
 def _least(utility: Float[Array, " c"], mature: Bool[Array, " c"], count: Float[Array, ""]) -> Bool[Array, " c"]:

@@ -79,18 +79,8 @@ def recycle_dormant(
         sizes, count = listed(magnitudes, units, params, "recycle_dormant"), state.steps + 1
         dormant = [relative_sizes(size, finite=jnp.isfinite(size)) <= tau for size in sizes]
         due = count % period == 0
-        steps, rest, inner = renewing_step(
-            tx,
-            updates,
-            state,
-            params,
-            {**extra, "magnitudes": magnitudes},
-            due,
-            draw,
-            units,
-            dormant,
-            "recycle_dormant",
-        )
+        extra["magnitudes"] = magnitudes
+        steps, rest, inner = renewing_step(tx, updates, state, params, extra, due, draw, units, dormant)
         return steps, RecycleState(count, rest, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -57,7 +57,7 @@ def shrink_and_perturb(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ShrinkAndPerturbState]:
         needs_params(params, "shrink_and_perturb")
         key, now = jax.random.split(state.key)
-        epsilon = fresh_start(draw, now, params, "shrink_and_perturb")
+        epsilon = fresh_start(draw, now, params)
         moved = jax.tree.map(lambda u, p, e: (1 - shrink) * u - shrink * p + perturb * e, updates, params, epsilon)
         return moved, ShrinkAndPerturbState(key)
 

@@ -100,13 +100,13 @@ Draw = Callable[[Array], Any]
 _OF_UNITS = 1  # `shrink_and_perturb` may have the same key, and draws other numbers
 
 
-def fresh_start(draw: Draw, key: PRNGKeyArray, params: Any, name: str) -> Any:
+def fresh_start(draw: Draw, key: PRNGKeyArray, params: Any) -> Any:
     """What `draw` gives; ValueError if that is no tree like the parameters."""
     fresh = draw(key)
     got, wanted = map(jax.tree.structure, (fresh, params))
     if got != wanted:
         raise ValueError(
-            f"the draw of {name} gives a tree of {got.num_leaves} arrays that is not like the parameters' of "
+            f"draw gives a tree of {got.num_leaves} arrays that is not like the parameters' of "
             f"{wanted.num_leaves}; return the very structure that update gets, inside optax.masked the masked one"
         )
     return fresh
@@ -114,14 +114,14 @@ def fresh_start(draw: Draw, key: PRNGKeyArray, params: Any, name: str) -> Any:
 
 def renewing_step(
     tx: optax.GradientTransformation, updates: Any, state: Any, params: Any, extra: dict[str, Any],
-    due: Bool[Array, ""], draw: Draw, units: Sequence[Units], chosen: Sequence[Bool[Array, "_"]], name: str,
+    due: Bool[Array, ""], draw: Draw, units: Sequence[Units], chosen: Sequence[Bool[Array, "_"]],
 ) -> tuple[Any, PRNGKeyArray, Any]:  # fmt: skip
     """Updates after which the chosen units have started anew, if it is due; the next key, and the optimiser's state."""
     updates, inner = optax.with_extra_args_support(tx).update(updates, state.inner, params, **extra)
     rest, now = jax.random.split(state.key)
 
     def replaced() -> tuple[Any, Any]:
-        fresh = fresh_start(draw, jax.random.fold_in(now, _OF_UNITS), params, name)
+        fresh = fresh_start(draw, jax.random.fold_in(now, _OF_UNITS), params)
         new, where = renewed(optax.apply_updates(params, updates), fresh, units, chosen)
         steps = jax.tree.map(lambda n, p, u: (n - p).astype(u.dtype), new, params, updates)
         of_state = optax.tree_utils.tree_map_params(  # of what it holds of each parameter, such as Adam's moments

@@ -116,18 +116,10 @@ def recalibrate(
     Reference: Tsai et al., Robust processing-in-memory neural networks via noise-aware normalization, 2020.
     """
     _check(noise, relative_to)
-    if noise > 0 and key is None:
-        raise ValueError(f"noise needs a key, got noise={noise} and key=None; pass key=jax.random.key(0)")
-    for path, node in nnx.iter_graph(model) if noise > 0 else ():
-        if isinstance(node, ComputedKernel):
-            raise ValueError(
-                f"noise is on weights that hardware holds, and {'.'.join(map(str, path))}, a {type(node).__name__}, "
-                "computes its own; put layer.fold() in its place first"
-            )
+    _check_noisy(model, noise, key)
     probe = nnx.clone(model)
     probe.eval()
-    norms = _batch_norms(probe)
-    if not norms:
+    if not (norms := _batch_norms(probe)):
         raise ValueError(f"a model with flax.nnx.BatchNorm can be recalibrated, got {type(model).__name__} without any")
     for norm in norms:
         norm.use_running_average, norm.momentum = False, 0.0
@@ -149,12 +141,8 @@ def recalibrate(
             "forward ran no batch norm by batch statistics; pass e.g. forward=lambda model, x: model(x, train=True)"
         )
     for norm, (mean, var), run in zip(_batch_norms(calibrated), average, was_run, strict=True):
-        if run and not var.any():
-            raise ValueError(
-                "the batches have variance 0 in every channel of a batch norm, so the model would divide by almost 0; "
-                "pass a list of batches of several examples, [x] for one array"
-            )
         if run:
+            _check_variance(var)
             norm.mean[...], norm.var[...] = mean, var
     return calibrated
 
@@ -183,6 +171,25 @@ def _perturb(params: Any, key: Array, noise: Any, relative_to: RelativeTo, which
         for w, key in zip(leaves, keys, strict=True)
     ]
     return nnx.merge_state(jax.tree.unflatten(tree, noisy), rest)
+
+
+def _check_noisy(model: nnx.Module, noise: float, key: Array | None) -> None:
+    if noise > 0 and key is None:
+        raise ValueError(f"noise needs a key, got noise={noise} and key=None; pass key=jax.random.key(0)")
+    for path, node in nnx.iter_graph(model) if noise > 0 else ():
+        if isinstance(node, ComputedKernel):
+            raise ValueError(
+                f"noise is on weights that hardware holds, and {'.'.join(map(str, path))}, a {type(node).__name__}, "
+                "computes its own; put layer.fold() in its place first"
+            )
+
+
+def _check_variance(var: Array) -> None:
+    if not var.any():
+        raise ValueError(
+            "the batches have variance 0 in every channel of a batch norm, so the model would divide by almost 0; "
+            "pass a list of batches of several examples, [x] for one array"
+        )
 
 
 def _check(noise: float, relative_to: str) -> None:

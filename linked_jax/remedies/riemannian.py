@@ -18,7 +18,6 @@ from jaxtyping import Array, Float
 
 from linked_jax.arrays import Number, is_number, like, wide, wide_dtype
 from linked_jax.remedies.arguments import check_shares, dotted, nearest
-from linked_jax.revive.names import leaf_names, leaves_by_name
 
 Kernel = Float[Array, "... rows c_out"]
 
@@ -246,14 +245,15 @@ def orthogonality_penalty(params: Any, mask: Any) -> Float[Array, ""]:
 
 def _marked(mask: Any, params: Any) -> Any:
     """The bools of a mask as a tree like params, by the names of its leaves, or of the groups that they are of."""
-    marks = leaves_by_name(mask)
+    marks = {dotted(path): on for path, on in jax.tree_util.tree_leaves_with_path(mask)}
 
     def mark(path: Any, _: Any) -> bool:
-        names = leaf_names(path)
-        found = [marks[names[:i]] for i in range(len(names), -1, -1) if names[:i] in marks]
-        if not found:
-            raise ValueError(f"the mask says nothing of {'.'.join(names)!r}; make it of these parameters")
-        return found[0]
+        keys = dotted(path).split(".")
+        names = [".".join(keys[:i]) for i in range(len(keys), -1, -1)]
+        on = next((marks[name] for name in names if name in marks), None)
+        if on is None:
+            raise ValueError(f"the mask says nothing of {names[0]!r}; make it of these parameters")
+        return on
 
     return jax.tree_util.tree_map_with_path(mark, params)
 

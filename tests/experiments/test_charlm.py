@@ -275,7 +275,7 @@ def test_every_row_has_a_style():
         ({"rates": ()}, r"--rates takes values from 1e-09 to 1, got \(\)"),
         ({"rates": (float("nan"),)}, "--rates takes values"),
         ({"seeds": 0}, "--seeds is from 1 to 100, got 0"),
-        ({"iterations": 0}, "--iterations is at least 1, got 0"),
+        ({"iterations": 0}, "--iterations is from 1 to 1,000,000, got 0"),
     ],
 )
 def test_bad_options_are_refused(options, said):

@@ -436,5 +436,5 @@ def test_what_is_missing_is_named():
         with pytest.raises(ValueError, match=said):
             tx.update(params, tx.init(params), params, magnitudes=wrong)
     wrapped = shrink_and_perturb(0.1, 0.1, lambda key: {"params": draw(key)["a"]}, key=KEY)
-    with pytest.raises(ValueError, match=r"draw of shrink_and_perturb gives a tree of 2 arrays .* parameters' of 6"):
+    with pytest.raises(ValueError, match=r"draw gives a tree of 2 arrays .* parameters' of 6"):
         wrapped.update(params, wrapped.init(params), params)
