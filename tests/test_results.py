@@ -136,6 +136,7 @@ STUDIES = {
     "charlm/controls": charlm_table.markdown,
     "charlm/depth24": charlm_table.markdown,
     "charlm/layer_norm": charlm_table.markdown,
+    "charlm/width": charlm_table.markdown,
 }
 
 

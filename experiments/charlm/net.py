@@ -117,7 +117,10 @@ ROWS = {
     ),
     "layer_norm_lk_gelu_gpt2": Row("layer normalisation, linked gelu, GPT-2's start", lk_gelu, _layer_norm),
     "layer_norm_lk_gelu_wide": Row(
-        "the same with as many units as gelu has: more parameters", lk_gelu, _layer_norm, hidden=_units(gelu)
+        "layer normalisation, linked gelu, GPT-2's start, as many units as gelu has: more parameters",
+        lk_gelu,
+        _layer_norm,
+        hidden=_units(gelu),
     ),
     "layer_norm_narrow": Row(
         "layer normalisation, gelu, as few units as a linked row has: fewer parameters",

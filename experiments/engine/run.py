@@ -313,8 +313,8 @@ def _check_data(folder: Path, begun_on: Mapping[str, Any], data: data_lib.Datase
 def _check_lines(record: records.Record, saved: int) -> None:
     if len(record.lines) < saved:
         raise UsageError(
-            f"{record.folder / folders.METRICS} has {len(record.lines)} lines, {saved} at the last checkpoint; a part of the record is "
-            "lost: begin anew, with another --out"
+            f"{record.folder / folders.METRICS} has {len(record.lines)} lines, {saved} at the last checkpoint; a part "
+            "of the record is lost: begin anew, with another --out"
         )
 
 
