@@ -80,12 +80,10 @@ def continual_backprop(
         check_paths(params, units)
         return ContinualBackpropState(*_start(params, units), jax.random.clone(key), tx.init(params))
 
-    def update(
-        updates: Any, state: Any, params: Any = None, *, magnitudes: Any = None, **extra: Any
-    ) -> tuple[Any, ContinualBackpropState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, ContinualBackpropState]:
         needs_params(params, "continual_backprop")
         leaves, (utility, age, due, chosen) = leaves_by_name(params), ([], [], [], [])
-        sizes = listed(magnitudes, units, params, "continual_backprop")
+        sizes = listed(extra.get("magnitudes"), units, params, "continual_backprop")
         for i, (layer, size) in enumerate(zip(units, sizes, strict=True)):
             contribution = size * outgoing_size(leaves[layer.kernels[1]], size.size)
             u = decay * state.utility[i] + (1 - decay) * contribution
@@ -96,7 +94,7 @@ def continual_backprop(
             age.append(jnp.where(least, 0, a))
             due.append(c - least.sum(dtype=c.dtype))
             chosen.append(least)
-        any_chosen, extra["magnitudes"] = jnp.concatenate(chosen).any(), magnitudes
+        any_chosen = jnp.concatenate(chosen).any()
         steps, rest, inner = renewing_step(tx, updates, state, params, extra, any_chosen, draw, units, chosen)
         return steps, ContinualBackpropState(tuple(utility), tuple(age), tuple(due), rest, inner)
 

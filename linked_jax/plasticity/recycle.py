@@ -72,14 +72,11 @@ def recycle_dormant(
         check_paths(params, units)
         return RecycleState(jnp.zeros((), jnp.int32), jax.random.clone(key), tx.init(params))
 
-    def update(
-        updates: Any, state: Any, params: Any = None, *, magnitudes: Any = None, **extra: Any
-    ) -> tuple[Any, RecycleState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, RecycleState]:
         needs_params(params, "recycle_dormant")
-        sizes, count = listed(magnitudes, units, params, "recycle_dormant"), state.steps + 1
+        sizes, count = listed(extra.get("magnitudes"), units, params, "recycle_dormant"), state.steps + 1
         dormant = [relative_sizes(size, finite=jnp.isfinite(size)) <= tau for size in sizes]
         due = count % period == 0
-        extra["magnitudes"] = magnitudes
         steps, rest, inner = renewing_step(tx, updates, state, params, extra, due, draw, units, dormant)
         return steps, RecycleState(count, rest, inner)
 

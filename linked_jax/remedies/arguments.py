@@ -25,7 +25,7 @@ def check_shares(**shares: Number) -> None:
             raise ValueError(f"{name} is at least 0 and below 1, got {share}")
 
 
-def check_link(link: Link) -> Link:
+def require_link(link: Link) -> Link:
     """The link; TypeError if it is none."""
     if not isinstance(link, Link):
         raise TypeError(f"link is a Link, got {brief(link)}; pass e.g. linked(jax.nn.relu) or Link((jax.nn.relu,))")

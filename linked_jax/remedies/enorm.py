@@ -26,7 +26,7 @@ from linked_jax.activations import relu
 from linked_jax.arrays import like, wide
 from linked_jax.linking import Link
 from linked_jax.members import is_homogeneous
-from linked_jax.remedies.arguments import check_link, dotted, nearest
+from linked_jax.remedies.arguments import dotted, nearest, require_link
 
 _OF_NORMS = ("scale", "mean", "var")
 _BUFFERS = {"trace": -1, "mu": -1, "nu": -2}  # an optimiser's buffer -> the power of the factor in which it changes
@@ -58,7 +58,7 @@ class Layer:
     stacked: bool = False
 
     def __post_init__(self):
-        if not all(map(is_homogeneous, check_link(self.link).members)):
+        if not all(map(is_homogeneous, require_link(self.link).members)):
             raise ValueError(
                 f"balancing needs g(a z) = a g(z) for a > 0, got {self.link} before {self.path!r}; "
                 f"use members such as relu or leaky_relu"

@@ -18,7 +18,7 @@ from linked_jax.arrays import wide
 from linked_jax.initializers import Initializer
 from linked_jax.linking import Link
 from linked_jax.moments import expectation
-from linked_jax.remedies.arguments import check_link
+from linked_jax.remedies.arguments import require_link
 from linked_jax.remedies.kernels import ComputedKernel
 
 _LECUN_NORMAL = nnx.initializers.lecun_normal()  # Flax' own
@@ -83,7 +83,7 @@ def keep_variance(link: Link) -> Initializer:
       >>> round(float(v.var()) * 1000, 1)  # 1 / Var[relu(z)] = 2 / (1 - 1 / pi)
       2.9
     """
-    means = [expectation(g) for g in check_link(link).members]
+    means = [expectation(g) for g in require_link(link).members]
     variance = sum(expectation(lambda z, g=g, c=c: (g(z) - c) ** 2) for g, c in zip(link.members, means, strict=True))
     if not variance > 0:
         raise ValueError(f"a constant link has no variance to keep, got {link}; pass one that depends on z")

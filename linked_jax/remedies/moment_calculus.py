@@ -17,7 +17,7 @@ from linked_jax.arrays import wide
 from linked_jax.linking import Link, join
 from linked_jax.members import slopes
 from linked_jax.moments import panels
-from linked_jax.remedies.arguments import check_link
+from linked_jax.remedies.arguments import require_link
 from linked_jax.remedies.normprop import max_moments
 
 EPSILON = 1e-10
@@ -100,7 +100,7 @@ def through_link(moments: Moments, link: Link) -> Moments:
       Array([0.3989423, 0.3989423], dtype=float32)
     """
     parts = []
-    for member in check_link(link).members:
+    for member in require_link(link).members:
         of_sides = slopes(member)
         parts.append(piecewise_linear(moments, *of_sides) if of_sides else by_quadrature(moments, member))
     return Moments(*(join(part, -1, link.layout) for part in zip(*parts, strict=True)))

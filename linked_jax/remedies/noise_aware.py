@@ -174,9 +174,11 @@ def _perturb(params: Any, key: Array, noise: Any, relative_to: RelativeTo, which
 
 
 def _check_noisy(model: nnx.Module, noise: float, key: Array | None) -> None:
-    if noise > 0 and key is None:
+    if noise == 0:
+        return
+    if key is None:
         raise ValueError(f"noise needs a key, got noise={noise} and key=None; pass key=jax.random.key(0)")
-    for path, node in nnx.iter_graph(model) if noise > 0 else ():
+    for path, node in nnx.iter_graph(model):
         if isinstance(node, ComputedKernel):
             raise ValueError(
                 f"noise is on weights that hardware holds, and {'.'.join(map(str, path))}, a {type(node).__name__}, "

@@ -20,7 +20,7 @@ from linked_jax.arrays import like, wide
 from linked_jax.linking import Link
 from linked_jax.members import Wrapped
 from linked_jax.moments import expectation
-from linked_jax.remedies.arguments import check_link, check_sizes
+from linked_jax.remedies.arguments import check_sizes, require_link
 from linked_jax.remedies.kernels import ComputedKernel
 
 
@@ -80,7 +80,7 @@ def normalized(link: Link) -> Link:
       >>> normalized(relu)(jnp.array([-1.0, 1.0])).round(2)
       Array([-0.68,  1.03], dtype=float32)
     """
-    return Link(tuple(map(Normalized, check_link(link).members)), axis=link.axis, layout=link.layout)
+    return Link(tuple(map(Normalized, require_link(link).members)), axis=link.axis, layout=link.layout)
 
 
 def unit_filters(kernel: Float[Array, "... c_in c_out"]) -> Float[Array, "... c_in c_out"]:
