@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from linked_jax.arrays import Number, is_number, like, wide, wide_dtype
+from linked_jax.arrays import Number, is_number, wide, wide_dtype
 from linked_jax.remedies.arguments import check_shares, dotted, nearest
-
-Kernel = Float[Array, "... rows c_out"]
+from linked_jax.remedies.sphere import column_dot, column_norm, geodesic, tangent, unit_columns
 
 
 class SphereState(NamedTuple):
@@ -27,43 +26,6 @@ class SphereState(NamedTuple):
 
     steps: Any
     kept: Any
-
-
-def tangent(y: Kernel, g: Kernel, *, clip: Number = math.inf) -> Kernel:
-    """The part of a gradient that is tangent to the sphere, shortened to at most `clip` in each column.
-
-        h = g - (y.g) y,   h <- h min(1, clip / ||h||)
-
-    >>> import jax.numpy as jnp
-    >>> from linked_jax.remedies.riemannian import tangent
-    >>> tangent(jnp.array([[1.0], [0.0]]), jnp.array([[5.0], [3.0]])).ravel()
-    Array([0., 3.], dtype=float32)
-    """
-    h = g - _dot(y, g) * y
-    h = h - _dot(y, h) * y  # again: where g is almost parallel to y, the first h is mostly rounding
-    if is_number(clip) and clip == math.inf:
-        return h
-    norm = _norm(h)
-    return jnp.where(norm > clip, clip * h / jnp.where(norm > clip, norm, 1), h)
-
-
-def geodesic(y: Kernel, delta: Kernel) -> tuple[Kernel, Kernel]:
-    """The exponential map: the end of the geodesic from y along delta, and delta in parallel transport to there.
-
-        Exp_y(delta) = y cos||delta|| + u sin||delta||,   delta <- ||delta|| (u cos||delta|| - y sin||delta||)
-
-    with u = delta / ||delta||; delta = 0 changes nothing. A geodesic is a great circle, and the way is ||delta|| long.
-    Columns of y have norm 1, and those of delta are tangent there; the same holds for the two that are returned.
-
-    >>> import jax.numpy as jnp
-    >>> from linked_jax.remedies.riemannian import geodesic
-    >>> y, _ = geodesic(jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [jnp.pi / 6]]))
-    >>> [round(float(each), 4) for each in y[:, 0]]
-    [0.866, 0.5]
-    """
-    n = _norm(delta)
-    cos, sin_over_n = jnp.cos(n), jnp.sinc(n / jnp.pi)
-    return y * cos + delta * sin_over_n, delta * cos - y * n * jnp.sin(n)
 
 
 def sgd_g(
@@ -137,15 +99,15 @@ def adam_g(
     def step(y: Array, g: Array, kept: tuple[Array, Array], lr: Any, t: Any) -> tuple[Array, tuple[Array, Array]]:
         h, (m, v) = tangent(y, g, clip=clip), kept
         m = b1 * m + (1 - b1) * h
-        v = b2 * v + (1 - b2) * _dot(h, h)
+        v = b2 * v + (1 - b2) * column_dot(h, h)
         t = t.astype(m.dtype)  # b2**t of an integer t would be float64 where that is on
         delta = -lr * jnp.sqrt(1 - b2**t) / (1 - b1**t) * m / jnp.sqrt(v + 1e-8)
-        n = _norm(delta)
+        n = column_norm(delta)
         u = delta / jnp.where(n > 0, n, 1)
-        m = m - _dot(u, m) * (jnp.sin(n) * y + (1 - jnp.cos(n)) * u)
+        m = m - column_dot(u, m) * (jnp.sin(n) * y + (1 - jnp.cos(n)) * u)
         return geodesic(y, delta)[0], (m, v)
 
-    return _on_spheres(step, learning_rate, lambda p: (jnp.zeros_like(wide(p)), jnp.zeros_like(_dot(p, p))))
+    return _on_spheres(step, learning_rate, lambda p: (jnp.zeros_like(wide(p)), jnp.zeros_like(column_dot(p, p))))
 
 
 def scale_invariant(params: Any, names: Sequence[str]) -> Any:
@@ -218,7 +180,7 @@ def to_sphere(params: Any, mask: Any) -> Any:
     >>> to_sphere({"kernel": jnp.array([[3.0], [4.0]])}, {"kernel": True})["kernel"].round(3).ravel()
     Array([0.6, 0.8], dtype=float32)
     """
-    return jax.tree.map(lambda p, on: _unit(p).astype(p.dtype) if on else p, params, _marked(mask, params))
+    return jax.tree.map(lambda p, on: unit_columns(p).astype(p.dtype) if on else p, params, _marked(mask, params))
 
 
 def orthogonality_penalty(params: Any, mask: Any) -> Float[Array, ""]:
@@ -280,28 +242,12 @@ def _on_spheres(
         kernels, tree = jax.tree.flatten(params)
         moves, kept = [], []
         for p, g, of_p in zip(kernels, tree.flatten_up_to(updates), tree.flatten_up_to(state.kept), strict=True):
-            y, of_y = step(_unit(p), g.astype(wide_dtype(p.dtype)), of_p, lr, t)
+            y, of_y = step(unit_columns(p), g.astype(wide_dtype(p.dtype)), of_p, lr, t)
             moves.append(y - p)
             kept.append(of_y)
         return tree.unflatten(moves), SphereState(t, tree.unflatten(kept))
 
     return optax.GradientTransformation(init, update)
-
-
-def _dot(a: Array, b: Array) -> Array:
-    """Of each column, (1, ..., c_out)."""
-    return (wide(a) * b).sum(tuple(range(a.ndim - 1)), keepdims=True)
-
-
-def _norm(a: Array) -> Array:
-    """Of each column, (1, ..., c_out)."""
-    return like(optax.safe_norm(a.reshape(-1, a.shape[-1]), 0.0, axis=0), a)
-
-
-def _unit(p: Any) -> Array:
-    p = wide(p)
-    norm = _norm(p)
-    return p / jnp.where(norm > 0, norm, 1)
 
 
 def _check(learning_rate: optax.ScalarOrSchedule, clip: Number, **averages: Number) -> None:

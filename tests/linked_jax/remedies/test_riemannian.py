@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 
 from linked_jax.remedies.riemannian import (
     adam_g,
-    geodesic,
     orthogonality_penalty,
     riemannian,
     scale_invariant,
     sgd_g,
-    tangent,
     to_sphere,
 )
+from linked_jax.remedies.sphere import geodesic, tangent
 from tests.cases import first_fast
 
 SHAPES = {"conv": (3, 3, 2, 4), "dense": (5, 3)}
