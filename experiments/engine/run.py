@@ -213,7 +213,7 @@ class _Run:
             for lines in training.fit(loop, snapshot, self.data, plan, seeds, on_step=on_step):
                 for line in lines:
                     self.record.add({**cell, **line})
-                    if each_epoch or line["epoch"] == plan.epochs or "diverged" in line:
+                    if each_epoch or tables.is_last(line, plan.epochs):
                         self.console.say(f"{named} {_said(line, plan.epochs, self.data.tested_on)}")
         return latest[0]
 
@@ -297,7 +297,7 @@ class _Run:
 def _is_whole(record: records.Record, runs: Sequence[tuple[Cell, Sequence[int]]]) -> bool:
     """Whether each net and seed has its last epoch, or diverged."""
     axes, epochs = record.config["axes"], record.config["settings"]["epochs"]
-    ends = [line for line in record.lines if "diverged" in line or line["epoch"] == epochs]
+    ends = [line for line in record.lines if tables.is_last(line, epochs)]
     done = {(line["seed"], *(line[axis] for axis in axes)) for line in ends}
     return len(done) == sum(len(seeds) for _, seeds in runs)
 

@@ -140,6 +140,11 @@ def by_net(lines: Iterable[Mapping[str, Any]], axes: Sequence[str]) -> list[tupl
     return [(dict(zip(axes, net, strict=True)), list(runs.values())) for net, runs in nets.items()]
 
 
+def is_last(line: Mapping[str, Any], epochs: int) -> bool:
+    """Whether a run ends with this line: with its last epoch, or because it diverged."""
+    return "diverged" in line or line["epoch"] == epochs
+
+
 def varying(nets: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[str]:
     """The axes with several values; and act and init, which are never hidden choices."""
     return [axis for axis in axes if axis in ("act", "init") or len({net[axis] for net in nets}) > 1]

@@ -12,6 +12,7 @@ from experiments.engine import records
 from experiments.engine.errors import UsageError
 from experiments.engine.folders import CONFIG, METRICS
 from experiments.engine.published import published
+from experiments.engine.tables import is_last
 
 Line = dict[str, Any]
 NetKey = tuple[Any, ...]
@@ -43,7 +44,7 @@ class StoredRecord:
     def is_finished(self, run: Run) -> bool:
         """Whether a run has its last epoch, or diverged."""
         lines = self.runs[run]
-        return bool(lines) and ("diverged" in lines[-1] or lines[-1]["epoch"] == self.config["settings"]["epochs"])
+        return bool(lines) and is_last(lines[-1], self.config["settings"]["epochs"])
 
     def progress(self, run: Run) -> str:
         """How far a run has come."""
