@@ -179,7 +179,20 @@ def test_scales_of_the_ablation():
     kernels = {name: STARTS[name](lk_relu, False)[0](KEY, (64, 16), jnp.float32) for name in STARTS}
     squares = {name: float(jnp.square(kernel).sum() / 16) for name, kernel in kernels.items()}
     wanted = {"ours": 2, "shuffled": 2, "variance_preserving": 2, "normal": 2, "orthogonal": 1, "pytorch": 1 / 3}
+    wanted |= {"normal_biased": 2, "pytorch_unbiased": 1 / 3}
     assert squares == pytest.approx(wanted, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "biases", "both"), [("normal", "pytorch", "normal_biased"), ("pytorch", "normal", "pytorch_unbiased")]
+)
+def test_a_crossed_start_has_the_kernel_of_one_start_and_the_bias_of_the_other(kernels, biases, both):
+    (kernel, _), (_, bias), crossed = (STARTS[name](lk_relu, False) for name in (kernels, biases, both))
+    shape = (64, 16)
+    np.testing.assert_array_equal(crossed[0](KEY, shape, jnp.float32), kernel(KEY, shape, jnp.float32))
+    drawn = crossed[1](KEY, (16,), jnp.float32, fan_in=64)
+    np.testing.assert_array_equal(drawn, bias(KEY, (16,), jnp.float32, fan_in=64))
+    assert drawn.any() == (biases == "pytorch")
 
 
 def test_the_normal_start_has_the_scale_of_ours_and_no_columns_at_right_angles():

@@ -130,7 +130,7 @@ def _both(name: str, says: str, act: Activation, starts: Mapping[str, str]) -> d
 
 
 _STARTS = {"": "pytorch", "_ours": "ours"}
-_ABLATION = {f"_{start}": start for start in ("variance_preserving", "orthogonal", "shuffled", "normal")}
+_ABLATION = {f"_{start}": start for start in STARTS if start not in _STARTS.values()}
 _leaky = [functools.partial(jax.nn.leaky_relu, negative_slope=slope) for slope in SLOPES]
 _smooth = functools.partial(smooth_leaky, negative_slope=SLOPES[-1])
 

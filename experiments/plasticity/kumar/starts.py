@@ -8,8 +8,10 @@
     shuffled                ours, with a random sign of each mirrored row:        no       yes          yes
                             a unit starts as z or as |z|
     normal                  N(0, gain(link)^2 / fan_in)                           no       no           yes
+    pytorch_unbiased        pytorch, with biases of 0                             no       no           no
+    normal_biased           normal, with the biases of pytorch                    no       no           yes
 
-Biases are 0 in all but pytorch. All but pytorch and normal have an orthogonal first layer.
+Biases are 0 where nothing is said of them. Where Q is, the first layer is orthogonal too.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,14 +30,14 @@ the bias."""
 _identity = Link((lambda z: z,))
 
 
-def pytorch(link: Link, is_first: bool) -> tuple[Initializer, Callable[..., Array]]:
-    """torch.nn.Linear's and Conv2d's own start: U(-b, b) with b = 1 / sqrt(fan_in), of kernels and of biases."""
-    del link, is_first
+def _uniform(_link: Link, _is_first: bool) -> Initializer:
+    """The kernel of torch.nn.Linear and Conv2d: U(-b, b) with b = 1 / sqrt(fan_in)."""
+    return jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
-    def bias(key: PRNGKeyArray, shape: Sequence[int], dtype: Any, *, fan_in: int) -> Float[Array, " c"]:
-        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
-    return jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), bias
+def _uniform_bias(key: PRNGKeyArray, shape: Sequence[int], dtype: Any, *, fan_in: int) -> Float[Array, " c"]:
+    """The bias of the same, with the same b."""
+    return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
 
 def _zeros(_key: PRNGKeyArray, shape: Sequence[int], dtype: Any, *, fan_in: int) -> Float[Array, " c"]:
@@ -44,7 +46,12 @@ def _zeros(_key: PRNGKeyArray, shape: Sequence[int], dtype: Any, *, fan_in: int)
 
 
 def _after(kernel_init: Callable[[Link], Initializer]) -> Start:
-    return lambda link, is_first: (_orthogonal(link) if is_first else kernel_init(link), _zeros)
+    """An orthogonal first layer, and this after a link."""
+    return _pair(lambda link, is_first: _orthogonal(link) if is_first else kernel_init(link), _zeros)
+
+
+def _pair(kernel: Callable[[Link, bool], Initializer], bias: Callable[..., Array]) -> Start:
+    return lambda link, is_first: (kernel(link, is_first), bias)
 
 
 def _orthogonal(_link: Link) -> Initializer:
@@ -64,16 +71,17 @@ def _shuffled(link: Link) -> Initializer:
     return init
 
 
-def _normal(link: Link, is_first: bool) -> tuple[Initializer, Callable[..., Array]]:
-    scale = gain(_identity if is_first else link) ** 2
-    return jax.nn.initializers.variance_scaling(scale, "fan_in", "normal"), _zeros
+def _normal(link: Link, is_first: bool) -> Initializer:
+    return jax.nn.initializers.variance_scaling(gain(_identity if is_first else link) ** 2, "fan_in", "normal")
 
 
 STARTS: dict[str, Start] = {
-    "pytorch": pytorch,
+    "pytorch": _pair(_uniform, _uniform_bias),
     "ours": _after(default_kernel_init),
     "variance_preserving": _after(variance_preserving),
     "orthogonal": _after(_orthogonal),
     "shuffled": _after(_shuffled),
-    "normal": _normal,
+    "normal": _pair(_normal, _zeros),
+    "pytorch_unbiased": _pair(_uniform, _zeros),
+    "normal_biased": _pair(_normal, _uniform_bias),
 }
