@@ -5,7 +5,7 @@ import functools
 import itertools
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from experiments.engine import data as data_lib
-from experiments.engine import folders, plots, processes, records, tables, training
+from experiments.engine import folders, plots, processes, records, resumed, tables, training
 from experiments.engine.checkpoints import Checkpoints, Saved, like
 from experiments.engine.checks import option
 from experiments.engine.console import Console
@@ -57,7 +57,7 @@ def run(experiment: Experiment) -> None:
         return
     folder = Path(settings.resume)
     config = records.resumable_config(folder)
-    settings = _recorded_settings(experiment, folder, config, settings)
+    settings = resumed.settings_of(experiment, folder, config, settings)
     _start(experiment, settings)
     with _open(folder, config, lambda: records.Record.reopen(folder)) as record:
         _Run(experiment, settings, folder, record).go()
@@ -72,17 +72,6 @@ def _start(experiment: Experiment, settings: Settings) -> None:
 def _open(folder: Path, config: dict[str, Any], open_it: Callable[[], records.Record]) -> records.Record:
     """The record, which process 0 writes."""
     return processes.everywhere(open_it if processes.is_first() else lambda: records.Unwritten(folder, config))
-
-
-def _recorded_settings(experiment: Experiment, folder: Path, config: Mapping[str, Any], asked: Settings) -> Any:
-    if config.get("experiment") != experiment.name:
-        raise UsageError(f"{folder} is a run of {config.get('experiment')}, not of {experiment.name}")
-    kept = {name: getattr(asked, name) for name in ("resume", *OF_THIS_COMMAND)}
-    try:
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in config["settings"].items()}
-        return type(experiment.presets["auto"])(**values, **kept)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UsageError(f"the settings in {folder}/{folders.CONFIG} are damaged ({error}); start anew") from error
 
 
 def _data(settings: Settings) -> data_lib.Dataset:
@@ -105,7 +94,7 @@ class _Run:
         self.data = _data(settings)
         self.settings = settle(settings, self.data)
         if record:
-            _check_data(folder, record.config["data"], self.data)
+            resumed.check_data(folder, record.config["data"], self.data)
         self.cells = experiment.cells(self.settings)
         self.place = placement(self.settings)
         seeds = list(range(self.settings.seed, self.settings.seed + self.settings.seeds))
@@ -149,8 +138,8 @@ class _Run:
     def _train_all(self, checkpoints: Checkpoints, interrupts: Interrupts) -> None:
         saved = processes.everywhere(checkpoints.load)
         first, lines = (saved.facts["run"], saved.facts["lines"]) if saved else (0, 0)
-        _check_lines(self.record, lines)
-        if first == len(self.runs) or (not saved and _is_whole(self.record, self.runs)):
+        resumed.check_lines(self.record, lines)
+        if first == len(self.runs) or (not saved and resumed.is_whole(self.record, self.runs)):
             self.console.say(f"the run {self.folder} is complete")
             return
         if self.record.lines and not saved:
@@ -292,30 +281,6 @@ class _Run:
         if times := records.read_times(self.folder):
             title = f"Median time of a training step, {times['steps']} steps of each net in turns."
             self.console.table(title, tables.time_table(self.experiment.name, times["medians"]))
-
-
-def _is_whole(record: records.Record, runs: Sequence[tuple[Cell, Sequence[int]]]) -> bool:
-    """Whether each net and seed has its last epoch, or diverged."""
-    axes, epochs = record.config["axes"], record.config["settings"]["epochs"]
-    ends = [line for line in record.lines if tables.is_last(line, epochs)]
-    done = {(line["seed"], *(line[axis] for axis in axes)) for line in ends}
-    return len(done) == sum(len(seeds) for _, seeds in runs)
-
-
-def _check_data(folder: Path, begun_on: Mapping[str, Any], data: data_lib.Dataset) -> None:
-    if begun_on["fingerprint"] != data.fingerprint:
-        raise UsageError(
-            f"the run {folder} was begun on {begun_on['description']} with fingerprint {begun_on['fingerprint']}, this "
-            f"set has {data.fingerprint}; pass its --data-dir"
-        )
-
-
-def _check_lines(record: records.Record, saved: int) -> None:
-    if len(record.lines) < saved:
-        raise UsageError(
-            f"{record.folder / folders.METRICS} has {len(record.lines)} lines, {saved} at the last checkpoint; a part "
-            "of the record is lost: begin anew, with another --out"
-        )
 
 
 def _said(line: Mapping[str, Any], epochs: int, tested_on: str) -> str:
