@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from linked_jax.arrays import Number, is_number
-from linked_jax.plasticity.units import Draw, Units, check_paths, listed, needs_params, outgoing_size, renewing_step
+from linked_jax.plasticity.units import Draw, Renewal, Units, check_paths, listed, needs_params, outgoing_size
 from linked_jax.revive.names import leaves_by_name
 
 
@@ -51,8 +51,8 @@ def continual_backprop(
       (C,) for each layer of `units`; `tap.stats.magnitude / tap.stats.count` of `linked_jax.probe.observe`.
 
     Raises:
-      ValueError: if a number is out of its range; by init, if a path is not there; by update, if params or magnitudes
-        are missing.
+      ValueError: if a number is out of its range, or there are no units; by init, if a path is not there; by update,
+        if params or magnitudes are missing.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -75,6 +75,7 @@ def continual_backprop(
         raise ValueError(f"maturity is at least 0 steps, got {maturity}; the paper's is 100 to 10,000")
     if is_number(decay) and not 0 <= decay < 1:
         raise ValueError(f"decay is at least 0 and below 1, got {decay}; the paper's is 0.99")
+    renewal = Renewal(tx, units, draw)
 
     def init(params: Any) -> ContinualBackpropState:
         check_paths(params, units)
@@ -94,8 +95,7 @@ def continual_backprop(
             age.append(jnp.where(least, 0, a))
             due.append(c - least.sum(dtype=c.dtype))
             chosen.append(least)
-        any_chosen = jnp.concatenate(chosen).any()
-        steps, rest, inner = renewing_step(tx, updates, state, params, extra, any_chosen, draw, units, chosen)
+        steps, rest, inner = renewal.step(updates, state, params, extra, chosen)
         return steps, ContinualBackpropState(tuple(utility), tuple(age), tuple(due), rest, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)

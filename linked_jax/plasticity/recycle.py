@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from linked_jax.arrays import Number, is_number
 from linked_jax.diagnostics import relative_sizes
-from linked_jax.plasticity.units import Draw, Units, check_paths, listed, needs_params, renewing_step
+from linked_jax.plasticity.units import Draw, Renewal, Units, check_paths, listed, needs_params
 
 
 class RecycleState(NamedTuple):
@@ -47,8 +47,8 @@ def recycle_dormant(
       (C,) for each layer of `units`; `tap.stats.magnitude / tap.stats.count` of `linked_jax.probe.observe`.
 
     Raises:
-      ValueError: if a number is out of its range; by init, if a path is not there; by update, if params or magnitudes
-        are missing.
+      ValueError: if a number is out of its range, or there are no units; by init, if a path is not there; by update,
+        if params or magnitudes are missing.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -67,6 +67,7 @@ def recycle_dormant(
         raise ValueError(f"period is at least 1 step, got {period}; a task's number of steps is usual")
     if is_number(tau) and not tau >= 0:
         raise ValueError(f"tau is at least 0, got {tau}; 0 finds the units that never fire")
+    renewal = Renewal(tx, units, draw)
 
     def init(params: Any) -> RecycleState:
         check_paths(params, units)
@@ -75,9 +76,9 @@ def recycle_dormant(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, RecycleState]:
         needs_params(params, "recycle_dormant")
         sizes, count = listed(extra.get("magnitudes"), units, params, "recycle_dormant"), state.steps + 1
-        dormant = [relative_sizes(size, finite=jnp.isfinite(size)) <= tau for size in sizes]
         due = count % period == 0
-        steps, rest, inner = renewing_step(tx, updates, state, params, extra, due, draw, units, dormant)
+        dormant = [due & (relative_sizes(size, finite=jnp.isfinite(size)) <= tau) for size in sizes]
+        steps, rest, inner = renewal.step(updates, state, params, extra, dormant)
         return steps, RecycleState(count, rest, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -112,28 +112,48 @@ def fresh_start(draw: Draw, key: PRNGKeyArray, params: Any) -> Any:
     return fresh
 
 
-def renewing_step(
-    tx: optax.GradientTransformation, updates: Any, state: Any, params: Any, extra: dict[str, Any],
-    due: Bool[Array, ""], draw: Draw, units: Sequence[Units], chosen: Sequence[Bool[Array, "_"]],
-) -> tuple[Any, PRNGKeyArray, Any]:  # fmt: skip
-    """Updates after which the chosen units have started anew, if it is due; the next key, and the optimiser's state."""
-    updates, inner = optax.with_extra_args_support(tx).update(updates, state.inner, params, **extra)
-    rest, now = jax.random.split(state.key)
+@dataclasses.dataclass(frozen=True)
+class Renewal:
+    """An optimiser's step, after which chosen units of hidden layers start anew.
 
-    def replaced() -> tuple[Any, Any]:
-        fresh = fresh_start(draw, jax.random.fold_in(now, _OF_UNITS), params)
-        new, where = renewed(optax.apply_updates(params, updates), fresh, units, chosen)
-        steps = jax.tree.map(lambda n, p, u: (n - p).astype(u.dtype), new, params, updates)
-        of_state = optax.tree_utils.tree_map_params(  # of what it holds of each parameter, such as Adam's moments
-            tx, lambda _, here: here, inner, where, transform_non_params=lambda _: False
-        )
-        anew = jax.tree.map(
-            lambda here, s, start: jnp.where(here, start, s).astype(s.dtype), of_state, inner, tx.init(new)
-        )
-        return steps, anew
+    Args:
+      tx: the optimiser.
+      units: the hidden layers.
+      draw: key -> parameters at a fresh start.
+    """
 
-    updates, inner = jax.lax.cond(due, replaced, lambda: (updates, inner))
-    return updates, rest, inner
+    tx: optax.GradientTransformation
+    units: Sequence[Units]
+    draw: Draw
+
+    def __post_init__(self) -> None:
+        if not self.units:
+            raise ValueError(f"units are those of one or more hidden layers, got {self.units}; pass [Units(...)]")
+
+    def step(
+        self, updates: Any, state: Any, params: Any, extra: dict[str, Any], chosen: Sequence[Bool[Array, "_"]]
+    ) -> tuple[Any, PRNGKeyArray, Any]:
+        """Updates after which the chosen units have started anew; the next key, and the optimiser's state.
+
+        Of the state it takes `key`, and `inner`, the optimiser's. Nothing is drawn where no unit is chosen.
+        """
+        updates, inner = optax.with_extra_args_support(self.tx).update(updates, state.inner, params, **extra)
+        rest, now = jax.random.split(state.key)
+
+        def replaced() -> tuple[Any, Any]:
+            fresh = fresh_start(self.draw, jax.random.fold_in(now, _OF_UNITS), params)
+            new, where = renewed(optax.apply_updates(params, updates), fresh, self.units, chosen)
+            steps = jax.tree.map(lambda n, p, u: (n - p).astype(u.dtype), new, params, updates)
+            of_state = optax.tree_utils.tree_map_params(  # of what it holds of each parameter, such as Adam's moments
+                self.tx, lambda _, here: here, inner, where, transform_non_params=lambda _: False
+            )
+            anew = jax.tree.map(
+                lambda here, s, start: jnp.where(here, start, s).astype(s.dtype), of_state, inner, self.tx.init(new)
+            )
+            return steps, anew
+
+        updates, inner = jax.lax.cond(jnp.concatenate(chosen).any(), replaced, lambda: (updates, inner))
+        return updates, rest, inner
 
 
 def listed(magnitudes: Any, units: Sequence[Units], params: Any, name: str) -> list[Float[Array, "_"]]:

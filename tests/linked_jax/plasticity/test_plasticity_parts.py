@@ -407,6 +407,8 @@ def test_seeds_at_once_are_what_each_is_alone(make):
         (lambda: continual_backprop(optax.sgd(1.0), UNITS, draw, key=KEY, decay=1.0), "below 1, got 1.0"),
         (lambda: recycle_dormant(optax.sgd(1.0), UNITS, draw, key=KEY, period=0), "at least 1 step, got 0"),
         (lambda: recycle_dormant(optax.sgd(1.0), UNITS, draw, key=KEY, period=1, tau=-1.0), "tau is at least 0"),
+        (lambda: recycle_dormant(optax.sgd(1.0), [], draw, key=KEY, period=1), r"one or more hidden layers, got \[\]"),
+        (lambda: continual_backprop(optax.sgd(1.0), [], draw, key=KEY), r"got \[\]; pass \[Units"),
     ],
 )
 def test_numbers_out_of_range_are_refused(make, said):
