@@ -43,17 +43,10 @@ from linked_jax.initializers import (
     read_out,
     variance_preserving,
 )
-from linked_jax.layers import (
-    ACTIVATION_NAMES,
-    ChannelPReLU,
-    LinkedConv,
-    LinkedConvTranspose,
-    LinkedLinear,
-    LinkedPReLU,
-    activation_arity,
-    get_activation,
-)
+from linked_jax.layers import LinkedConv, LinkedConvTranspose, LinkedLinear
+from linked_jax.learned import ChannelPReLU, LinkedPReLU
 from linked_jax.linking import Link, fourier, linked, min_max
+from linked_jax.registry import ACTIVATION_NAMES, activation_arity, get_activation
 from linked_jax.schedules import inverse_time_decay
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from linked_jax.layers import get_activation
 from linked_jax.linking import Link
 from linked_jax.members import brief, equations, is_elementwise
+from linked_jax.registry import get_activation
 from linked_jax.slopes import FLAT
 
 _CHUNK = 2**19  # values tried at once: their temporaries fit a CPU's cache

@@ -17,8 +17,8 @@ from linked_jax import plasticity, probe, remedies, revive
 ROOT = Path(__file__).parent.parent
 ROOMS = [
     "arrays", "members", "linking", "activations", "moments", "initializers", "schedules", "diagnostics", "slopes",
-    "signal_statistics", "histograms", "updates", "convolution", "learned", "layers", "linen", "certificates",
-    "remedies", "probe", "revive", "plasticity",
+    "signal_statistics", "histograms", "updates", "convolution", "learned", "registry", "layers", "linen",
+    "certificates", "remedies", "probe", "revive", "plasticity",
 ]  # fmt: skip
 """From the ground up: a room imports from rooms before it only."""
 ALLOWED = {"jax", "numpy", "flax", "optax", "jaxtyping", "linked_jax"}
@@ -89,7 +89,7 @@ import flax.nnx, jax, jaxtyping, optax
 before = set(sys.modules)
 import linked_jax
 core = "arrays members linking activations moments initializers schedules diagnostics".split()
-core += "convolution learned layers".split()
+core += "convolution learned registry layers".split()
 core += [f"convolution.{file}" for file in "geometry banded winograd patched".split()]
 new = {module for module in set(sys.modules) - before if not module.startswith("jax.")}
 assert new == {"linked_jax", *(f"linked_jax.{room}" for room in core)}, new

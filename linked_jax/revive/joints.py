@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from linked_jax.layers import ChannelPReLU, LinkedConv, LinkedLinear, LinkedPReLU
+from linked_jax.layers import LinkedConv, LinkedLinear
+from linked_jax.learned import ChannelPReLU, LinkedPReLU
 from linked_jax.linking import Link, join
 from linked_jax.revive.foldable import LAYERS, Foldable, is_layer, plain, rows_axis
 from linked_jax.revive.stack import Function, Stack, has_variables

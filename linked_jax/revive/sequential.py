@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from linked_jax.layers import LinkedPReLU
+from linked_jax.learned import LinkedPReLU
 from linked_jax.linking import Link
 from linked_jax.members import member_name
 from linked_jax.revive.expand import Pair, check_link, link_params, link_params_opt_state

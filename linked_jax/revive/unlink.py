@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from linked_jax.diagnostics import by_member
-from linked_jax.layers import LinkedPReLU
+from linked_jax.learned import LinkedPReLU
 from linked_jax.linking import Link
 from linked_jax.revive.foldable import fit, link_and_layer, plain
 from linked_jax.revive.joints import Joint, activations, arity, joint_at

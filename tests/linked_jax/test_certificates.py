@@ -13,7 +13,7 @@ import pytest
 from linked_jax import certificates
 from linked_jax.activations import ACTIVATIONS
 from linked_jax.certificates import certify, main
-from linked_jax.layers import LinkedPReLU
+from linked_jax.learned import LinkedPReLU
 from linked_jax.linking import Link, linked
 from tests.cases import first_fast
 

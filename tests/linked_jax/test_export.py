@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from linked_jax.activations import lk_gelu, lk_relu, lk_swish
-from linked_jax.layers import LinkedConv, LinkedLinear, LinkedPReLU
+from linked_jax.layers import LinkedConv, LinkedLinear
+from linked_jax.learned import LinkedPReLU
 from linked_jax.linking import Link, fourier, min_max
 from tests.cases import first_fast
 

@@ -20,6 +20,7 @@ from linked_jax.initializers import (
 from linked_jax.learned import LinkedPReLU
 from linked_jax.linking import Link, fourier, linked, min_max
 from linked_jax.members import evaluate, weights_of_z
+from tests.arrays import white
 from tests.cases import first_fast
 
 LINKS = {name: link for name, link in ACTIVATIONS.items() if isinstance(link, Link) and name != "crelu"}
@@ -51,10 +52,6 @@ def leaky(slope):
 
 def laid_out(link, layout):
     return Link(link.members, layout=layout)
-
-
-def white(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def conv(h, kernel, strides=1, padding="SAME"):

@@ -17,17 +17,16 @@ from linked_jax.activations import ACTIVATIONS, lk_relu, lk_swish, relu
 from linked_jax.convolution import conv_general_dilated
 from linked_jax.initializers import variance_preserving
 from linked_jax.layers import (
-    ChannelPReLU,
     ConvOptions,
     ConvTransposeOptions,
     LinearOptions,
     LinkedConv,
     LinkedConvTranspose,
     LinkedLinear,
-    LinkedPReLU,
-    get_activation,
 )
+from linked_jax.learned import ChannelPReLU, LinkedPReLU
 from linked_jax.linking import Link, fourier, linked, min_max
+from tests.arrays import close, laid_out, white
 from tests.cases import first_fast
 
 pytestmark = pytest.mark.optimised
@@ -46,19 +45,8 @@ LAYERS = {
 over_layers = pytest.mark.parametrize(("make", "shape"), first_fast(LAYERS.values()), ids=LAYERS)
 
 
-def white(*shape, seed=0, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-
-
 def plain_layer(layer):
     return layer.linear if isinstance(layer, LinkedLinear) else layer.conv
-
-
-def laid_out(parts, layout):
-    """The members' outputs along the last axis, written without the library's own join."""
-    if layout == "blocked":
-        return jnp.concatenate(parts, -1)
-    return jnp.stack(parts, -1).reshape(*parts[0].shape[:-1], -1)
 
 
 def naive(plain, link):
@@ -75,13 +63,6 @@ def gradients(model, z, forward=lambda model, z: model(z)):
 
     (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(state, z)
     return out, *grads
-
-
-def close(actual, desired, tolerance):
-    def leaf(a, b):
-        np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, float(jnp.abs(b).max())), rtol=0)
-
-    jax.tree.map(leaf, actual, desired)
 
 
 # --- the layer is Flax' own on the link ---------------------------------------------------------------------------
@@ -591,129 +572,6 @@ def test_linked_net_needs_less_memory_than_a_naive_linked_and_a_plain_one():
     assert linked_with(conv_general_dilated) <= 0.6 * naive  # fast on a CPU: the patches of one layer are extra
 
 
-# --- PReLU --------------------------------------------------------------------------------------------------------
-
-SHARES = {"layer": (3, ()), "channel": (3, (3,)), "element": ((4, 4, 3), (4, 4, 3))}
-over_shares = pytest.mark.parametrize(
-    ("share", "features", "slopes"), first_fast([(k, *v) for k, v in SHARES.items()]), ids=SHARES
-)
-over_modules = pytest.mark.parametrize("make", first_fast([ChannelPReLU, LinkedPReLU]))
-
-
-def with_random_slopes(module):
-    state = nnx.state(module)
-    keys = iter(jax.random.split(jax.random.key(5), 2))
-    nnx.update(module, jax.tree.map(lambda leaf: jax.random.uniform(next(keys), leaf.shape, leaf.dtype, -1, 1), state))
-    return module
-
-
-def formula(z, slope):
-    return np.maximum(z, 0) + np.asarray(slope) * np.minimum(z, 0)
-
-
-@over_modules
-@over_shares
-def test_slopes_start_at_a_quarter_in_the_shape_that_is_shared(make, share, features, slopes):
-    leaves = jax.tree.leaves(nnx.state(make(features, share=share)))
-    assert [leaf.shape for leaf in leaves] == [slopes] * make.arity
-    assert all((leaf == 0.25).all() for leaf in leaves)
-
-
-@over_modules
-@pytest.mark.parametrize("slope", first_fast([0.0, 0.01, -0.5]))
-def test_given_slope_is_the_start(make, slope):
-    leaves = jax.tree.leaves(nnx.state(make(3, negative_slope=slope)))
-    assert all((leaf == jnp.float32(slope)).all() for leaf in leaves)
-
-
-def test_prelu_refuses_a_z_of_other_features():
-    for module in (ChannelPReLU(3), LinkedPReLU(3), ChannelPReLU((4, 3), share="element")):
-        with pytest.raises(ValueError, match="do not fit"):
-            module(jnp.ones((2, 1)))
-
-
-@over_shares
-def test_prelu_is_its_formula(share, features, slopes):
-    module = with_random_slopes(ChannelPReLU(features, share=share))
-    z = white(2, 4, 4, 3)
-    close(module(z), jnp.asarray(formula(z, module.negative_slope[...])), 1e-6)
-
-
-@layouts
-@over_shares
-def test_linked_prelu_is_two_prelus_on_z_and_minus_z(share, features, slopes, layout):
-    module = with_random_slopes(LinkedPReLU(features, share=share, layout=layout))
-    a, b = module.positive.negative_slope[...], module.mirrored.negative_slope[...]
-    assert (a != b).any()
-    z = white(2, 4, 4, 3)
-    members = [jnp.asarray(formula(z, a)), jnp.asarray(formula(-z, b))]
-    close(module(z), laid_out(members, layout), 1e-6)
-
-
-@over_modules
-@over_shares
-def test_slope_gradients_are_finite_differences(make, share, features, slopes):
-    graph, state = nnx.split(with_random_slopes(make(features, share=share)))
-    weight = white(2, 4, 4, 3 * make.arity)
-
-    @jax.jit
-    def difference_and_derivative(state, direction):
-        # Linear in the slopes, so a difference of size 1 is exact.
-        moved = jax.tree.map(jnp.add, state, direction)
-        f = lambda state: (weight * nnx.merge(graph, state)(white(2, 4, 4, 3, seed=1))).sum()  # noqa: E731
-        slope = jax.tree.map(lambda g, v: (g * v).sum(), jax.grad(f)(state), direction)
-        return f(moved) - f(state), sum(jax.tree.leaves(slope))
-
-    direction = jax.tree.map(lambda leaf: white(*leaf.shape, seed=leaf.size), state)
-    close(*difference_and_derivative(state, direction), 1e-4)
-
-
-@pytest.mark.slow
-@layouts
-@pytest.mark.parametrize("zero", first_fast([0.0, -0.0]))
-def test_jacobian_of_linked_prelu_at_zero_is_the_limit_from_the_right(layout, zero):
-    module = with_random_slopes(LinkedPReLU(3, layout=layout))
-    jacobian = jax.jacobian(module)(jnp.full(3, zero))
-    members = [jnp.eye(3), -jnp.diag(module.mirrored.negative_slope[...])]
-    close(jacobian, laid_out(members, layout).T, 1e-6)
-
-
-def test_jacobian_of_plain_prelu_at_zero_is_its_slope():
-    module = with_random_slopes(ChannelPReLU(3))
-    close(jax.jacobian(module)(jnp.zeros(3)), jnp.diag(module.negative_slope[...]), 1e-6)
-
-
-@pytest.mark.slow
-@over_modules
-def test_prelu_at_the_start_is_its_link(make):
-    module = make(3, negative_slope=0.1)
-    assert module.link.arity == module.arity == make.arity
-    z = white(5, 3).at[0].set(0)
-    np.testing.assert_array_equal(module(z), module.link(z))
-    np.testing.assert_array_equal(jax.jacobian(module)(z), jax.jacobian(module.link)(z))
-
-
-@pytest.mark.slow
-def test_linked_prelu_with_zero_slopes_starts_as_lk_relu():
-    z = white(5, 3).at[0].set(0)
-    module = LinkedPReLU(3, negative_slope=0.0)
-    np.testing.assert_array_equal(module(z), lk_relu(z))
-    np.testing.assert_array_equal(jax.jacobian(module)(z), jax.jacobian(lk_relu)(z))
-
-
-@pytest.mark.slow
-@layouts
-@pytest.mark.parametrize("slope", first_fast([0.0, 0.25, 0.9]))
-def test_layer_after_linked_prelu_starts_linear_and_isometric(slope, layout):
-    link = LinkedPReLU(4, negative_slope=slope, layout=layout)
-    layer = LinkedConv(4, 4, (3, 3), link=link, rngs=nnx.Rngs(0))
-    z = white(3, 4, 4, 4)
-    z = z.at[2].set(z[0] + z[1])
-    y = layer(z)
-    close(y[2], y[0] + y[1], 1e-5)
-    close((y**2).sum(-1), (z**2).sum(-1), 1e-5)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("module", first_fast([ChannelPReLU, LinkedPReLU]))
 @pytest.mark.parametrize("layer", first_fast([LinkedLinear, functools.partial(LinkedConv, kernel_size=(3, 3))]))
@@ -777,11 +635,6 @@ def test_a_link_module_may_come_from_outside_a_trace():
     frozen.eval()
     for net in (layer, frozen):
         close(jax.jit(lambda z, net=net: net(z))(white(2, 3)), net(white(2, 3)), 1e-6)
-
-
-@pytest.mark.parametrize(("name", "module"), first_fast([("prelu", ChannelPReLU), ("lk_prelu", LinkedPReLU)]))
-def test_prelu_modules_have_names(name, module):
-    assert isinstance(get_activation(name, 3), module)
 
 
 # --- bad inputs ---------------------------------------------------------------------------------------------------
@@ -855,44 +708,6 @@ def test_features_are_integers(unchecked, features):
             make()
 
 
-@pytest.mark.parametrize("name", [None, 3, jax.nn.relu, lk_relu])
-def test_the_name_of_an_activation_is_a_string(unchecked, name):
-    with pytest.raises(TypeError, match="has a name such as 'lk_relu', got "):
-        get_activation(name)
-
-
 def test_strides_that_do_not_fit_the_kernel_are_refused():
     with pytest.raises(ValueError, match="one per spatial axis"):
         LinkedConv(4, 4, (3, 3), strides=(2,), rngs=nnx.Rngs(0))
-
-
-@over_modules
-@pytest.mark.parametrize("features", first_fast([0, -1]))
-@pytest.mark.parametrize("share", first_fast(["layer", "channel"]))
-def test_prelu_without_features_is_refused(make, features, share):
-    with pytest.raises(ValueError, match="features is at least 1"):
-        make(features, share=share)
-
-
-@over_modules
-@pytest.mark.parametrize("features", first_fast(map(pytest.param, [(), (4, 0), (0,)])))
-def test_prelu_of_an_empty_element_shape_is_refused(make, features):
-    with pytest.raises(ValueError, match="features is at least 1"):
-        make(features, share="element")
-
-
-@over_modules
-def test_slopes_per_channel_take_no_shape(make):
-    with pytest.raises(ValueError, match="number of channels"):
-        make((4, 4, 3), share="channel")
-
-
-@over_modules
-def test_unknown_share_is_refused(unchecked, make):
-    with pytest.raises(ValueError, match="'pixel'"):
-        make(3, share="pixel")
-
-
-def test_unknown_layout_is_refused(unchecked):
-    with pytest.raises(ValueError, match="'sideways'"):
-        LinkedPReLU(3, layout="sideways")

@@ -11,6 +11,7 @@ from flax import nnx
 from linked_jax import layers, linen
 from linked_jax.activations import lk_elu, lk_relu, lk_swish, relu
 from linked_jax.linking import fourier, linked
+from tests.arrays import white
 from tests.cases import first_fast
 
 KEY = jax.random.key(0)
@@ -18,10 +19,6 @@ GROUPED = linked(jax.nn.silu, layout="interleaved")
 dtypes = pytest.mark.parametrize(
     ("dtype", "tolerance"), first_fast([(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)]), ids=["float32", "bfloat16"]
 )
-
-
-def white(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def dense(link_nnx, link_linen, dtype):

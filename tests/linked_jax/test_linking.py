@@ -14,7 +14,8 @@ import pytest
 from flax import linen, nnx
 
 from linked_jax.activations import ACTIVATIONS, prelu
-from linked_jax.layers import LinkedConv, LinkedConvTranspose, LinkedLinear, LinkedPReLU
+from linked_jax.layers import LinkedConv, LinkedConvTranspose, LinkedLinear
+from linked_jax.learned import LinkedPReLU
 from linked_jax.linking import Link, Mirrored, linked
 from linked_jax.remedies.normprop import normalized
 from tests.cases import first_fast

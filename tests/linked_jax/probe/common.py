@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.arrays import white
+
 KILL = -1e3
-
-
-def white(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def mean_of_squares(outputs, _labels):

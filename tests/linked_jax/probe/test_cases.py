@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from linked_jax.activations import lk_relu, lk_swish
 from linked_jax.linking import Link
 from linked_jax.probe import Monitor, probe
-from tests.linked_jax.probe.common import KILL, WEIGHTS, agrees, mean_of_squares, mlp, same, white
+from tests.arrays import white
+from tests.linked_jax.probe.common import KILL, WEIGHTS, agrees, mean_of_squares, mlp, same
 from tests.linked_jax.probe.test_forms import surrogate_jvp, surrogate_vjp
 
 X = white(64, 5)

@@ -14,8 +14,8 @@ import pytest
 from flax import nnx
 
 from linked_jax.probe import probe
+from tests.arrays import white
 from tests.cases import first_fast
-from tests.linked_jax.probe.common import white
 
 KEY = jax.random.key(0)
 

@@ -11,7 +11,8 @@ from jax.nn import sigmoid
 
 from linked_jax.activations import lk_relu
 from linked_jax.probe import observe, probe
-from tests.linked_jax.probe.common import custom, custom_jvp, white
+from tests.arrays import white
+from tests.linked_jax.probe.common import custom, custom_jvp
 
 relu = jax.nn.relu
 A, TWO_PI = 0.2, jnp.sqrt(2 / jnp.pi)

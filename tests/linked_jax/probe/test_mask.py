@@ -10,7 +10,8 @@ from linked_jax.activations import lk_relu
 from linked_jax.diagnostics import unit_statistics
 from linked_jax.probe import Monitor, observe, probe
 from linked_jax.signal_statistics import feature_moments
-from tests.linked_jax.probe.common import agrees, white
+from tests.arrays import white
+from tests.linked_jax.probe.common import agrees
 
 X = white(6, 5, 4)
 LENGTHS = jnp.array([5, 3, 1, 4, 2, 5])

@@ -10,10 +10,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from linked_jax.activations import lk_relu, lk_swish, relu
-from linked_jax.layers import LinkedConv, LinkedPReLU
+from linked_jax.layers import LinkedConv
+from linked_jax.learned import LinkedPReLU
 from linked_jax.linking import Link, linked
 from linked_jax.probe import probe
-from tests.linked_jax.probe.common import WEIGHTS, agrees, custom, custom_jvp, mean_of_squares, mlp, same, white
+from tests.arrays import white
+from tests.linked_jax.probe.common import WEIGHTS, agrees, custom, custom_jvp, mean_of_squares, mlp, same
 
 ONE_MEMBER = {
     "relu": jax.nn.relu, "gelu": jax.nn.gelu, "exact gelu": lambda z: jax.nn.gelu(z, approximate=False),

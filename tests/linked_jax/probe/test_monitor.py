@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from linked_jax.activations import relu
 from linked_jax.probe import Monitor, probe
+from tests.arrays import white
 from tests.cases import first_fast
-from tests.linked_jax.probe.common import WEIGHTS, mean_of_squares, mlp, white
+from tests.linked_jax.probe.common import WEIGHTS, mean_of_squares, mlp
 
 
 @pytest.mark.slow

@@ -8,12 +8,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from linked_jax.activations import lk_relu, lk_swish, relu
-from linked_jax.layers import ChannelPReLU, LinkedConv, LinkedLinear
+from linked_jax.layers import LinkedConv, LinkedLinear
+from linked_jax.learned import ChannelPReLU
 from linked_jax.linking import Link, linked
 from linked_jax.probe import observe, probe, together, unstack
 from linked_jax.signal_statistics import mean_square
+from tests.arrays import white
 from tests.cases import first_fast
-from tests.linked_jax.probe.common import WEIGHTS, agrees, mean_of_squares, mlp, white
+from tests.linked_jax.probe.common import WEIGHTS, agrees, mean_of_squares, mlp
 
 MIRRORED = [jax.nn.relu, lambda z: jax.nn.relu(-z)]
 

@@ -11,8 +11,9 @@ from flax import nnx
 from linked_jax.activations import lk_relu
 from linked_jax.probe import Monitor, Origin, probe
 from linked_jax.probe.origin import OUTPUTS
+from tests.arrays import white
 from tests.cases import first_fast
-from tests.linked_jax.probe.common import custom, white
+from tests.linked_jax.probe.common import custom
 
 X = white(8, 4)
 W = jnp.eye(4)

@@ -12,7 +12,8 @@ from linked_jax.diagnostics import unit_statistics
 from linked_jax.probe import Report, probe
 from linked_jax.probe.plot import STATES, unit_states
 from linked_jax.signal_statistics import covariate_drift
-from tests.linked_jax.probe.common import KILL, WEIGHTS, custom, mlp, white
+from tests.arrays import white
+from tests.linked_jax.probe.common import KILL, WEIGHTS, custom, mlp
 
 
 @pytest.fixture(scope="module")

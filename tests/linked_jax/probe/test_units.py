@@ -5,11 +5,13 @@ import pytest
 from flax import nnx
 
 from linked_jax.activations import lk_relu, relu
-from linked_jax.layers import ChannelPReLU, LinkedConv
+from linked_jax.layers import LinkedConv
+from linked_jax.learned import ChannelPReLU
 from linked_jax.linking import Link
 from linked_jax.probe import probe
 from linked_jax.probe.plot import STATES, unit_states
-from tests.linked_jax.probe.common import KILL, agrees, same, white
+from tests.arrays import white
+from tests.linked_jax.probe.common import KILL, agrees, same
 
 MATRIX = white(6, 6, seed=3).at[1].multiply(1e-3)
 ROWS = [white(n, 6, seed=n) for n in (32, 32, 5)]

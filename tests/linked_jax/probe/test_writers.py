@@ -12,7 +12,8 @@ import pytest
 
 from linked_jax.histograms import BINS, bin_edges, log_histogram
 from linked_jax.probe import Monitor, csv_writer, json_lines_writer, overview, probe, tensorboard_writer
-from tests.linked_jax.probe.common import WEIGHTS, mean_of_squares, mlp, white
+from tests.arrays import white
+from tests.linked_jax.probe.common import WEIGHTS, mean_of_squares, mlp
 
 X = white(8, 4)
 

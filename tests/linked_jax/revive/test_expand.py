@@ -7,16 +7,13 @@ import pytest
 from flax import nnx
 
 from linked_jax.activations import lk_relu, relu
-from linked_jax.layers import LinkedPReLU
+from linked_jax.learned import LinkedPReLU
 from linked_jax.linking import Link
 from linked_jax.revive import Pair, link_params, link_params_opt_state
+from tests.arrays import white
 from tests.cases import first_fast
 
 layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
-
-
-def white(*shape):
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
 class LinenNet(nn.Module):

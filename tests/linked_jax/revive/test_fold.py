@@ -11,6 +11,7 @@ from linked_jax.layers import LinkedLinear
 from linked_jax.remedies import LCWConv, LCWLinear, NormPropConv, NormPropLinear, VPLinear, WSConv
 from linked_jax.remedies.normprop import normalized
 from linked_jax.revive import fold_batch_norm, fold_sequential
+from tests.arrays import white
 from tests.cases import first_fast
 
 LAYERS = {
@@ -20,10 +21,6 @@ LAYERS = {
     "conv without bias": (functools.partial(nnx.Conv, 3, 5, (3, 2), strides=2, use_bias=False), (2, 6, 7, 3)),
     "groups": (functools.partial(nnx.Conv, 4, 6, (3,), feature_group_count=2, padding="CIRCULAR"), (2, 6, 4)),
 }
-
-
-def white(*shape, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
 
 
 def trained(module):

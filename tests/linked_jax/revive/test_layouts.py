@@ -9,14 +9,11 @@ import pytest
 from linked_jax.activations import lk_relu, relu
 from linked_jax.linking import Link
 from linked_jax.revive import Pair, link_params, link_params_opt_state
+from tests.arrays import white
 from tests.cases import first_fast
 
 layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
 ADAM = optax.adam(1e-2)
-
-
-def white(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def close(actual, desired):

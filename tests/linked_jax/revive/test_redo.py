@@ -11,6 +11,7 @@ from linked_jax.activations import fourier, lk_leaky_relu, lk_relu, relu
 from linked_jax.layers import LinkedLinear
 from linked_jax.linking import Link
 from linked_jax.revive import link_sequential, link_sequential_opt_state, redo, warm_up_new
+from tests.arrays import white
 from tests.cases import first_fast
 
 layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
@@ -22,10 +23,6 @@ def flatten(x):
 
 def pool(x):
     return nnx.avg_pool(x, (2, 2), strides=(2, 2))
-
-
-def white(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def network(*, dead=(1, 3), flatten_first=False, norm=False):

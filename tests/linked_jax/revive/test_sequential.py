@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from linked_jax.activations import ACTIVATIONS, lk_relu, lk_swish, relu
-from linked_jax.layers import ChannelPReLU, LinkedLinear, LinkedPReLU
+from linked_jax.layers import LinkedLinear
+from linked_jax.learned import ChannelPReLU, LinkedPReLU
 from linked_jax.linking import Link
 from linked_jax.remedies import LCWConv, LCWLinear, NormPropConv, VPLinear, WSConv
 from linked_jax.revive import link_sequential, link_sequential_opt_state, redo, unlink, warm_up_new

@@ -9,6 +9,7 @@ from linked_jax.initializers import embed_plain_kernel
 from linked_jax.layers import LinkedConv, LinkedLinear
 from linked_jax.linking import Link, linked
 from linked_jax.revive import link_sequential, unlink
+from tests.arrays import white
 from tests.cases import first_fast
 
 layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
@@ -16,10 +17,6 @@ layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"
 
 def flatten(x):
     return x.reshape(len(x), -1)
-
-
-def white(*shape):
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
 def network(activation, *, arity=1):
