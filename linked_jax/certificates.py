@@ -182,12 +182,17 @@ def _derivatives(link: Callable, dtype: np.dtype) -> Callable[[Array], list[Arra
         h = jax.eval_shape(lambda z: link(z), z)
     except jax.errors.TracerArrayConversionError as error:
         raise TypeError(f"certify needs a function built from jax.numpy, got NumPy's {brief(link)}") from error
+    except jax.errors.ConcretizationTypeError as error:
+        raise TypeError(f"certify needs a function that jax.jit can trace, got {brief(link)}, which cannot") from error
     shape = getattr(h, "shape", None)
-    if shape is None or shape[:-1] != (8,) or (shape == (8, 1) and not is_elementwise(link)):
+    if shape is None or shape[:-1] != (8,) or not _keeps_rows_apart(link, shape[-1]):
         raise ValueError(
-            f"certify needs an elementwise function, or one of z of shape (N, 1) to (N, d), got {brief(link)}, which "
-            f"makes {'no array' if shape is None else shape} of (8, 1); pass e.g. linked(jax.nn.relu)"
+            f"certify needs an elementwise function, or one of z of shape (N, 1) to (N, d), each row on its own, got "
+            f"{brief(link)}, which makes {'no array' if shape is None else shape} of (8, 1); pass e.g. "
+            "linked(jax.nn.relu)"
         )
+    if not jnp.issubdtype(h.dtype, jnp.floating):
+        raise TypeError(f"certify needs a function with floating-point outputs, got {brief(link)} with {h.dtype}")
     # Slices of the derivative, each of which XLA makes without the whole, fuse with what follows.
     if not any("custom_vjp" in e.primitive.name for e in equations(jax.make_jaxpr(link)(z))):
         if isinstance(link, Link):  # XLA is faster on rows than on columns
@@ -200,6 +205,12 @@ def _derivatives(link: Callable, dtype: np.dtype) -> Callable[[Array], list[Arra
         return [pull(jnp.zeros_like(h).at[:, i].set(1))[0][:, 0] for i in range(h.shape[-1])]
 
     return pulled
+
+
+def _keeps_rows_apart(link: Callable, d: int) -> bool:
+    """Whether each of the d outputs of a row depends on the z of that row alone, as those of a `Link` do."""
+    columns = [lambda z, i=i: link(z.reshape(-1, 1))[:, i].reshape(z.shape) for i in range(d)]
+    return isinstance(link, Link) or all(map(is_elementwise, [link] if d == 1 else columns))
 
 
 def _ordered_values(keys: Array, dtype: np.dtype) -> Array:

@@ -75,7 +75,7 @@ def unit_statistics(
       A `UnitStatistics`.
 
     Raises:
-      ValueError: if the shapes do not fit the arity, or the layout is unknown.
+      ValueError: if the shapes do not fit the arity or z, or the layout is unknown.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -97,9 +97,8 @@ def unit_statistics(
     x = z.astype(dtype).reshape(math.prod(z.shape[:-1]), z.shape[-1])
     outputs, derivatives = (jnp.abs(by_member(a, arity, layout)).astype(dtype) for a in (h, slopes))
     count = jnp.asarray(len(x), dtype)
-    kept = jnp.ones((len(x), 1), bool)
+    kept = kept_rows(where, z)
     if where is not None:
-        kept = where.reshape(-1, 1)
         count = kept.sum(dtype=dtype)
         x, outputs, derivatives = (
             jnp.where(kept.reshape(-1, *[1] * (a.ndim - 1)), a, 0) for a in (x, outputs, derivatives)
@@ -115,6 +114,19 @@ def unit_statistics(
         m2=jnp.square(x - mean[None]).sum(axis=0, where=kept),
         magnitude=outputs.mean(axis=1).sum(axis=0),
     )
+
+
+def kept_rows(where: Bool[Array, "*n"] | None, z: Float[Array, "*n c"]) -> Bool[Array, "rows 1"]:
+    """`where` as a column, one place for each sample and position of z; ValueError if it does not fit."""
+    wanted = z.shape[:-1]
+    if where is None:
+        return jnp.ones((math.prod(wanted), 1), bool)
+    if jnp.shape(where) != wanted or where.dtype != bool:
+        raise ValueError(
+            f"where has a boolean for each sample and position, of shape {wanted} for z of shape {z.shape}, got "
+            f"{where.dtype} of shape {where.shape}; broadcast it, or compare with 0"
+        )
+    return where.reshape(-1, 1)
 
 
 def combine(a: UnitStatistics, b: UnitStatistics) -> UnitStatistics:
@@ -177,8 +189,8 @@ def live_units(h: Float[Array, "... c_linked"], *, arity: int = 1, layout: Layou
 
 
 def _measured(stats: UnitStatistics) -> Bool[Array, " c"]:
-    """Units whose numbers say something: there was data, and no NaN."""
-    return (stats.count > 0) & ~jnp.isnan(stats.mean)
+    """Units whose numbers say something: there was data, and no NaN in z or in the outputs."""
+    return (stats.count > 0) & ~jnp.isnan(stats.mean) & ~jnp.isnan(stats.magnitude)
 
 
 def dead_units(stats: UnitStatistics) -> Bool[Array, " c"]:

@@ -146,7 +146,8 @@ def read_out(link: Activation) -> tuple[float, ...]:
             f"looks_linear needs a link whose members sum to z with some weights; the best weights of {link} miss z by "
             f"{deviation:.2g} (relative; allowed {_READ_OUT_TOLERANCE:g}), so use variance_preserving(link)"
         )
-    return tuple(float(round(a, 12)) for a in coefficients)
+    digits = 12 - math.floor(math.log10(np.abs(coefficients).max()))  # noise beside the largest one is none beside 1
+    return tuple(float(round(a, digits)) for a in coefficients)
 
 
 def looks_linear(
@@ -312,7 +313,7 @@ def _unit_columns(
 def _block(strides: int | Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
     """The pixels of a window that belong to one step, along each spatial axis of a kernel's shape."""
     window = tuple(shape[:-2])
-    steps = (strides,) * len(window) if isinstance(strides, int) else tuple(strides)
+    steps = (int(strides),) * len(window) if isinstance(strides, int | np.integer) else tuple(strides)
     if len(steps) != len(window):
         raise ValueError(f"strides {strides} do not fit a kernel of shape {tuple(shape)}; pass one per spatial axis")
     return tuple(min(step, size) for step, size in zip(steps, window, strict=True))
@@ -344,7 +345,7 @@ def _taps_before(
 
 def _check_shape(shape: Sequence[int], link: Activation, groups: int) -> int:
     """The number of pre-activations of a group in a linked kernel's shape."""
-    if len(shape) < 2 or shape[-2] % link.arity:
+    if len(shape) < 2 or min(shape) < 1 or shape[-2] % link.arity:
         raise ValueError(
             f"a kernel after a link of {link.arity} has shape (*window, {link.arity} * c_in, c_out), got {tuple(shape)}"
         )

@@ -260,7 +260,7 @@ def conv_start(
         link,
         strides=input_dilation if transpose else strides,  # pyright: ignore[reportArgumentType]
         padding=padding,
-        kernel_dilation=kernel_dilation or 1,
+        kernel_dilation=1 if kernel_dilation is None else kernel_dilation,
         transpose=transpose,
         feature_group_count=feature_group_count,
     )

@@ -50,9 +50,12 @@ class LinkedDense(nn.Dense):
 
     def __post_init__(self):
         check_link(self.link)
-        if self.kernel_init is None:
-            self.kernel_init = default_kernel_init(self.link)
         super().__post_init__()
+
+    @nn.nowrap
+    def param(self, name: str, init_fn: Any, *arguments: Any, **options: Any) -> Any:
+        """As of any Flax module, but that a kernel without an initialiser starts as its link asks."""
+        return super().param(name, init_fn or default_kernel_init(self.link), *arguments, **options)
 
     @nn.remat  # only z is kept
     @nn.compact
@@ -92,16 +95,23 @@ class LinkedConv(nn.Conv):
     def __post_init__(self):
         check_link(self.link)
         check_groups(self.link, self.feature_group_count)
-        if self.kernel_init is None:
-            self.kernel_init = conv_start(
-                self.link,
-                strides=self.strides or 1,
-                padding=self.padding,
-                input_dilation=self.input_dilation,
-                kernel_dilation=self.kernel_dilation,
-                feature_group_count=self.feature_group_count,
-            )
         super().__post_init__()
+
+    @nn.nowrap
+    def param(self, name: str, init_fn: Any, *arguments: Any, **options: Any) -> Any:
+        """As of any Flax module, but that a kernel without an initialiser starts as its link and geometry ask."""
+        return super().param(name, init_fn or self._start(), *arguments, **options)
+
+    @nn.nowrap
+    def _start(self) -> Initializer:
+        return conv_start(
+            self.link,
+            strides=self.strides or 1,
+            padding=self.padding,
+            input_dilation=self.input_dilation,
+            kernel_dilation=self.kernel_dilation,
+            feature_group_count=self.feature_group_count,
+        )
 
     @nn.remat
     @nn.compact

@@ -52,11 +52,13 @@ class Link(Value):
     Values are exactly those of the members. Derivatives are those of the members too, except at a kink at z = 0
     (and -0.0): there a link of two or more members takes the limit z -> 0+ of its Jacobian, where that differs from
     what JAX would use. So relu mirrored has the Jacobian (1, 0) at 0 and not (0, 0). A link with one member keeps its
-    function's own derivative everywhere.
+    function's own derivative everywhere. So does a member without a finite derivative near 0, such as sqrt(z^2), whose
+    square underflows there: write jnp.abs.
 
     A link is frozen and hashable: it can be a static argument of `jax.jit`, a closure or a dictionary key. Two links
     with equal members, axis and layout are equal; `functools.partial`s are compared by function and arguments. A
-    copy is the link itself, and one that was pickled is equal if its members can be imported by their names.
+    copy is the link itself, and one that was pickled is equal if its members can be imported by their names. What a
+    member is gets measured once: an object whose attributes change later is taken for what it was.
 
     Args:
       members: the functions g_i. Each is elementwise: shape in, shape out.
@@ -153,7 +155,8 @@ def linked(*members: Member, axis: int = -1, layout: Layout = "blocked") -> Link
       A `Link`: z of shape (..., C) to (..., d*C).
 
     Raises:
-      TypeError, ValueError: if a member or an option is none, see `Link`, or a member is a link of two or more.
+      TypeError, ValueError: if a member or an option is none, see `Link`, or a member is a link of two or more or along
+        another axis.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -169,6 +172,8 @@ def linked(*members: Member, axis: int = -1, layout: Layout = "blocked") -> Link
     for member in members:
         if isinstance(member, Link) and member.arity > 1:
             raise ValueError(f"a link's members are plain functions, got a link of {member.arity}; pass its members")
+        if isinstance(member, Link) and member.axis != axis:
+            raise ValueError(f"{member!r} lies along axis {member.axis}, got axis={axis}; pass axis={member.axis}")
     members = tuple(member.members[0] if isinstance(member, Link) else member for member in members)
     if len(members) == 1:
         members = (members[0], Mirrored(members[0]))
@@ -227,12 +232,14 @@ def from_the_right(g: Member) -> Member:
 
     The derivative is taken at z + 2 tiny [z == 0]. The shift is added, not substituted, so that the chain
     rule still sees z and second derivatives survive. Denormals count as zero, since compilers may flush them to zero
-    in g and not here; not those of float16, which are computed as ordinary float32 numbers.
+    in g and not here; not those of float16, which are computed as ordinary float32 numbers: there tiny is the least of
+    them, for 2 tiny of the normal ones, 1.2e-4, would show in sums of g's derivatives for parameters.
     """
 
     def shifted(z: Array) -> Array:
-        tiny = jnp.finfo(z.dtype).tiny
-        is_zero = z == 0 if z.dtype == jnp.float16 else jnp.abs(z) < tiny
+        is_half, numbers = z.dtype == jnp.float16, jnp.finfo(z.dtype)
+        tiny = numbers.smallest_subnormal if is_half else numbers.tiny
+        is_zero = jnp.abs(z) < tiny
         return _value_of_derivative_of(g(z), g(z + 2 * float(tiny) * is_zero.astype(z.dtype)))
 
     return shifted

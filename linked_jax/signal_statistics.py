@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from linked_jax.arrays import wide
-from linked_jax.diagnostics import UnitStatistics
+from linked_jax.diagnostics import UnitStatistics, kept_rows
 
 
 class ActivationShift(NamedTuple):
@@ -174,6 +174,9 @@ def feature_moments(h: Float[Array, "n k"], *, where: Bool[Array, " n"] | None =
     Returns:
       A `FeatureMoments`.
 
+    Raises:
+      ValueError: if where does not fit.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.signal_statistics import feature_moments
@@ -182,10 +185,10 @@ def feature_moments(h: Float[Array, "n k"], *, where: Bool[Array, " n"] | None =
              [0., 0.]], dtype=float32)
     """
     h = wide(h)
-    count = jnp.asarray(len(h), h.dtype) if where is None else where.sum(dtype=h.dtype)
-    kept = h if where is None else jnp.where(where[:, None], h, 0)
-    mean = kept.sum(axis=0) / jnp.maximum(count, 1)
-    centred = kept - mean[None] if where is None else jnp.where(where[:, None], kept - mean[None], 0)
+    rows = kept_rows(where, h)
+    count = rows.sum(dtype=h.dtype)
+    mean = h.sum(axis=0, where=rows) / jnp.maximum(count, 1)
+    centred = jnp.where(rows, h - mean[None], 0)
     return FeatureMoments(count, mean, jnp.matmul(centred.T, centred, precision="highest"))
 
 

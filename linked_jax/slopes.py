@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from linked_jax.arrays import wide_dtype
-from linked_jax.diagnostics import by_member
+from linked_jax.diagnostics import by_member, kept_rows
 from linked_jax.linking import Layout
 
 FLAT = 1e-3
@@ -54,7 +54,7 @@ def slope_statistics(
       A `SlopeStatistics`.
 
     Raises:
-      ValueError: if the shapes do not fit the arity, or the layout is unknown.
+      ValueError: if the shapes do not fit the arity or z, or the layout is unknown.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -69,9 +69,9 @@ def slope_statistics(
             f"got {slopes.shape}; pass the derivatives of one link at z"
         )
     dtype = wide_dtype(z.dtype)
-    by_unit = by_member(slopes, arity, layout).astype(dtype)  # (n, d, C)
+    by_unit, kept = by_member(slopes, arity, layout).astype(dtype), kept_rows(where, z)  # (n, d, C), (n, 1)
     z = z.reshape(by_unit.shape[0], 1, by_unit.shape[-1])
-    kept = jnp.ones((len(z), 1, 1), bool) if where is None else where.reshape(-1, 1, 1)
+    kept = kept[..., None]
     below = (z < 0) & kept
     flat = (jnp.abs(by_unit) < FLAT).all(axis=1) & ~jnp.isnan(z[:, 0]) & kept[:, 0]
     return SlopeStatistics(

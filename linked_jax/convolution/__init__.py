@@ -141,6 +141,7 @@ def _covered(x: Any, kernel: Any, strides: Sequence[int], padding: Any, options:
         or max(*dilations, *groups) > 1
         or x.dtype != kernel.dtype
         or any(jax.typeof(x).sharding.spec)  # split on an Explicit mesh, where a reshape may have no rule
+        or jax.sharding.get_abstract_mesh().manual_axes  # in shard_map, where x may vary over devices and K not
         or options.get("out_sharding") is not None
         or options.get("preferred_element_type") not in (None, x.dtype)
     ):

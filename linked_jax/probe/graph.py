@@ -6,6 +6,7 @@ conds, loops and custom rules keep a graph of their own inside.
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -249,7 +250,19 @@ def _inline(
 def _key(equation: JaxprEqn, operands: list[Atom]) -> Any:
     """Equal for equations that compute the same of the same values."""
     atoms = [str(x) if isinstance(x, Literal) else id(x) for x in operands]
-    return *params_of(equation), *atoms
+    values = equation.params.values()
+    wrapped = [value for value in values if hasattr(value, "call_wrapped")]  # rules of custom derivatives
+    functions = [_function(value) for value in wrapped] or [value for value in values if callable(value)]
+    return *params_of(equation), *atoms, *map(id, functions)
+
+
+def _function(rule: Any) -> Any:
+    """The function within what JAX wraps around it anew at each call; one of another closure is another function."""
+    function = getattr(rule, "f", rule)
+    is_wrapper = (getattr(function, "__module__", None) or "").startswith("jax._src")
+    cells = (cell.cell_contents for cell in getattr(function, "__closure__", None) or ()) if is_wrapper else ()
+    inside = [value for value in cells if inspect.isfunction(value) or hasattr(value, "call_wrapped")]
+    return _function(inside[0]) if inside else function
 
 
 def params_of(equation: JaxprEqn) -> tuple[str, ...]:

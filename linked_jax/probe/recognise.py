@@ -48,6 +48,8 @@ KNOWN: dict[str, Callable[[Any], Any]] = {
 
 UNKNOWN = "unknown"
 _GRID = np.array([-19, -8.5, *np.linspace(-6, 6, 97), 8.5, 19])  # odd ends: 20 would saturate in float16
+_FAR = np.array([sign * size for size in (30, 1e2, 1e3, 1e4, 1e5) for sign in (-1, 1)])
+_POINTS = np.concatenate([_GRID, _FAR])
 _PARAMETER = 0.3  # in the place of one: a slope, a scale
 
 
@@ -86,14 +88,21 @@ def _judge(region: Region) -> tuple[str, bool]:
     if key not in _judged:
         values = _values(region)
         names = UNKNOWN if values is None else ", ".join(map(_name, values))
-        _judged[key] = names, values is not None and bool(np.isfinite(values).all()) and _fits_a_line(region, values)
+        eps = float(jnp.finfo(region.z.aval.dtype).eps)
+        _judged[key] = names, values is not None and all(_fits_a_line(member, eps) for member in values)
     return _judged[key]
 
 
-def _fits_a_line(region: Region, values: np.ndarray) -> bool:
-    slope, offset = np.polyfit(_GRID, values.T, 1)
-    tolerance = max(1e-3, 4 * float(jnp.finfo(region.z.aval.dtype).eps))
-    return np.allclose(values, slope[:, None] * _GRID + offset[:, None], rtol=tolerance, atol=tolerance)
+def _fits_a_line(values: np.ndarray, eps: float) -> bool:
+    """Whether a member at `_POINTS` is on one line, by its own size; far out, where a clip may be, as far as finite."""
+    near = values[: len(_GRID)]
+    if not np.isfinite(near).all():
+        return False
+    slope, offset = np.polyfit(_GRID, near, 1)
+    spread, rounding = np.abs(near - near.mean()).max(), 4 * eps * np.abs(near).max()
+    sizes = np.maximum(spread, np.abs(slope * _POINTS))
+    off = np.abs(values - (slope * _POINTS + offset)) > max(1e-3, 4 * eps) * sizes + rounding
+    return not off[np.isfinite(values)].any()
 
 
 def _key(region: Region) -> Any:
@@ -111,10 +120,10 @@ def _key(region: Region) -> Any:
 
 
 def _values(region: Region) -> np.ndarray | None:
-    """The members on the grid, (d, grid), in float32 at least; None if they cannot be evaluated."""
+    """The members at `_POINTS`, (d, points), in float32 at least; None if they cannot be evaluated."""
     try:
         with jax.ensure_compile_time_eval():
-            env: dict[Value, Any] = {region.z: _wide(jnp.asarray(_GRID, region.z.aval.dtype))}
+            env: dict[Value, Any] = {region.z: _wide(jnp.asarray(_POINTS, region.z.aval.dtype))}
             for op in region.ops:
                 operands = [_operand(x, env) for x in op.operands]
                 env |= zip(op.outputs, _on_grid(op.equation, operands), strict=True)
@@ -134,13 +143,13 @@ def _operand(x: Atom, env: dict[Value, Any]) -> Any:
     if x in env:
         return env[x]
     value = _wide(jnp.asarray(_constant(x), x.aval.dtype))
-    return jnp.broadcast_to(value, _GRID.shape) if x.shape else value
+    return jnp.broadcast_to(value, _POINTS.shape) if x.shape else value
 
 
 def _on_grid(equation: JaxprEqn, operands: list[Any]) -> list[Any]:
     """The outputs of an elementwise equation where all arrays are grids."""
     if equation.primitive.name == "broadcast_in_dim":
-        return [jnp.broadcast_to(operands[0], _GRID.shape)]
+        return [jnp.broadcast_to(operands[0], _POINTS.shape)]
     if equation.primitive.name == "transpose":
         return operands
     if inner := inner_jaxprs(equation):
@@ -171,34 +180,39 @@ def _constant(x: Value) -> Any:
 
 
 def _name(values: np.ndarray) -> str:
-    """Of one member, as a function of z."""
-    if not np.isfinite(values).all():
+    """Of one member, as a function of z, from its values at `_POINTS`."""
+    near = values[: len(_GRID)]
+    if not np.isfinite(near).all():
         return UNKNOWN
     if not values.any():
         return "0"  # relu(-relu(z)), of a linked relu behind a relu that was left in
     for name, known in _known().items():
         for z, wanted in (("z", known), ("-z", known[::-1])):
-            scale = float(values @ wanted / (wanted @ wanted))
-            if scale > 0 and _close(values, scale * wanted):
+            scale = float(near @ wanted / (wanted @ wanted))
+            if scale > 0 and _close(near, scale * wanted):
                 factor = "" if abs(scale - 1) < 2e-2 else f"{scale:.3g} "
                 return f"{factor}{name}({z})"
     return _by_form(values)
 
 
 def _by_form(values: np.ndarray) -> str:
-    positive, negative = _GRID > 0, _GRID < 0
-    a, b = (float(values[side] @ _GRID[side] / (_GRID[side] @ _GRID[side])) for side in (positive, negative))
-    if _close(values, np.where(positive, a, b) * _GRID):
+    """By slopes on both sides of 0, or bounds; far out too, as far as finite."""
+    z, values = _POINTS[np.isfinite(values)], values[np.isfinite(values)]
+    near = np.abs(z) < 20
+    a, b = (float(values[side] @ z[side] / (z[side] @ z[side])) for side in (near & (z > 0), near & (z < 0)))
+    if _close(values, np.where(z > 0, a, b) * z):
         if abs(a - b) < 2e-2 * abs(a):
             return "z" if abs(a - 1) < 2e-2 else f"{a:.3g} z"
         return "leaky_relu(-z)" if abs(b) > abs(a) else "leaky_relu(z)"
-    if _close(values, np.clip(_GRID, values.min(), values.max())):
+    if _close(values, np.clip(z, values.min(), values.max())):
         return "clip(z)"
     return UNKNOWN
 
 
 def _close(values: np.ndarray, wanted: np.ndarray) -> bool:
-    return bool(np.all(np.abs(values - wanted) <= 2e-2 * (0.05 + np.abs(wanted))))
+    """By their own size where they are small, as those of 1e-4 tanh."""
+    small = 0.05 * min(1.0, float(np.abs(values).max()))
+    return bool(np.all(np.abs(values - wanted) <= 2e-2 * (small + np.abs(wanted))))
 
 
 @functools.cache

@@ -215,26 +215,39 @@ def _flatten_is(
         return "nowhere"
     spaces = range(3) if space is None else [space]
     for shape in [(2, *(size,) * n, 3) for size in (8, 32, 128) for n in spaces]:
-        rng = np.random.default_rng(0)
-        try:
-            members = [_through(inner, jnp.asarray(rng.normal(size=shape), jnp.float32)) for _ in range(2)]
-            alone = [_through(outer, a) for a in members]
-            together = _through(outer, join(members, -1, link.layout))
-        except jax.errors.JAXTypeError:
-            raise
-        except Exception:  # pools do not take every shape
-            continue
-        width = members[0].shape[-1]
-        if not alone[0].size or alone[0].shape[-1] % width:
-            continue
-        by_position = [a.reshape(*a.shape[:-1], -1, width) for a in alone]
-        wanted = join(by_position, -1, link.layout).reshape(*alone[0].shape[:-1], -1)
-        if together.shape != wanted.shape or not np.allclose(together, wanted, rtol=1e-4, atol=1e-5):
-            continue
-        where = ["before"] * (width != 3) + ["after"] * (alone[0].shape[-1] != width)
-        if len(where) < 2 and (where or not grows):
-            return where[0] if where else "nowhere"
+        where = {_flattens(inner, outer, shape, link, scale) for scale in (1.0, 1e-3, 1e3, 1e6)}
+        if len(where) == 1 and (found := where.pop()) is not None and (found != "nowhere" or not grows):
+            return found
     return "unknown"
+
+
+def _flattens(
+    inner: Sequence[Function], outer: Sequence[Function], shape: tuple[int, ...], link: Link, scale: float
+) -> str | None:
+    """Where functions flatten arrays of this shape and size; None if they do not take them, mix channels, or both do.
+
+    A function may mix channels at one size only, as one that clips the norm of a vector.
+    """
+    rng = np.random.default_rng(0)
+    try:
+        members = [_through(inner, jnp.asarray(scale * rng.normal(size=shape), jnp.float32)) for _ in range(2)]
+        alone = [_through(outer, a) for a in members]
+        together = _through(outer, join(members, -1, link.layout))
+    except jax.errors.JAXTypeError:
+        raise
+    except Exception:  # pools do not take every shape
+        return None
+    width = members[0].shape[-1]
+    if not alone[0].size or alone[0].shape[-1] % width:
+        return None
+    by_position = [a.reshape(*a.shape[:-1], -1, width) for a in alone]
+    wanted = join(by_position, -1, link.layout).reshape(*alone[0].shape[:-1], -1)
+    if together.shape != wanted.shape or not np.allclose(together, wanted, rtol=1e-4, atol=1e-5 * scale):
+        return None
+    before, after = width != 3, alone[0].shape[-1] != width
+    if before and after:
+        return None
+    return "before" if before else "after" if after else "nowhere"
 
 
 def _through(functions: Sequence[Function], x: Array) -> Array:

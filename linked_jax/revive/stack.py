@@ -42,9 +42,8 @@ class Stack:
                 )
         seen: dict[int, int] = {}
         for i, layer in enumerate(self.layers):
-            mine = {id(v) for v in _variables(layer) if not isinstance(v, nnx.RngState)} | (
-                {id(layer)} if has_variables(layer) else set()
-            )
+            mine = {id(v) for v in _variables(layer) if not isinstance(v, nnx.RngState)}
+            mine |= {id(layer)} if mine else set()
             if twice := [seen[v] for v in mine if v in seen]:
                 raise ValueError(
                     f"{self.name(twice[0])} and {self.name(i)} share weights: a layer or a variable stands in the "

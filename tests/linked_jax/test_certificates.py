@@ -216,11 +216,15 @@ def test_a_link_that_is_not_callable_is_refused():
 @pytest.mark.parametrize(
     ("f", "error", "words"),
     [
-        (lambda z: z.sum(), ValueError, r"\(N, 1\) to \(N, d\), got <lambda>, which makes \(\) of \(8, 1\)"),
+        (lambda z: z.sum(), ValueError, r"each row on its own, got <lambda>, which makes \(\) of \(8, 1\)"),
         (lambda z: (z, z), ValueError, "no array"),
         (lambda z: z.T, ValueError, "elementwise"),
         (jax.nn.softmax, ValueError, "elementwise function, .* got softmax"),
         (lambda z: z / z.sum(), ValueError, "elementwise"),
+        (lambda z: jnp.concatenate([jax.nn.relu(z - z.mean(0)), -z], -1), ValueError, "each row on its own, got <lam"),
+        (lambda z: jnp.concatenate([-z, jnp.cumsum(z, 0)], -1), ValueError, "each row on its own"),
+        (lambda z: z if z.sum() > 0 else 0 * z, TypeError, "that jax.jit can trace, got <lambda>"),
+        (lambda z: (z > 0).astype(jnp.int32), TypeError, "floating-point outputs, got <lambda> with int32"),
         (np.tanh, TypeError, "from jax.numpy, got NumPy's tanh"),
         (LinkedPReLU, TypeError, "LinkedPReLU"),
         (None, TypeError, "got None"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from linked_jax import LinkedConv, convolution
 from linked_jax import linen as linked_linen
@@ -227,6 +228,23 @@ def test_where_images_may_be_split_it_is_jaxs(monkeypatch):
     (z,) = arrays((2, 6, 6, 300))
     layer = LinkedConv(300, 4, (3, 3), rngs=nnx.Rngs(0))
     assert "fast_convolution" not in str(jax.make_jaxpr(layer)(z))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_gradients_of_images_split_by_shard_map_are_those_of_all(check_vma):
+    mesh, rows = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), P("data")
+    graph, state = nnx.split(LinkedConv(3, 4, (3, 3), rngs=nnx.Rngs(0)))
+    (z,) = arrays((4, 5, 5, 3))
+
+    def loss(state, z):
+        return jnp.sin(nnx.merge(graph, state)(z)).sum()
+
+    def of_a_shard(state, z):
+        grads = jax.grad(lambda state: jax.lax.psum(loss(state, z), "data") if check_vma else loss(state, z))(state)
+        return grads if check_vma else jax.lax.psum(grads, "data")
+
+    split = jax.shard_map(of_a_shard, mesh=mesh, in_specs=(P(), rows), out_specs=P(), check_vma=check_vma)
+    close(jax.jit(split)(state, z), jax.jit(jax.grad(loss))(state, z))
 
 
 @pytest.mark.slow

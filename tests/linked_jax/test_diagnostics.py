@@ -23,6 +23,8 @@ from linked_jax.diagnostics import (
     unit_statistics,
 )
 from linked_jax.linking import Link, fourier, linked
+from linked_jax.signal_statistics import feature_moments
+from linked_jax.slopes import slope_statistics
 from tests.cases import first_fast
 
 layouts = pytest.mark.parametrize("layout", first_fast(["blocked", "interleaved"]))
@@ -367,3 +369,23 @@ def test_negative_thresholds_are_refused(bad):
         dormant_units(stats, bad)
     with pytest.raises(ValueError, match=f"epsilon is at least 0, got {bad}"):
         saturated_units(stats, bad)
+
+
+def test_a_unit_whose_outputs_are_nan_is_neither_dead_nor_linear():
+    z = jnp.ones((4, 3))
+    stats = unit_statistics(z, h := jnp.full_like(z, jnp.nan), h)
+    for question in (dead_units, dead_links, dormant_units, linearised_units, saturated_units):
+        assert not question(stats).any()
+    assert not_finite_units(stats).all()
+
+
+@pytest.mark.parametrize("where", [jnp.ones(1, bool), jnp.ones((5, 4), bool), jnp.ones((4,), bool), jnp.ones((4, 5))])
+def test_where_that_does_not_fit_is_refused(unchecked, where):
+    z = jnp.ones((4, 5, 3))
+    for statistics_of in (
+        lambda: unit_statistics(z, z, z, where=where),
+        lambda: slope_statistics(z, z, where=where),
+        lambda: feature_moments(z[:, 0], where=where[:, None] if where.ndim == 1 else where),
+    ):
+        with pytest.raises(ValueError, match=r"where has a boolean for each sample .* got (bool|float32) of shape"):
+            statistics_of()

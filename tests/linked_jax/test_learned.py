@@ -103,6 +103,13 @@ def test_jacobian_of_plain_prelu_at_zero_is_its_slope():
     close(jax.jacobian(module)(jnp.zeros(3)), jnp.diag(module.negative_slope[...]), 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_zeros_do_not_push_a_slope(dtype):
+    zeros = jnp.zeros((10_000, 1), dtype)
+    slopes = nnx.grad(lambda module: module(zeros).astype(jnp.float32).sum())(LinkedPReLU(1))
+    assert max(float(jnp.abs(slope).max()) for slope in jax.tree.leaves(slopes)) < 2e-3
+
+
 @pytest.mark.slow
 @over_modules
 def test_prelu_at_the_start_is_its_link(make):

@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from linked_jax import layers, linen
+from linked_jax import layers, learned, linen
 from linked_jax.activations import lk_elu, lk_relu, lk_swish, relu
 from linked_jax.linking import fourier, linked
 from tests.arrays import white
@@ -57,8 +57,8 @@ def with_random_parameters(module):
 LINKS = {
     "relu": (relu, relu),
     "fourier": (fourier, fourier),
-    "prelu": (layers.ChannelPReLU(3), linen.ChannelPReLU()),
-    "lk_prelu": (layers.LinkedPReLU(3), linen.LinkedPReLU()),
+    "prelu": (learned.ChannelPReLU(3), linen.ChannelPReLU()),
+    "lk_prelu": (learned.LinkedPReLU(3), linen.LinkedPReLU()),
 }
 
 
@@ -107,7 +107,7 @@ def test_slopes_are_those_of_nnx(share):
     features = (4, 3) if share == "element" else 3
     z = white(2, 4, 3).at[0, 0, 0].set(0)
     for name in ("ChannelPReLU", "LinkedPReLU"):
-        ours = getattr(layers, name)(features, share=share, negative_slope=0.1)
+        ours = getattr(learned, name)(features, share=share, negative_slope=0.1)
         theirs = getattr(linen, name)(share=share, negative_slope=0.1)
         variables = theirs.init(KEY, z)
         slopes = jax.tree.leaves(nnx.state(ours))
@@ -198,3 +198,14 @@ def test_a_linen_net_trains():
 def test_bad_input_is_refused(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("make", [linen.LinkedDense, lambda features, **kw: linen.LinkedConv(features, (3,), **kw)])
+def test_layers_made_alike_are_equal_and_a_clone_starts_as_its_own_link_asks(make):
+    assert make(4) == make(4)
+    assert hash(make(4)) == hash(make(4))
+    z, changed = white(2, 5, 3), make(4).clone(link=lk_elu)
+    assert changed == make(4, link=lk_elu)
+    kernels = [layer.init(KEY, z)["params"]["kernel"] for layer in (changed, make(4, link=lk_elu), make(4))]
+    np.testing.assert_array_equal(kernels[0], kernels[1])
+    assert (kernels[0] != kernels[2]).any()

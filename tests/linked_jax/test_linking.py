@@ -263,6 +263,7 @@ def test_linked_unwraps_links_of_one_member():
     first_fast(
         [
             (lambda: linked(linked(jax.nn.relu)), ValueError, "a link of 2"),
+            (lambda: linked(Link((jnp.sin,), axis=1)), ValueError, "along axis 1, got axis=-1; pass axis=1"),
             (lambda: linked(), ValueError, "at least one member"),
             (lambda: Link(()), ValueError, "at least one member"),
             (lambda: linked(3), TypeError, "got 3"),
@@ -302,6 +303,7 @@ class FrozenLeaky:
         (jax.nn.softmax, ValueError, "are elementwise .* got softmax(z)"),
         (functools.partial(jax.nn.softmax, axis=0), ValueError, "got softmax(z, axis=0)"),
         (jax.nn.standardize, ValueError, "got standardize(z)"),
+        (lambda z: z / jnp.maximum(1.0, jnp.linalg.norm(z) / 1e5), ValueError, "elementwise"),
         (lambda z: z / jnp.sum(z), ValueError, "elementwise"),
         (lambda z: z * jnp.max(jnp.abs(z)), ValueError, "elementwise"),
         (jnp.cumsum, ValueError, "elementwise and keep z's shape, got cumsum(z)"),

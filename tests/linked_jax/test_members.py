@@ -125,6 +125,9 @@ def test_keys_compare_arguments_with_their_types():
     assert member_key(leaky) == member_key(functools.partial(jax.nn.leaky_relu, negative_slope=0.1))
     one, other = (functools.partial(jax.nn.elu, alpha=alpha) for alpha in (1, 1.0))
     assert member_key(one) != member_key(other)
+    for a, b in ((0.0, -0.0), (np.float32(0.0), np.float32(-0.0)), ((1,), (True,)), ((0.0, (1,)), (0.0, (1.0,)))):
+        assert member_key(functools.partial(jnp.add, a)) != member_key(functools.partial(jnp.add, b))
+        assert member_key(functools.partial(jnp.add, a)) == member_key(functools.partial(jnp.add, a))
 
 
 @pytest.mark.parametrize(

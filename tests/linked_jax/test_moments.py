@@ -127,6 +127,12 @@ def test_non_finite_function_is_refused(moment, f):
         moment(f)
 
 
+@pytest.mark.parametrize("moment", [expectation, mean_square])
+def test_the_function_that_is_not_finite_is_named(moment):
+    with pytest.raises(ValueError, match="got log not finite at -12; it is tried on"):
+        moment(jnp.log)
+
+
 def test_function_of_both_infinities_is_refused_without_a_warning():
     with pytest.raises(ValueError, match="finite"):
         expectation(lambda z: z / 0)

@@ -262,3 +262,42 @@ def test_what_may_be_an_activation_and_is_not_elementwise_is_named(name):
     assert [layer.activation for layer in report.layers] == ["tanh"]
     (unseen,) = report.not_seen
     assert unseen.startswith("select_n in test_forms.py:")
+
+
+def test_activations_that_are_small_or_bend_far_from_zero_are_seen():
+    w, x = white(4, 4), white(8, 4, seed=1)
+    for g, name in (
+        (lambda z: 1e-5 * relu(z), "1e-05 relu"),
+        (lambda z: 1e-4 * jnp.tanh(z), "0.0001 tanh"),
+        (lambda z: jnp.clip(z + 1e4, -20, 20), "clip"),
+        (lambda z: jnp.maximum(z, -25), "clip"),
+        (lambda z: jnp.where(z > 50, 0, z), "unknown"),
+    ):
+        (layer,) = probe(lambda x, g=g: g(x @ w) @ w, [x]).layers
+        assert layer.activation == name
+    for affine in (lambda z: 1e-6 * z + 1, lambda z: 1e6 + 1e4 * z, lambda z: z.astype(jnp.bfloat16)):
+        with pytest.raises(ValueError, match="no activation was found"):
+            probe(lambda x, g=affine: g(x @ w) @ w, [x])
+
+
+@pytest.mark.parametrize("surrogate", [surrogate_jvp, surrogate_vjp])
+def test_activations_of_equal_source_and_other_derivatives_are_two(surrogate):
+    w, x = white(4, 4), white(8, 4, seed=1)
+    flat, steep = (surrogate(spike, lambda z, slope=slope: slope + 0 * z) for slope in (0.0, 1.0))
+    first, second = probe(lambda x: flat(x @ w) @ w + steep(x @ w), [x]).layers
+    assert first.dead_link.all()
+    assert not second.dead_link.any()
+    assert len(probe(lambda x: steep(x @ w) @ w + steep(x @ w), [x]).layers) == 1
+
+
+def test_callbacks_on_one_value_stay_apart():
+    w, x = white(4, 4), white(8, 4, seed=1)
+
+    def on_host(g, z):
+        return jax.pure_callback(g, jax.ShapeDtypeStruct(z.shape, z.dtype), z)
+
+    def model(w, x):
+        h = relu(x @ w)
+        return on_host(lambda z: np.sin(z), h) + on_host(lambda z: np.cos(z), h)
+
+    np.testing.assert_allclose(observe(model, w, x)[0], model(w, x), rtol=1e-6)

@@ -325,6 +325,13 @@ def test_units_that_could_stay_dead_are_refused(case):
         redo(nnx.Sequential(*layers), (), white(2, 3), key=jax.random.key(7))
 
 
+def test_a_dropout_may_stand_in_two_places():
+    drop = nnx.Dropout(0.1, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(linear(3, 4), relu, drop, linear(4, 4), relu, drop, linear(4, 2))
+    model.eval()
+    np.testing.assert_allclose(link_sequential(model, lk_relu)(white(2, 3)), model(white(2, 3)), rtol=1e-6)
+
+
 def test_shared_weights_are_refused():
     first, second, last = linear(3, 4), linear(4, 3), linear(4, 2)
     tied = nnx.Sequential(first, relu, second, relu, linear(3, 4), relu, last)

@@ -445,6 +445,10 @@ BAD = {
     ),
     "only one layer": lambda: ([linear(3, 4), jax.nn.relu], r"layers\[1\].*no nnx.Linear or nnx.Conv after it"),
     "another activation": lambda: ([linear(3, 4), jnp.tanh, linear(4, 2)], r"first member.*layers\[1\]"),
+    "one that is clipped far out": lambda: (
+        [linear(3, 4), lambda z: jnp.minimum(jax.nn.relu(z), 500.0), linear(4, 2)],
+        r"first member.*layers\[1\]",
+    ),
     "one of two": lambda: (after_relu(linear(4, 4), jax.nn.silu, linear(4, 2)), r"first member.*layers\[3\]"),
     "two in a row": lambda: (after_relu(relu, linear(4, 2)), r"layers\[1\] and layers\[2\] are activations in a row"),
     "layer norm": lambda: (after_relu(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), linear(4, 2)), r"layers\[2\], a LayerNorm"),
@@ -478,6 +482,10 @@ BAD = {
     ),
     "mixed channels": lambda: (after_relu(jax.nn.softmax, linear(4, 2)), r"between layers\[0\] and layers\[3\]"),
     "reversed channels": lambda: (after_relu(lambda x: x[..., ::-1], linear(4, 2)), "does not treat channels alike"),
+    "channels mixed only in long vectors": lambda: (
+        after_relu(lambda x: x * jnp.minimum(1, 50 / jnp.linalg.norm(x + 1e-6, axis=-1, keepdims=True)), linear(4, 2)),
+        "does not treat channels alike",
+    ),
     "fixed shape": lambda: (after_relu(lambda x: x.reshape(-1, 4), linear(4, 2)), "fixed shape"),
     "channels first": lambda: (
         [
