@@ -130,6 +130,7 @@ STUDIES = {
     "plasticity/cifar10": plasticity_plots.markdown,
     "plasticity/kumar": kumar_table.markdown,
     "plasticity/kumar/normal": kumar_table.markdown,
+    "plasticity/kumar/scale": kumar_table.markdown,
     "plasticity/regression": regression.page,
     "revive": revive_plots.markdown,
     "charlm": charlm_table.markdown,
