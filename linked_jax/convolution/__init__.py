@@ -26,8 +26,8 @@ from linked_jax.convolution import banded, patched, winograd
 from linked_jax.convolution.geometry import Geometry
 
 NARROW, WIDE, WIDE_FORWARD, STRIDED = 36, 16 * 16, 32 * 16, 48 * 48  # channels in times out, at most, and at least
-"""Measured: python -m benchmarks.convolution. From WIDE on the gradients are faster, from WIDE_FORWARD on x * K too, but on
-few small images."""
+"""Measured: python -m benchmarks.convolution. From WIDE on the gradients are faster, from WIDE_FORWARD on x * K too,
+but for few small images."""
 _plain = contextvars.ContextVar("plain", default=False)
 
 

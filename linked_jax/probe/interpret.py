@@ -12,12 +12,13 @@ from jax.extend.core import Literal
 from jaxtyping import Array, Bool
 
 from linked_jax.histograms import BINS, log_histogram
-from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, goes_on, graph_of, loop_parts
+from linked_jax.probe.graph import graph_of
 from linked_jax.probe.models import is_key, merge, split
 from linked_jax.probe.names import module_of, named_calls
 from linked_jax.probe.recognise import activations
 from linked_jax.probe.regions import Region
 from linked_jax.probe.taps import Tap, all_times, is_tap, kept, measure, nothing_yet, together, whole
+from linked_jax.probe.values import CUSTOM, Atom, Graph, Op, Value, goes_on, loop_parts
 
 Key = tuple[int, ...]
 """Where an activation begins: the number of the operation, after those of the operations that it is inside."""

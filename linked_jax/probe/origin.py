@@ -9,12 +9,12 @@ import numpy as np
 from jax.extend.core import Literal
 from jaxtyping import Array, Bool
 
-from linked_jax.probe.graph import CUSTOM, Atom, Graph, Op, Value, goes_on, inner_jaxprs, loop_parts, open_jaxpr
 from linked_jax.probe.interpret import Trace, has_activation, scanned_data, step_masks
 from linked_jax.probe.names import module_of
 from linked_jax.probe.recognise import activations, name_of
 from linked_jax.probe.regions import Region
 from linked_jax.probe.taps import kept
+from linked_jax.probe.values import CUSTOM, Atom, Graph, Op, Value, goes_on, inner_jaxprs, loop_parts, open_jaxpr
 
 OUTPUTS = "the outputs of the model"
 _GRAVEST = ("NaN", "inf", "-inf")  # first: -inf may be a mask

@@ -10,9 +10,10 @@ import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 from jaxtyping import Array
 
-from linked_jax.probe.graph import Atom, Graph, Op, Value, inner_jaxprs, is_number, open_jaxpr, params_of
+from linked_jax.probe.graph import params_of
 from linked_jax.probe.names import link_of
 from linked_jax.probe.regions import Region, find
+from linked_jax.probe.values import Atom, Graph, Op, Value, inner_jaxprs, is_number, open_jaxpr
 
 KNOWN: dict[str, Callable[[Any], Any]] = {
     "relu": jax.nn.relu,

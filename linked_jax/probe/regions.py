@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 import jax.numpy as jnp
 
-from linked_jax.probe.graph import Graph, Op, Value, is_number
 from linked_jax.probe.uses import MOVEMENT, Uses
+from linked_jax.probe.values import Graph, Op, Value, is_number
 
 _AFFINE = {"add", "add_any", "sub", "neg", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint",
            "stop_gradient", "optimization_barrier", "transpose"}  # fmt: skip

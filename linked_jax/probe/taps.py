@@ -14,10 +14,10 @@ from jaxtyping import Array
 
 from linked_jax.diagnostics import combine, unit_statistics
 from linked_jax.histograms import log_histogram
-from linked_jax.probe.graph import Factor, Value, inner_jaxprs, open_jaxpr
 from linked_jax.probe.names import module_of
 from linked_jax.probe.recognise import name_of
 from linked_jax.probe.regions import Region
+from linked_jax.probe.values import Factor, Value, inner_jaxprs, open_jaxpr
 from linked_jax.signal_statistics import combine_features, feature_moments
 from linked_jax.slopes import combine_slopes, slope_statistics
 

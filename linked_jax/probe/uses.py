@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from jax.extend.core import Literal
 
-from linked_jax.probe.graph import ELEMENTWISE, REDUCTIONS, Graph, Op, Value
+from linked_jax.probe.values import ELEMENTWISE, REDUCTIONS, Graph, Op, Value
 
 MOVEMENT = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose", "convert_element_type"}
 _POWERS = {"square", "integer_pow", "abs"}
