@@ -121,7 +121,8 @@ def kept_rows(where: Bool[Array, "*n"] | None, z: Float[Array, "*n c"]) -> Bool[
     wanted = z.shape[:-1]
     if where is None:
         return jnp.ones((math.prod(wanted), 1), bool)
-    if jnp.shape(where) != wanted or where.dtype != bool:
+    where = as_array(where)
+    if where.shape != wanted or where.dtype != bool:
         raise ValueError(
             f"where has a boolean for each sample and position, of shape {wanted} for z of shape {z.shape}, got "
             f"{where.dtype} of shape {where.shape}; broadcast it, or compare with 0"

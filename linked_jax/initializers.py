@@ -345,9 +345,10 @@ def _taps_before(
 
 def _check_shape(shape: Sequence[int], link: Activation, groups: int) -> int:
     """The number of pre-activations of a group in a linked kernel's shape."""
-    if len(shape) < 2 or min(shape) < 1 or shape[-2] % link.arity:
+    if len(shape) < 2 or min(shape[:-1]) < 1 or shape[-2] % link.arity:
         raise ValueError(
-            f"a kernel after a link of {link.arity} has shape (*window, {link.arity} * c_in, c_out), got {tuple(shape)}"
+            f"a kernel after a link of {link.arity} has shape (*window, {link.arity} * c_in, c_out) with c_in of 1 or "
+            f"more, got {tuple(shape)}"
         )
     if shape[-1] % groups:
         raise ValueError(f"{groups} groups divide the outputs of a kernel, got {tuple(shape)}; change c_out")

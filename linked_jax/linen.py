@@ -29,6 +29,7 @@ class LinkedDense(nn.Dense):
       features: the number of outputs; all other fields of `flax.linen.Dense` are keyword arguments too.
       link: a `Link`, or a module such as `LinkedPReLU`.
       kernel_init: init(key, shape, dtype) for the whole kernel (d*C, features); `default_kernel_init(link)` if None.
+        Wrap that one for a partitioned kernel: nn.with_partitioning(default_kernel_init(link), names).
 
     Raises:
       TypeError: if link is not a link.
@@ -55,7 +56,9 @@ class LinkedDense(nn.Dense):
     @nn.nowrap
     def param(self, name: str, init_fn: Any, *arguments: Any, **options: Any) -> Any:
         """As of any Flax module, but that a kernel without an initialiser starts as its link asks."""
-        return super().param(name, init_fn or default_kernel_init(self.link), *arguments, **options)
+        if name == "kernel" and init_fn is None:
+            init_fn = default_kernel_init(self.link)
+        return super().param(name, init_fn, *arguments, **options)
 
     @nn.remat  # only z is kept
     @nn.compact
@@ -100,7 +103,9 @@ class LinkedConv(nn.Conv):
     @nn.nowrap
     def param(self, name: str, init_fn: Any, *arguments: Any, **options: Any) -> Any:
         """As of any Flax module, but that a kernel without an initialiser starts as its link and geometry ask."""
-        return super().param(name, init_fn or self._start(), *arguments, **options)
+        if name == "kernel" and init_fn is None:
+            init_fn = self._start()
+        return super().param(name, init_fn, *arguments, **options)
 
     @nn.nowrap
     def _start(self) -> Initializer:

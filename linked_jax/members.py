@@ -224,7 +224,7 @@ def is_elementwise(member: Member) -> bool:
     """Whether g keeps z's shape and every value depends on the z in its own place alone.
 
     Read off g's jaxpr; if that has more than elementwise operations, g is evaluated at pairs of z that share one value,
-    of sizes from 1e-3 to 1e6.
+    of several `SIZES`.
     True if g cannot be measured, or has an array of its own, such as one slope a channel.
 
     >>> import jax
@@ -245,12 +245,13 @@ def is_elementwise(member: Member) -> bool:
     here, z = (1, 1), np.sin(np.arange(1.0, 1 + np.prod(_PLACES))).reshape(_PLACES)
     others = -3 * z
     others[here] = z[here]
-    pairs = ((evaluate(member, size * z), evaluate(member, size * others)) for size in _SIZES)
+    pairs = ((evaluate(member, size * z), evaluate(member, size * others)) for size in SIZES)
     return all(np.array_equal(one[here], other[here], equal_nan=True) for one, other in pairs)
 
 
 _PLACES = (4, 6)
-_SIZES = (1e-3, 1.0, 1e3, 1e6)
+SIZES = (1.0, 1e3, 1e6)
+"""Of z, where it is seen whether values depend on one another: some do at one size only, as where a norm is clipped."""
 _MIXING = ("cum", "sort", "rev", "dot", "conv_", "gather", "scatter", "dynamic", "fft", "reduce", "triangular", "while")
 
 

@@ -43,7 +43,8 @@ def observe(
 
     It may stand inside jit, vmap and shard_map. Of the statistics, compilation removes those that are not used.
     Only what depends on the inputs is data: an activation of parameters alone has no tap. An activation that is
-    applied twice to one z is one layer. See `probe` for what an activation is, and a unit.
+    applied twice to one z is one layer, unless it has a custom derivative that is made anew at each call. See
+    `probe` for what an activation is, and a unit.
 
     Args:
       f: f(parameters, inputs) -> outputs, any pytree.

@@ -49,7 +49,7 @@ KNOWN: dict[str, Callable[[Any], Any]] = {
 
 UNKNOWN = "unknown"
 _GRID = np.array([-19, -8.5, *np.linspace(-6, 6, 97), 8.5, 19])  # odd ends: 20 would saturate in float16
-_FAR = np.array([sign * size for size in (30, 1e2, 1e3, 1e4, 1e5) for sign in (-1, 1)])
+_FAR = np.array([sign * size for size in (30, 100, 300, 1000) for sign in (-1, 1)])  # beyond it a clip is for safety
 _POINTS = np.concatenate([_GRID, _FAR])
 _PARAMETER = 0.3  # in the place of one: a slope, a scale
 
@@ -95,13 +95,16 @@ def _judge(region: Region) -> tuple[str, bool]:
 
 
 def _fits_a_line(values: np.ndarray, eps: float) -> bool:
-    """Whether a member at `_POINTS` is on one line, by its own size; far out, where a clip may be, as far as finite."""
+    """Whether a member at `_POINTS` is on one line, to a thousandth.
+
+    Of its own size where that is small, as of 1e-4 tanh. Far out, where a clip may be, as far as it is finite.
+    """
     near = values[: len(_GRID)]
     if not np.isfinite(near).all():
         return False
     slope, offset = np.polyfit(_GRID, near, 1)
     spread, rounding = np.abs(near - near.mean()).max(), 4 * eps * np.abs(near).max()
-    sizes = np.maximum(spread, np.abs(slope * _POINTS))
+    sizes = min(1.0, spread) + np.abs(slope * _POINTS)
     off = np.abs(values - (slope * _POINTS + offset)) > max(1e-3, 4 * eps) * sizes + rounding
     return not off[np.isfinite(values)].any()
 

@@ -7,6 +7,7 @@ channels alike: pools, flatten, dropout, batch norm.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -242,7 +243,8 @@ def _flattens(
         return None
     by_position = [a.reshape(*a.shape[:-1], -1, width) for a in alone]
     wanted = join(by_position, -1, link.layout).reshape(*alone[0].shape[:-1], -1)
-    if together.shape != wanted.shape or not np.allclose(together, wanted, rtol=1e-4, atol=1e-5 * scale):
+    close = functools.partial(np.allclose, rtol=1e-4, atol=1e-5 * scale, equal_nan=True)  # NaN where both overflow
+    if together.shape != wanted.shape or not close(together, wanted):
         return None
     before, after = width != 3, alone[0].shape[-1] != width
     if before and after:

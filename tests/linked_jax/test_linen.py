@@ -10,6 +10,7 @@ from flax import nnx
 
 from linked_jax import layers, learned, linen
 from linked_jax.activations import lk_elu, lk_relu, lk_swish, relu
+from linked_jax.initializers import default_kernel_init
 from linked_jax.linking import fourier, linked
 from tests.arrays import white
 from tests.cases import first_fast
@@ -209,3 +210,22 @@ def test_layers_made_alike_are_equal_and_a_clone_starts_as_its_own_link_asks(mak
     kernels = [layer.init(KEY, z)["params"]["kernel"] for layer in (changed, make(4, link=lk_elu), make(4))]
     np.testing.assert_array_equal(kernels[0], kernels[1])
     assert (kernels[0] != kernels[2]).any()
+
+
+class WithParameter(linen.LinkedDense):
+    @nn.compact
+    def __call__(self, z):
+        self.param("other", None, z.shape)
+        return super().__call__(z)
+
+
+def test_only_a_kernel_without_an_initialiser_gets_the_links():
+    with pytest.raises(TypeError, match="not callable"):
+        WithParameter(8).init(KEY, white(2, 3))
+
+
+def test_the_default_start_may_be_partitioned():
+    start = nn.with_partitioning(default_kernel_init(lk_relu), ("in", "out"))
+    layers_of = [linen.LinkedDense(8, kernel_init=init) for init in (start, None)]
+    partitioned, plain = (layer.init(KEY, white(2, 3))["params"]["kernel"] for layer in layers_of)
+    np.testing.assert_array_equal(partitioned.value, plain)

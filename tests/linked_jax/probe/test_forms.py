@@ -280,6 +280,18 @@ def test_activations_that_are_small_or_bend_far_from_zero_are_seen():
             probe(lambda x, g=affine: g(x @ w) @ w, [x])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
+def test_guards_against_numbers_that_are_not_finite_are_no_activations(dtype):
+    w, x = white(4, 4).astype(dtype), white(8, 4, seed=1).astype(dtype)
+    for guard in (
+        jnp.nan_to_num,
+        lambda z: jnp.where(jnp.isfinite(z), z, 0),
+        lambda z: jnp.clip(z, jnp.finfo(dtype).min + 1000, jnp.finfo(dtype).max - 1000),
+    ):
+        (layer,) = probe(lambda x, g=guard: g(relu(x @ w) @ w) @ w, [x]).layers
+        assert layer.activation == "relu"
+
+
 @pytest.mark.parametrize("surrogate", [surrogate_jvp, surrogate_vjp])
 def test_activations_of_equal_source_and_other_derivatives_are_two(surrogate):
     w, x = white(4, 4), white(8, 4, seed=1)

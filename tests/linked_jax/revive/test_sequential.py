@@ -589,3 +589,12 @@ def test_an_optimiser_does_not_know_the_parameters_of_a_folded_layer():
     vp = nnx.Sequential(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), jax.nn.relu, VPLinear(4, 3, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"layers\[2\], a VPLinear, does not fold by itself"):
         link_sequential(vp, lk_relu)
+
+
+def test_a_pool_that_overflows_in_half_precision_is_a_pool():
+    def mean(x):
+        return x.astype(jnp.float16).mean((1, 2)).astype(jnp.float32)
+
+    net = nnx.Sequential(nnx.Conv(1, 4, (3, 3), rngs=nnx.Rngs(0)), jax.nn.relu, mean, linear(4, 2))
+    z = white(2, 5, 5, 1)
+    np.testing.assert_allclose(link_sequential(net, lk_relu)(z), net(z), rtol=1e-6)
