@@ -142,7 +142,8 @@ def _covered(x: Any, kernel: Any, strides: Sequence[int], padding: Any, options:
         or max(*dilations, *groups) > 1
         or x.dtype != kernel.dtype
         or any(jax.typeof(x).sharding.spec)  # split on an Explicit mesh, where a reshape may have no rule
-        or jax.sharding.get_abstract_mesh().manual_axes  # in shard_map, where x may vary over devices and K not
+        or _varies(x)
+        or _varies(kernel)
         or options.get("out_sharding") is not None
         or options.get("preferred_element_type") not in (None, x.dtype)
     ):
@@ -154,6 +155,12 @@ def _covered(x: Any, kernel: Any, strides: Sequence[int], padding: Any, options:
     within = all(0 <= p < k for k, pad in zip(window, pads, strict=True) for p in pad)
     at = Geometry(space, window, tuple(strides), pads, options.get("precision"))
     return at if within and min(at.outputs) > 0 else None
+
+
+def _varies(x: Any) -> bool:
+    """Whether its type says that it differs between the devices of a shard_map: the rules here do not keep track."""
+    kind = jax.typeof(x)  # JAX has had two names for it
+    return bool(getattr(getattr(kind, "mat", None), "varying", None) or getattr(kind, "vma", None))
 
 
 def _several_devices() -> bool:

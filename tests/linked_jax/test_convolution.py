@@ -245,6 +245,7 @@ def test_gradients_of_images_split_by_shard_map_are_those_of_all(check_vma):
 
     split = jax.shard_map(of_a_shard, mesh=mesh, in_specs=(P(), rows), out_specs=P(), check_vma=check_vma)
     close(jax.jit(split)(state, z), jax.jit(jax.grad(loss))(state, z))
+    assert ("fast_convolution" in str(jax.make_jaxpr(split)(state, z))) == (not check_vma)
 
 
 @pytest.mark.slow
