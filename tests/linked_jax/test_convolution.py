@@ -230,7 +230,7 @@ def test_where_images_may_be_split_it_is_jaxs(monkeypatch):
     assert "fast_convolution" not in str(jax.make_jaxpr(layer)(z))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", first_fast([True, False]))
 def test_gradients_of_images_split_by_shard_map_are_those_of_all(check_vma):
     mesh, rows = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), P("data")
     graph, state = nnx.split(LinkedConv(3, 4, (3, 3), rngs=nnx.Rngs(0)))

@@ -161,7 +161,7 @@ def test_read_out_is_the_known_one(name):
     assert read_out(LINKS[name]) == pytest.approx(READ_OUTS[name], abs=1e-9)
 
 
-@pytest.mark.parametrize("factor", [1e13, 3e6, 1e-9])
+@pytest.mark.parametrize("factor", first_fast([1e13, 3e6, 1e-9]))
 def test_read_out_of_a_large_or_small_link_is_exact(factor):
     found = read_out(linked(lambda z: factor * jax.nn.relu(z)))
     assert found == pytest.approx((1 / factor, -1 / factor), rel=1e-11)

@@ -12,6 +12,7 @@ from jax.nn import sigmoid
 from linked_jax.activations import lk_relu
 from linked_jax.probe import observe, probe
 from tests.arrays import white
+from tests.cases import first_fast
 from tests.linked_jax.probe.common import custom, custom_jvp
 
 relu = jax.nn.relu
@@ -264,23 +265,33 @@ def test_what_may_be_an_activation_and_is_not_elementwise_is_named(name):
     assert unseen.startswith("select_n in test_forms.py:")
 
 
-def test_activations_that_are_small_or_bend_far_from_zero_are_seen():
+BENT = {
+    "small": (lambda z: 1e-4 * jnp.tanh(z), "0.0001 tanh"),
+    "smaller": (lambda z: 1e-5 * relu(z), "1e-05 relu"),
+    "far clip": (lambda z: jnp.maximum(z, -25), "clip"),
+    "clip of an offset": (lambda z: jnp.clip(z + 900, -20, 20), "clip"),
+    "jump": (lambda z: jnp.where(z > 50, 0, z), "unknown"),
+}
+
+
+@pytest.mark.parametrize(("g", "name"), first_fast(BENT.values()), ids=BENT)
+def test_activations_that_are_small_or_bend_far_from_zero_are_seen(g, name):
     w, x = white(4, 4), white(8, 4, seed=1)
-    for g, name in (
-        (lambda z: 1e-5 * relu(z), "1e-05 relu"),
-        (lambda z: 1e-4 * jnp.tanh(z), "0.0001 tanh"),
-        (lambda z: jnp.clip(z + 1e4, -20, 20), "clip"),
-        (lambda z: jnp.maximum(z, -25), "clip"),
-        (lambda z: jnp.where(z > 50, 0, z), "unknown"),
-    ):
-        (layer,) = probe(lambda x, g=g: g(x @ w) @ w, [x]).layers
-        assert layer.activation == name
-    for affine in (lambda z: 1e-6 * z + 1, lambda z: 1e6 + 1e4 * z, lambda z: z.astype(jnp.bfloat16)):
-        with pytest.raises(ValueError, match="no activation was found"):
-            probe(lambda x, g=affine: g(x @ w) @ w, [x])
+    (layer,) = probe(lambda x: g(x @ w) @ w, [x]).layers
+    assert layer.activation == name
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
+AFFINE = (lambda z: 1e6 + 1e4 * z, lambda z: 1e-6 * z + 1, lambda z: z.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("g", first_fast(AFFINE))
+def test_what_is_affine_at_any_size_is_no_activation(g):
+    w, x = white(4, 4), white(8, 4, seed=1)
+    with pytest.raises(ValueError, match="no activation was found"):
+        probe(lambda x: g(x @ w) @ w, [x])
+
+
+@pytest.mark.parametrize("dtype", first_fast([jnp.float16, jnp.float32]))
 def test_guards_against_numbers_that_are_not_finite_are_no_activations(dtype):
     w, x = white(4, 4).astype(dtype), white(8, 4, seed=1).astype(dtype)
     for guard in (
@@ -292,7 +303,7 @@ def test_guards_against_numbers_that_are_not_finite_are_no_activations(dtype):
         assert layer.activation == "relu"
 
 
-@pytest.mark.parametrize("surrogate", [surrogate_jvp, surrogate_vjp])
+@pytest.mark.parametrize("surrogate", first_fast([surrogate_vjp, surrogate_jvp]))
 def test_activations_of_equal_source_and_other_derivatives_are_two(surrogate):
     w, x = white(4, 4), white(8, 4, seed=1)
     flat, steep = (surrogate(spike, lambda z, slope=slope: slope + 0 * z) for slope in (0.0, 1.0))
