@@ -225,10 +225,10 @@ def _flatten_is(
 def _flattens(
     inner: Sequence[Function], outer: Sequence[Function], shape: tuple[int, ...], link: Link, scale: float
 ) -> str | None:
-    """Where functions flatten arrays of this shape and size; None if they do not take them, or mix channels, or
-    flatten on both sides.
+    """Where functions flatten arrays of this shape and size.
 
-    A function may mix channels at one size only, as one that clips the norm of a vector.
+    None if they do not take them, mix channels, or flatten on both sides. A function may mix channels at one size
+    only, as one that clips the norm of a vector.
     """
     rng = np.random.default_rng(0)
     try:
