@@ -187,7 +187,7 @@ def as_array(value: Any) -> Array:
         raise TypeError(f"an array is needed, got {brief(value)}; pass e.g. jnp.ones((8, 3))") from error
 
 
-def evaluate(member: Member, z: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
+def evaluate(member: Member, z: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     """g(z) in float64, also while JAX traces something else, and whether or not x64 is on; ValueError if it fails."""
     try:
         with jax.ensure_compile_time_eval(), jax.enable_x64(True):
