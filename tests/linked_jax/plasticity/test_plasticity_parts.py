@@ -270,6 +270,7 @@ def test_units_of_one_worth_are_replaced_by_turns():
     assert times.max() < times.sum() / 2
 
 
+@pytest.mark.slow
 def test_a_net_of_dead_layers_comes_back_at_once():
     def net(params, x):
         for name in ("a", "b", "c"):
@@ -325,6 +326,7 @@ def test_two_parts_of_one_key_draw_other_numbers():
     assert (jnp.abs(new - epsilon["a"]["kernel"][:, 0]) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_one_part_within_another_and_optax_maps_over_their_states():
     options = {"key": KEY, "period": 1}
     tx = recycle_dormant(continual_backprop(optax.adam(0.1), UNITS, draw, key=KEY), UNITS, draw, **options)

@@ -378,6 +378,7 @@ def test_activations_that_are_not_homogeneous_are_refused(name):
         Layer("a", link=ACTIVATIONS[name])
 
 
+@pytest.mark.slow
 def test_the_inner_optimiser_gets_what_it_asks_for_and_optax_maps_over_the_state():
     params = jax.tree.map(jnp.asarray, dense_params((3, 4, 2), dtype=np.float32))
     inner = optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau(patience=0, factor=0.5))

@@ -261,6 +261,7 @@ def arrays(state):
     return jax.tree.map(lambda variable: variable[...], state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pure", [False, True])
 def test_flax_optimizer_takes_the_mask_of_a_state(pure):
     net = Net(nnx.Rngs(0))
