@@ -22,7 +22,20 @@ from linked_jax.learned import Share, apply_slopes, check_share
 from linked_jax.linking import Activation, Layout, Link, linked
 
 
-class LinkedDense(nn.Dense):
+class _StartsAsItsLinkAsks(nn.Module):
+    @nn.nowrap
+    def param(self, name: str, init_fn: Any, *arguments: Any, **options: Any) -> Any:
+        """As of any Flax module, but that a kernel without an initialiser gets that of its link and geometry."""
+        if name == "kernel" and init_fn is None:
+            init_fn = self._start()
+        return super().param(name, init_fn, *arguments, **options)
+
+    @nn.nowrap
+    def _start(self) -> Initializer:
+        raise NotImplementedError
+
+
+class LinkedDense(_StartsAsItsLinkAsks, nn.Dense):
     """A dense layer on linked pre-activations: z (..., C) -> f(z) K + b (..., features).
 
     Args:
@@ -54,11 +67,8 @@ class LinkedDense(nn.Dense):
         super().__post_init__()
 
     @nn.nowrap
-    def param(self, name: str, init_fn: Any, *arguments: Any, **options: Any) -> Any:
-        """As of any Flax module, but that a kernel without an initialiser starts as its link asks."""
-        if name == "kernel" and init_fn is None:
-            init_fn = default_kernel_init(self.link)
-        return super().param(name, init_fn, *arguments, **options)
+    def _start(self) -> Initializer:
+        return default_kernel_init(self.link)
 
     @nn.remat  # only z is kept
     @nn.compact
@@ -67,7 +77,7 @@ class LinkedDense(nn.Dense):
         return super().__call__(self.link(z))
 
 
-class LinkedConv(nn.Conv):
+class LinkedConv(_StartsAsItsLinkAsks, nn.Conv):
     """A convolution on linked pre-activations: z (N, *space, C) -> f(z) * K + b (N, *space', features).
 
     With G groups (`feature_group_count`) the members of a unit stay in its group: the link's layout is "interleaved".
@@ -99,13 +109,6 @@ class LinkedConv(nn.Conv):
         check_link(self.link)
         check_groups(self.link, self.feature_group_count)
         super().__post_init__()
-
-    @nn.nowrap
-    def param(self, name: str, init_fn: Any, *arguments: Any, **options: Any) -> Any:
-        """As of any Flax module, but that a kernel without an initialiser starts as its link and geometry ask."""
-        if name == "kernel" and init_fn is None:
-            init_fn = self._start()
-        return super().param(name, init_fn, *arguments, **options)
 
     @nn.nowrap
     def _start(self) -> Initializer:

@@ -223,8 +223,8 @@ def _measured(otherwise: Any) -> Callable[[Callable[..., Answer]], Callable[...,
 def is_elementwise(member: Member) -> bool:
     """Whether g keeps z's shape and every value depends on the z in its own place alone.
 
-    Read off g's jaxpr; if that has more than elementwise operations, g is evaluated at pairs of z that share one value,
-    of several `SIZES`.
+    Read off g's jaxpr; if that has more than elementwise operations, g is evaluated at pairs of z that share one value
+    (`keeps_apart`).
     True if g cannot be measured, or has an array of its own, such as one slope a channel.
 
     >>> import jax
@@ -242,17 +242,23 @@ def is_elementwise(member: Member) -> bool:
         return False
     if all(_is_elementwise(equation) for equation in equations(traced)):
         return True
-    here, z = (1, 1), np.sin(np.arange(1.0, 1 + np.prod(_PLACES))).reshape(_PLACES)
-    others = -3 * z
-    others[here] = z[here]
-    pairs = ((evaluate(member, size * z), evaluate(member, size * others)) for size in SIZES)
-    return all(np.array_equal(one[here], other[here], equal_nan=True) for one, other in pairs)
+    return keeps_apart(member, _PLACES, (1, 1))
 
 
 _PLACES = (4, 6)
-SIZES = (1.0, 1e3, 1e6)
-"""Of z, where it is seen whether values depend on one another: some do at one size only, as where a norm is clipped."""
 _MIXING = ("cum", "sort", "rev", "dot", "conv_", "gather", "scatter", "dynamic", "fft", "reduce", "triangular", "while")
+
+
+def keeps_apart(f: Member, shape: tuple[int, ...], here: Any) -> bool:
+    """Whether f(z)[here] depends on z[here] alone; ValueError if f cannot be evaluated.
+
+    It is tried at three sizes of z: some f mix at one only, as where a norm is clipped.
+    """
+    z = np.sin(np.arange(1.0, 1 + np.prod(shape))).reshape(shape)
+    others = -3 * z
+    others[here] = z[here]
+    pairs = ((evaluate(f, size * z)[here], evaluate(f, size * others)[here]) for size in (1.0, 1e3, 1e6))
+    return all(np.array_equal(one, other, equal_nan=True) for one, other in pairs)
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
