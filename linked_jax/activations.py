@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
+from linked_jax.arguments import as_array
 from linked_jax.arrays import like
 from linked_jax.linking import Layout, Link, floating, fourier, from_the_right, join, linked, min_max
-from linked_jax.members import as_array
 
 
 def prelu(z: Float[Array, "..."], negative_slope: Float[ArrayLike, "..."]) -> Float[Array, "..."]:

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from linked_jax.arguments import brief
 from linked_jax.linking import Link
-from linked_jax.members import brief, equations, is_elementwise, keeps_apart
+from linked_jax.measurements import equations, is_elementwise, keeps_apart
 from linked_jax.registry import get_activation
 from linked_jax.slopes import FLAT
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from linked_jax.arguments import as_array, brief
 from linked_jax.arrays import wide_dtype
 from linked_jax.linking import Layout
-from linked_jax.members import as_array, brief
 
 
 class UnitStatistics(NamedTuple):

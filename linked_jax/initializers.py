@@ -37,8 +37,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from linked_jax.arguments import as_array
 from linked_jax.linking import Activation, join, link_of
-from linked_jax.members import as_array, weights_of_z
+from linked_jax.measurements import weights_of_z
 from linked_jax.moments import mean_square
 
 Initializer = Callable[..., Array]

@@ -15,10 +15,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from linked_jax.activations import lk_relu
+from linked_jax.arguments import brief, whole_numbers
 from linked_jax.convolution import conv_general_dilated
 from linked_jax.initializers import Initializer, Padding, check_groups, default_kernel_init
 from linked_jax.linking import Activation, floating
-from linked_jax.members import brief, whole_numbers
 
 
 class WeightOptions(TypedDict, total=False):

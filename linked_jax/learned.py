@@ -12,8 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from linked_jax.activations import linked_prelu, prelu
+from linked_jax.arguments import as_array, brief, whole_numbers
 from linked_jax.linking import Layout, Link, linked, scope
-from linked_jax.members import as_array, brief, whole_numbers
 
 Share = Literal["layer", "channel", "element"]
 

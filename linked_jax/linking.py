@@ -15,18 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from linked_jax.members import (
-    Member,
-    Mirrored,
-    Saved,
-    Value,
-    as_array,
-    brief,
-    check_member,
-    formula,
-    jumps_at_zero,
-    member_key,
-)
+from linked_jax.arguments import as_array, brief
+from linked_jax.measurements import check_member, jumps_at_zero
+from linked_jax.members import Member, Mirrored, Saved, Value, formula, member_key
 
 Layout = Literal["blocked", "interleaved"]
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from linked_jax.members import brief, evaluate
+from linked_jax.arguments import brief
+from linked_jax.measurements import evaluate
 
 _NODES = 16  # a panel
 _WIDTH = 1 / 4  # of a panel

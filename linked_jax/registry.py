@@ -3,9 +3,9 @@
 import difflib
 
 from linked_jax.activations import ACTIVATIONS, SYNONYMS
+from linked_jax.arguments import brief
 from linked_jax.learned import ChannelPReLU, LinkedPReLU
 from linked_jax.linking import Link
-from linked_jax.members import brief
 
 _WITH_SLOPES: dict[str, type[ChannelPReLU] | type[LinkedPReLU]] = {"prelu": ChannelPReLU, "lk_prelu": LinkedPReLU}
 ACTIVATION_NAMES = (*ACTIVATIONS, *_WITH_SLOPES)

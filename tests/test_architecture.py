@@ -16,9 +16,9 @@ from linked_jax import plasticity, probe, remedies, revive
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
-    "arrays", "members", "linking", "activations", "moments", "initializers", "schedules", "diagnostics", "slopes",
-    "signal_statistics", "histograms", "updates", "convolution", "learned", "registry", "layers", "linen",
-    "certificates", "remedies", "probe", "revive", "plasticity",
+    "arrays", "members", "arguments", "measurements", "linking", "activations", "moments", "initializers", "schedules",
+    "diagnostics", "slopes", "signal_statistics", "histograms", "updates", "convolution", "learned", "registry",
+    "layers", "linen", "certificates", "remedies", "probe", "revive", "plasticity",
 ]  # fmt: skip
 """From the ground up: a room imports from rooms before it only."""
 ALLOWED = {"jax", "numpy", "flax", "optax", "jaxtyping", "linked_jax"}
@@ -88,7 +88,7 @@ import sys
 import flax.nnx, jax, jaxtyping, optax
 before = set(sys.modules)
 import linked_jax
-core = "arrays members linking activations moments initializers schedules diagnostics".split()
+core = "arrays members arguments measurements linking activations moments initializers schedules diagnostics".split()
 core += "convolution learned registry layers".split()
 core += [f"convolution.{file}" for file in "geometry banded winograd patched".split()]
 new = {module for module in set(sys.modules) - before if not module.startswith("jax.")}

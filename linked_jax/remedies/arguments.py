@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
+from linked_jax.arguments import brief, whole_numbers
 from linked_jax.arrays import Number, is_number
 from linked_jax.linking import Link
-from linked_jax.members import brief, whole_numbers
 
 
 def check_sizes(**sizes: int | Sequence[int]) -> None:

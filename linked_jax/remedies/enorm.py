@@ -25,7 +25,7 @@ from jaxtyping import Array
 from linked_jax.activations import relu
 from linked_jax.arrays import like, wide
 from linked_jax.linking import Link
-from linked_jax.members import is_homogeneous
+from linked_jax.measurements import is_homogeneous
 from linked_jax.remedies.arguments import dotted, nearest, require_link
 
 _OF_NORMS = ("scale", "mean", "var")

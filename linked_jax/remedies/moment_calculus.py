@@ -15,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from linked_jax.arrays import wide
 from linked_jax.linking import Link, join
-from linked_jax.members import slopes
+from linked_jax.measurements import slopes
 from linked_jax.moments import panels
 from linked_jax.remedies.arguments import require_link
 from linked_jax.remedies.normprop import max_moments

@@ -19,7 +19,7 @@ from linked_jax.initializers import (
 )
 from linked_jax.learned import LinkedPReLU
 from linked_jax.linking import Link, fourier, linked, min_max
-from linked_jax.members import evaluate, weights_of_z
+from linked_jax.measurements import evaluate, weights_of_z
 from tests.arrays import white
 from tests.cases import first_fast
 

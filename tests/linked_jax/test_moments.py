@@ -11,7 +11,7 @@ from scipy import integrate, special, stats
 
 from linked_jax.activations import ACTIVATIONS
 from linked_jax.linking import Link
-from linked_jax.members import evaluate
+from linked_jax.measurements import evaluate
 from linked_jax.moments import expectation, mean_square, panels
 from tests.cases import first_fast
 
