@@ -112,7 +112,7 @@ class Report:
 
     Its columns count units that are dead, have no gradient (no grad: `dead_link`), are dormant, never change the sign
     of z (linear: `linearised`) and are saturated (satur.), or had NaN or infinity (NaN/inf, where a unit had); and show
-    the shift (`activation_shift`), the mean squares of z (z²) and of the gradient for it (grad², with a loss) and the
+    the shift (`activation_shift`), the mean squares of z (z^2) and of the gradient for it (grad^2, with a loss) and the
     effective rank of the outputs (rank). An activation that is a lambda has no better name: make a `Link` of a function
     with a name.
 
@@ -219,12 +219,12 @@ class Report:
 
 
 _COLUMNS = (
-    "name", "activation", "units", "dead", "no grad", "NaN/inf", "dormant", "linear", "satur.", "shift", "z²", "grad²",
-    "rank",
+    "name", "activation", "units", "dead", "no grad", "NaN/inf", "dormant", "linear", "satur.", "shift", "z^2",
+    "grad^2", "rank",
 )  # fmt: skip
 _LEGEND = (
     "units that are dead, have no gradient, are dormant, never change the sign of z, are saturated",
-    "shift: mean of z; z² and grad²: mean squares of z and of its gradient; rank: effective, of outputs",
+    "shift: mean of z; z^2 and grad^2: mean squares of z and of its gradient; rank: effective, of outputs",
 )
 _SCALARS = ("activation_shift", "mean_square", "gradient_mean_square", "effective_rank", "stable_rank", "drift")
 

@@ -72,7 +72,8 @@ def probe(
 
     Raises:
       ValueError: if no activation is found, there is no batch, a batch is no array or pair or its arrays differ in N,
-        the loss is no scalar, the model cannot be called, the mask is of another shape, or tau is negative.
+        the loss is no scalar, the model cannot be called, the mask is of another shape or has steps that the model has
+        not, or tau is negative.
 
     Examples:
       >>> import jax, jax.numpy as jnp

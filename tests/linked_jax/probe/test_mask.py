@@ -89,7 +89,9 @@ def test_a_mask_in_observe():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), (tap.stats, tap.features), wanted)
 
 
-@pytest.mark.parametrize("mask", [MASK, lambda x: MASK[:3], lambda x: MASK * 1.0, lambda x: MASK[..., None]])
+@pytest.mark.parametrize(
+    "mask", [MASK, lambda x: MASK[:3], lambda x: MASK * 1.0, lambda x: MASK[..., None], lambda x: MASK[:, 1:3]]
+)
 def test_other_masks_are_refused(mask, unchecked):
     with pytest.raises(ValueError, match="mask"):
         probe(W, [X], call=lambda w, x: jnp.tanh(x @ w), mask=mask)
