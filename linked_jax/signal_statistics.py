@@ -217,7 +217,8 @@ def effective_rank(features: FeatureMoments) -> Float[Array, ""]:
     sigma are the singular values of the features h over the data, (n, k). They are those of the root of the scatter
     matrix with one more row, sqrt(n) mean. The common mean of a wide layer (sigmoid, softplus, relu) would hide in
     the rounding of sum h h^T what is 0.1 % of it. Eigenvalues of the scatter below 4 epsilon of the largest are
-    rounding, and count as 0.
+    rounding, and count as 0. NaN where squares of the features leave the dtype: in float32 below about 1e-16 or above
+    1e18.
 
     Args:
       features: from `feature_moments` and `combine_features`.
@@ -249,7 +250,7 @@ def stable_rank(features: FeatureMoments) -> Float[Array, ""]:
         ||H||_F^2 / ||H||_2^2 = sum_k sigma_k^2 / sigma_1^2
 
     where sigma are the singular values of the features h over the data, as for `effective_rank`; small ones count less
-    here. It is 1 where all features are one, and their common mean is among them.
+    here. It is 1 where all features are one, and their common mean is among them. NaN as `effective_rank`.
 
     Args:
       features: from `feature_moments` and `combine_features`.
@@ -280,7 +281,11 @@ def _singular_values(features: FeatureMoments) -> Float[Array, " k"]:
             f"a rank is of FeatureMoments, got {type(features).__name__}; pass feature_moments(h), h of shape (n, k)"
         )
     count, mean, scatter = features
+    limits = jnp.finfo(scatter.dtype)
+    size = jnp.square(mean).sum() + jnp.trace(scatter) / jnp.maximum(count, 1)
+    lost = (mean.any() | scatter.any()) & ~(size > limits.tiny / limits.eps)  # squares of rounding's size underflow
     eigenvalues, vectors = jnp.linalg.eigh(scatter)
     noise = 4 * jnp.finfo(scatter.dtype).eps * eigenvalues.max()
     roots = jnp.sqrt(jnp.where(eigenvalues <= noise, 0, eigenvalues))
-    return jnp.linalg.svd(jnp.vstack([roots[:, None] * vectors.T, jnp.sqrt(count) * mean[None]]), compute_uv=False)
+    sigma = jnp.linalg.svd(jnp.vstack([roots[:, None] * vectors.T, jnp.sqrt(count) * mean[None]]), compute_uv=False)
+    return jnp.where(lost, jnp.nan, sigma)

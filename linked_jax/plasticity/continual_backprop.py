@@ -34,13 +34,15 @@ def continual_backprop(
         the floor(c) mature units with the least u / (1 - decay^a) start anew,      c <- c - their number
 
     Of a unit that starts anew, incoming weights and bias are drawn, outgoing weights, u and a become 0, and all that
-    the optimiser holds of these weights is as in tx.init. So outputs change by what the unit gave.
+    the optimiser holds of each of these weights is as in tx.init (what it holds of many together, such as adafactor's
+    rows and columns, stays). So outputs change by what the unit gave.
     A linked unit has one utility, over all its members.
 
     Args:
       tx: the optimiser, rate included.
       units: the hidden layers.
-      draw: key -> parameters at a fresh start, of which the incoming weights are taken.
+      draw: key -> parameters at a fresh start, under the names of the parameters, of which the incoming weights are
+        taken; with NNX lambda key: nnx.state(Net(nnx.Rngs(params=key)), nnx.Param).
       key: of the new weights; it is part of the state, see `shrink_and_perturb`.
       replacement_rate: the share of the mature units that is replaced in a step.
       maturity: steps before a unit may be replaced.
@@ -51,8 +53,9 @@ def continual_backprop(
       (C,) for each layer of `units`; `tap.stats.magnitude / tap.stats.count` of `linked_jax.probe.observe`.
 
     Raises:
-      ValueError: if a number is out of its range, or there are no units; by init, if a path is not there; by update,
-        if params or magnitudes are missing.
+      ValueError: if a number is out of its range, there are no units, or a layer has them twice; by init, if a path is
+        not there; by update, if params or magnitudes are missing.
+      TypeError: if units are no list of `Units`, or draw is no function.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -86,8 +89,9 @@ def continual_backprop(
         leaves, (utility, age, due, chosen) = leaves_by_name(params), ([], [], [], [])
         sizes = listed(extra.get("magnitudes"), units, params, "continual_backprop")
         for i, (layer, size) in enumerate(zip(units, sizes, strict=True)):
-            contribution = size * outgoing_size(leaves[layer.kernels[1]], size.size)
+            contribution = size * sum(outgoing_size(leaves[name], size.size) for name in layer.after)
             u = decay * state.utility[i] + (1 - decay) * contribution
+            u = jnp.where(jnp.isfinite(u), u, state.utility[i])  # one NaN would stay for ever
             a = state.age[i] + 1
             c = state.due[i] + replacement_rate * (a > maturity).sum(dtype=u.dtype)
             least = _least(u / (1 - decay**a), a > maturity, jnp.floor(c))
@@ -104,7 +108,7 @@ def continual_backprop(
 def _start(params: Any, units: Sequence[Units]) -> tuple[tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]]:
     """Utility, age and due: zeros, each an array of its own, so that the state may be donated."""
     leaves = leaves_by_name(params)
-    counts = [leaves[layer.kernels[0]].shape[-1] if leaves else 0 for layer in units]
+    counts = [leaves[layer.kernel].shape[-1] if leaves else 0 for layer in units]
     utility, age = (tuple(map(jnp.zeros, counts)) for _ in range(2))
     return utility, age, tuple(jnp.zeros(()) for _ in units)
 

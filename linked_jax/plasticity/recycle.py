@@ -30,14 +30,16 @@ def recycle_dormant(
         s_i = m_i / mean_k m_k,   m_i = mean |h_i| of the step's batch
         s_i <= tau, after every `period`-th step:   incoming weights drawn anew, outgoing weights 0
 
-    All that the optimiser holds of these weights is then as in tx.init. Where all units of a layer are dormant, the
+    All that the optimiser holds of each of these weights is then as in tx.init; what it holds of many together, such as
+    adafactor's rows and columns, stays. Where all units of a layer are dormant, the
     dormant ones of the next see them all the same: else a net of dead layers would come back one layer a period.
     `linked_jax.revive.redo` does this to a model, between steps and on a batch of one's own.
 
     Args:
       tx: the optimiser, rate included.
       units: the hidden layers.
-      draw: key -> parameters at a fresh start, of which the incoming weights are taken.
+      draw: key -> parameters at a fresh start, under the names of the parameters, of which the incoming weights are
+        taken; with NNX lambda key: nnx.state(Net(nnx.Rngs(params=key)), nnx.Param).
       key: of the new weights; it is part of the state, see `shrink_and_perturb`.
       period: steps from one time to the next, at least 1.
       tau: the largest score of a dormant unit, at least 0.
@@ -47,8 +49,9 @@ def recycle_dormant(
       (C,) for each layer of `units`; `tap.stats.magnitude / tap.stats.count` of `linked_jax.probe.observe`.
 
     Raises:
-      ValueError: if a number is out of its range, or there are no units; by init, if a path is not there; by update,
-        if params or magnitudes are missing.
+      ValueError: if a number is out of its range, there are no units, or a layer has them twice; by init, if a path is
+        not there; by update, if params or magnitudes are missing.
+      TypeError: if units are no list of `Units`, or draw is no function.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax

@@ -26,7 +26,8 @@ def shrink_and_perturb(
     Args:
       shrink: from 0 to 1. The original is once a task, with 0.5 to 0.9 kept; a step's is small, 1e-5 to 1e-2.
       perturb: the scale of the perturbation, at least 0.
-      draw: key -> parameters at a fresh start, of the same structure.
+      draw: key -> parameters at a fresh start, under the same names; with NNX
+        lambda key: nnx.state(Net(nnx.Rngs(params=key)), nnx.Param).
       key: of the perturbations. It is part of the state: `optax.tree_utils.tree_set(state, key=...)` gives a seed its
         own.
 

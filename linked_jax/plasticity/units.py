@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from linked_jax.revive.names import Names, leaf_names, leaves_by_name
+from linked_jax.arguments import brief
+from linked_jax.revive.names import Names, ending, leaf_names, leaves_by_name, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,26 +24,43 @@ class Units:
     Args:
       incoming: the path of the layer whose outputs are the pre-activations, such as "layers/0"; its kernel has C
         columns, its bias C entries.
-      outgoing: the path of the next layer.
+      outgoing: the path of the next layer, or those of all layers that see these units, such as the heads of a torso.
+
+    Raises:
+      TypeError: if a path is no string.
 
     Examples:
       >>> from linked_jax.plasticity import Units
-      >>> Units("layers/0", "layers/1").kernels
-      (('layers', '0', 'kernel'), ('layers', '1', 'kernel'))
+      >>> Units("torso", ("policy", "value")).after
+      (('policy', 'kernel'), ('value', 'kernel'))
     """
 
     incoming: str
-    outgoing: str
+    outgoing: str | Sequence[str]
+
+    def __post_init__(self) -> None:
+        for path in (self.incoming, *self._outgoing):
+            if not isinstance(path, str):
+                raise TypeError(f"a layer's path is a string, got {brief(path)}; pass e.g. 'layers/0'")
 
     @property
-    def kernels(self) -> tuple[Names, Names]:
-        """The names of both kernels."""
-        return (*self.incoming.split("/"), "kernel"), (*self.outgoing.split("/"), "kernel")
+    def _outgoing(self) -> tuple[str, ...]:
+        return (self.outgoing,) if isinstance(self.outgoing, str) else tuple(self.outgoing)
+
+    @property
+    def kernel(self) -> Names:
+        """The name of the incoming kernel."""
+        return split((*self.incoming.split("/"), "kernel"))
 
     @property
     def bias(self) -> Names:
         """The name of the incoming bias."""
-        return (*self.incoming.split("/"), "bias")
+        return split((*self.incoming.split("/"), "bias"))
+
+    @property
+    def after(self) -> tuple[Names, ...]:
+        """The names of the outgoing kernels."""
+        return tuple(split((*path.split("/"), "kernel")) for path in self._outgoing)
 
 
 def outgoing_size(kernel: Float[Array, "*window rows c_out"], units: int) -> Float[Array, " c"]:
@@ -57,15 +75,15 @@ def check_paths(params: Any, units: Sequence[Units]) -> None:
     """
     leaves = leaves_by_name(params)
     for layer in units if leaves else ():
-        for name in layer.kernels:
+        for name in (layer.kernel, *layer.after):
             if name not in leaves:
                 there = ", ".join("/".join(n[:-1]) for n in leaves if n[-1] == "kernel")
                 raise ValueError(f"there is no kernel at {'/'.join(name[:-1])!r}; there are: {there or 'none'}")
-        columns, rows = (leaves[name].shape[axis] for name, axis in zip(layer.kernels, (-1, -2), strict=True))
-        if rows % columns:
-            raise ValueError(
-                f"{layer.outgoing!r} has {rows} rows, no multiple of the {columns} units of the layer before"
-            )
+        columns = leaves[layer.kernel].shape[-1]
+        for name in layer.after:
+            if (rows := leaves[name].shape[-2]) % columns:
+                path = "/".join(name[:-1])
+                raise ValueError(f"{path!r} has {rows} rows, no multiple of the {columns} units of the layer before")
 
 
 def renewed(params: Any, fresh: Any, units: Sequence[Units], chosen: Sequence[Bool[Array, "_"]]) -> tuple[Any, Any]:
@@ -74,13 +92,14 @@ def renewed(params: Any, fresh: Any, units: Sequence[Units], chosen: Sequence[Bo
     drawn: dict[Names, Array] = {}
     cut: dict[Names, Array] = {}
     for layer, mask in zip(units, chosen, strict=True):
-        names = [name for name in (layer.kernels[0], layer.bias) if name in leaves]
+        names = [name for name in (layer.kernel, layer.bias) if name in leaves]
         drawn |= {name: jnp.broadcast_to(mask, leaves[name].shape) for name in names}
     for layer, mask in zip(units, chosen, strict=True):
-        after = layer.kernels[1]
-        rows = jnp.tile(mask, leaves[after].shape[-2] // mask.size)[:, None]
-        both = mask.all() & drawn.get(after, no)  # else new units of a layer would see nothing of one that is all new
-        cut[after] = jnp.broadcast_to(rows, leaves[after].shape) & ~both
+        for after in layer.after:
+            rows = jnp.tile(mask, leaves[after].shape[-2] // mask.size)[:, None]
+            # Where all units of both layers are new: else those of the second would see nothing of the first.
+            both = mask.all() & drawn.get(after, no)
+            cut[after] = jnp.broadcast_to(rows, leaves[after].shape) & ~both
 
     def new(path: Any, p: Array, start: Array) -> Array:
         name = leaf_names(path)
@@ -101,15 +120,20 @@ _OF_UNITS = 1  # `shrink_and_perturb` may have the same key, and draws other num
 
 
 def fresh_start(draw: Draw, key: PRNGKeyArray, params: Any) -> Any:
-    """What `draw` gives; ValueError if that is no tree like the parameters."""
-    fresh = draw(key)
-    got, wanted = map(jax.tree.structure, (fresh, params))
-    if got != wanted:
-        raise ValueError(
-            f"draw gives a tree of {got.num_leaves} arrays that is not like the parameters' of "
-            f"{wanted.num_leaves}; return the very structure that update gets, inside optax.masked the masked one"
-        )
-    return fresh
+    """What `draw` gives for each parameter, by its name; ValueError if it gives none, or one of another shape."""
+    fresh = leaves_by_name(draw(key))
+
+    def of(path: Any, p: Array) -> Array:
+        name = leaf_names(path)
+        if name not in fresh or jnp.shape(fresh[name]) != p.shape:
+            got = f"one of {jnp.shape(fresh[name])}" if name in fresh else "none"
+            raise ValueError(
+                f"draw gives an array of {p.shape} at {'/'.join(name)!r}, as the parameters have there, got {got}; "
+                "return the parameters of a fresh start, under the same names"
+            )
+        return fresh[name]
+
+    return jax.tree_util.tree_map_with_path(of, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +151,20 @@ class Renewal:
     draw: Draw
 
     def __post_init__(self) -> None:
+        if not isinstance(self.units, list | tuple) or not all(isinstance(layer, Units) for layer in self.units):
+            raise TypeError(f"units are a list of Units, got {brief(self.units)}; pass [Units(...)]")
         if not self.units:
             raise ValueError(f"units are those of one or more hidden layers, got {self.units}; pass [Units(...)]")
+        twice = [
+            layer.incoming for i, layer in enumerate(self.units) if layer.kernel in [u.kernel for u in self.units[:i]]
+        ]
+        if twice:
+            raise ValueError(
+                f"a layer has its units once, got {twice[0]!r} twice; name all that sees them in one: "
+                f"Units({twice[0]!r}, ('a', 'b'))"
+            )
+        if not callable(self.draw):
+            raise TypeError(f"draw is a function key -> parameters, got {brief(self.draw)}; pass lambda key: ...")
 
     def step(
         self, updates: Any, state: Any, params: Any, extra: dict[str, Any], chosen: Sequence[Bool[Array, "_"]]
@@ -144,16 +180,23 @@ class Renewal:
             fresh = fresh_start(self.draw, jax.random.fold_in(now, _OF_UNITS), params)
             new, where = renewed(optax.apply_updates(params, updates), fresh, self.units, chosen)
             steps = jax.tree.map(lambda n, p, u: (n - p).astype(u.dtype), new, params, updates)
-            of_state = optax.tree_utils.tree_map_params(  # of what it holds of each parameter, such as Adam's moments
-                self.tx, lambda _, here: here, inner, where, transform_non_params=lambda _: False
-            )
-            anew = jax.tree.map(
-                lambda here, s, start: jnp.where(here, start, s).astype(s.dtype), of_state, inner, self.tx.init(new)
-            )
-            return steps, anew
+            return steps, _restarted(inner, self.tx.init(new), leaves_by_name(where))
 
         updates, inner = jax.lax.cond(jnp.concatenate(chosen).any(), replaced, lambda: (updates, inner))
         return updates, rest, inner
+
+
+def _restarted(state: Any, start: Any, where: dict[Names, Array]) -> Any:
+    """The optimiser's state, as at the start for these entries of the parameters.
+
+    What it holds of many weights together, such as adafactor's rows and columns, has another shape and stays.
+    """
+
+    def of(path: Any, s: Any, anew: Any) -> Any:
+        here = where.get(ending(leaf_names(path), where))
+        return s if here is None or here.shape != jnp.shape(s) else jnp.where(here, anew, s).astype(s.dtype)
+
+    return jax.tree_util.tree_map_with_path(of, state, start)
 
 
 def listed(magnitudes: Any, units: Sequence[Units], params: Any, name: str) -> list[Float[Array, "_"]]:
@@ -167,7 +210,7 @@ def listed(magnitudes: Any, units: Sequence[Units], params: Any, name: str) -> l
         )
     leaves = leaves_by_name(params)
     for layer, size in zip(units, found, strict=True):
-        wanted = leaves[layer.kernels[0]].shape[-1:]
+        wanted = leaves[layer.kernel].shape[-1:]
         if size.shape != wanted:
             raise ValueError(f"the magnitudes of {layer.incoming!r} have shape {wanted}, one a unit, got {size.shape}")
     return found

@@ -169,6 +169,11 @@ class EstimatedBatchNorm(nnx.Module):
         y = (x - like(self.mean[...], x)) * like(factor, x) + like(self.bias[...], x)
         return y.astype(dtype)
 
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """What `flax.nnx.view` calls, as `flax.nnx.BatchNorm` has it."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
 
 class BatchChannelNorm(nnx.Module):
     """Batch norm, then group norm of what it gives: between a layer without a bias and its activation.
@@ -221,7 +226,7 @@ class BatchChannelNorm(nnx.Module):
         check_sizes(num_features=num_features)
         _check_groups(num_features, num_groups)
         check_shares(momentum=momentum)
-        self.num_groups, self.epsilon = num_groups, epsilon
+        self.num_groups, self.epsilon, self.dtype = num_groups, epsilon, dtype
         self.batch_norm = (EstimatedBatchNorm if estimate else nnx.BatchNorm)(
             num_features,
             use_running_average=use_running_average,
@@ -238,8 +243,11 @@ class BatchChannelNorm(nnx.Module):
         self, x: Float[Array, "n *space c"], use_running_average: bool | None = None
     ) -> Float[Array, "n *space c"]:
         """x (N, *space, C) -> y (N, *space, C)."""
-        x1 = self.batch_norm(x, use_running_average)
-        return channel_normalize(x1, self.num_groups, self.scale[...], self.bias[...], epsilon=self.epsilon)
+        scale, bias = self.scale[...], self.bias[...]
+        y = channel_normalize(
+            self.batch_norm(x, use_running_average), self.num_groups, scale, bias, epsilon=self.epsilon
+        )
+        return y.astype(dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype))
 
 
 def _check_groups(num_features: int, num_groups: int) -> None:

@@ -212,6 +212,11 @@ class BatchKalmanNorm(nnx.Module):
         y = y.astype(dtypes.canonicalize_dtype(x, gamma, beta, dtype=self.dtype))
         return y, Moments(m, v) if self.reference else Moments(beta.astype(v.dtype), jnp.square(factor) * v)
 
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """What `flax.nnx.view` calls, as `flax.nnx.BatchNorm` has it."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
     def _average(self, running: nnx.BatchStat, new: Array) -> None:
         new = jax.lax.stop_gradient(new).astype(running.dtype)
         running[...] = self.momentum * running[...] + (1 - self.momentum) * new

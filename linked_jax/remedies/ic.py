@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
 from jaxtyping import Array, Float
 
 from linked_jax.remedies.arguments import check_shares, check_sizes
@@ -64,9 +65,11 @@ class IndependentComponent(nnx.Module):
             num_features, momentum=momentum, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.dropout = nnx.Dropout(rate, rngs=rngs)
+        self.dtype = dtype
 
     def __call__(
         self, x: Float[Array, "... c"], *, use_running_average: bool | None = None, deterministic: bool | None = None
     ) -> Float[Array, "... c"]:
         """x (..., C) -> y (..., C). The arguments win over what `train()` and `eval()` set."""
-        return self.dropout(self.batch_norm(x, use_running_average), deterministic=deterministic)
+        y = self.dropout(self.batch_norm(x, use_running_average), deterministic=deterministic)
+        return y.astype(dtypes.canonicalize_dtype(x, self.batch_norm.scale, self.batch_norm.bias, dtype=self.dtype))

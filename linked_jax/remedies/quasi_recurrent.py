@@ -17,20 +17,20 @@ from linked_jax.remedies.arguments import check_sizes
 from linked_jax.remedies.drelu import drelu
 
 
-def fo_pool(f: Float[Array, "n t h"], o: Float[Array, "n t h"], z: Float[Array, "n t h"]) -> Float[Array, "n t h"]:
+def fo_pool(f: Float[Array, "*n t h"], o: Float[Array, "*n t h"], z: Float[Array, "*n t h"]) -> Float[Array, "*n t h"]:
     """The only part with a memory: a running mean with a forget gate, and an output gate.
 
         c_t = f_t c_{t-1} + (1 - f_t) z_t,   h_t = o_t c_t,   c_0 = 0
 
-    All steps are computed together, in about log2 T rounds, and in float32 at least.
+    Time is the last axis but one. All steps are computed together, in about log2 T rounds, and in float32 at least.
 
     Args:
-      f: forget gates in [0, 1], (N, T, H).
-      o: output gates in [0, 1], (N, T, H).
-      z: candidates, (N, T, H).
+      f: forget gates in [0, 1], (..., T, H).
+      o: output gates in [0, 1], (..., T, H).
+      z: candidates, (..., T, H).
 
     Returns:
-      h, (N, T, H), in the dtype of z.
+      h, (..., T, H), in the dtype of z.
 
     Reference: Bradbury et al., Quasi-recurrent neural networks, 2017.
 
@@ -47,12 +47,12 @@ def fo_pool(f: Float[Array, "n t h"], o: Float[Array, "n t h"], z: Float[Array, 
         (a, b), (a_2, b_2) = first, second
         return a * a_2, a_2 * b + b_2
 
-    _, c = jax.lax.associative_scan(then, (keep, (1 - keep) * new), axis=1)
+    _, c = jax.lax.associative_scan(then, (keep, (1 - keep) * new), axis=-2)
     return (o * c).astype(z.dtype)
 
 
 class QuasiRecurrent(nnx.Module):
-    """A quasi-recurrent layer along time: x (N, T, in_features) -> h (N, T, d*hidden_features).
+    """A quasi-recurrent layer along time: x (..., T, in_features) -> h (..., T, d*hidden_features).
 
         a, (b,) f, o = x * K + k       causal convolutions: step t sees x_t and the kernel_size - 1 steps before it
         z = tanh(a),  max(0, a) - max(0, b)  or  link(a)
@@ -116,11 +116,11 @@ class QuasiRecurrent(nnx.Module):
         norm = nnx.BatchNorm(branches, momentum=momentum, scale_init=half, **shared) if use_norm else None
         self.norm = nnx.data(norm)
 
-    def __call__(self, x: Float[Array, "n t c"], *, use_running_average: bool | None = None) -> Float[Array, "n t h"]:
-        """x (N, T, in_features) -> h (N, T, d*H). The argument wins over what `train()` and `eval()` set."""
+    def __call__(self, x: Float[Array, "*n t c"], *, use_running_average: bool | None = None) -> Float[Array, "*n t h"]:
+        """x (..., T, in_features) -> h (..., T, d*H). The argument wins over what `train()` and `eval()` set."""
         branches, f, o = jnp.split(self.conv(x), self.splits, axis=-1)
         if self.norm is not None:
-            branches = self.norm(branches, use_running_average=use_running_average)
+            branches = self.norm(branches, use_running_average=use_running_average).astype(f.dtype)
         z = drelu(*jnp.split(branches, 2, axis=-1)) if self.link is None else self.link(branches)
         return fo_pool(jax.nn.sigmoid(f), jax.nn.sigmoid(o), z)
 

@@ -4,6 +4,7 @@
 
 Batch norm makes the length of y irrelevant, and yet the length sets the size of gradient steps. Here steps follow
 geodesics, the great circles. Apply it to kernels that only a batch norm follows; no weight decay on them.
+Kernels of several layers that are stacked for a scan count as one, with longer columns: unstack them.
 """
 
 import functools
@@ -22,10 +23,10 @@ from linked_jax.remedies.sphere import column_dot, column_norm, geodesic, tangen
 
 
 class SphereState(NamedTuple):
-    """The number of steps so far, and the averages of each kernel: (m,) of SGD-G, (m, v) of Adam-G."""
+    """The number of steps so far, and the averages, each a tree like the kernels: (m,) of SGD-G, (m, v) of Adam-G."""
 
     steps: Any
-    kept: Any
+    kept: tuple[Any, ...]
 
 
 def sgd_g(
@@ -62,7 +63,7 @@ def sgd_g(
         y, m = geodesic(y, m)
         return y, (m,)
 
-    return _on_spheres(step, learning_rate, lambda p: (jnp.zeros_like(wide(p)),))
+    return _on_spheres(step, learning_rate, _zeros)
 
 
 def adam_g(
@@ -107,7 +108,7 @@ def adam_g(
         m = m - column_dot(u, m) * (jnp.sin(n) * y + (1 - jnp.cos(n)) * u)
         return geodesic(y, delta)[0], (m, v)
 
-    return _on_spheres(step, learning_rate, lambda p: (jnp.zeros_like(wide(p)), jnp.zeros_like(column_dot(p, p))))
+    return _on_spheres(step, learning_rate, _zeros, lambda p: jnp.zeros_like(column_dot(p, p)))
 
 
 def scale_invariant(params: Any, names: Sequence[str]) -> Any:
@@ -220,10 +221,14 @@ def _marked(mask: Any, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(mark, params)
 
 
+def _zeros(p: Array) -> Array:
+    return jnp.zeros_like(wide(p))
+
+
 def _on_spheres(
-    step: Callable[..., tuple[Array, Any]], learning_rate: optax.ScalarOrSchedule, start: Callable[[Array], Any]
+    step: Callable[..., tuple[Array, Any]], learning_rate: optax.ScalarOrSchedule, *starts: Callable[[Array], Array]
 ) -> optax.GradientTransformation:
-    """The Optax transformation of step(y, g, kept, lr, t) -> (y, kept)."""
+    """The Optax transformation of step(y, g, kept, lr, t) -> (y, kept), where each of `kept` has its start."""
 
     def init(params: Any) -> SphereState:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -232,20 +237,24 @@ def _on_spheres(
                     f"only kernels are on a sphere, got {dotted(path)!r} of shape {jnp.shape(leaf)}; use "
                     "riemannian(..., mask=scale_invariant(...))"
                 )
-        return SphereState(jnp.zeros((), jnp.int32), jax.tree.map(start, params))
+        return SphereState(jnp.zeros((), jnp.int32), tuple(jax.tree.map(start, params) for start in starts))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, SphereState]:
         if params is None:
             raise ValueError("steps on a sphere need the kernels, got None; pass update(gradients, state, params)")
         lr = learning_rate(state.steps) if callable(learning_rate) else learning_rate
         t = optax.safe_increment(state.steps)
-        kernels, tree = jax.tree.flatten(params)
+        kernels, gradients, *averages = map(jax.tree.leaves, (params, updates, *state.kept))
         moves, kept = [], []
-        for p, g, of_p in zip(kernels, tree.flatten_up_to(updates), tree.flatten_up_to(state.kept), strict=True):
-            y, of_y = step(unit_columns(p), g.astype(wide_dtype(p.dtype)), of_p, lr, t)
+        for p, g, *of_p in zip(kernels, gradients, *averages, strict=True):
+            y, of_y = step(unit_columns(p), g.astype(wide_dtype(p.dtype)), tuple(of_p), lr, t)
             moves.append(y - p)
             kept.append(of_y)
-        return tree.unflatten(moves), SphereState(t, tree.unflatten(kept))
+        trees = [
+            jax.tree.unflatten(jax.tree.structure(tree), of)
+            for tree, of in zip(state.kept, zip(*kept, strict=True), strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(params), moves), SphereState(t, tuple(trees))
 
     return optax.GradientTransformation(init, update)
 

@@ -172,6 +172,16 @@ def test_effective_rank_knows_no_rotation_and_no_scale():
     assert 1 < ranks[0] < 12
 
 
+@pytest.mark.parametrize("rank", [effective_rank, stable_rank])
+def test_ranks_of_features_whose_squares_underflow_are_nan_and_not_one(rank):
+    h = jnp.asarray(features(), jnp.float32)
+    exact = rank(feature_moments(h))
+    for scale, is_known in ((1e-15, True), (1e15, True), (1e-20, False), (1e-30, False), (1e20, False)):
+        found = rank(feature_moments(h * scale))
+        assert jnp.isfinite(found) == is_known
+        np.testing.assert_allclose(found, exact if is_known else jnp.nan, rtol=1e-3)
+
+
 def test_effective_rank_lies_between_one_and_the_rank():
     h = features()[:, :5] @ np.random.default_rng(3).normal(size=(5, 12))
     assert 1 < RANK(jnp.asarray(h, jnp.float32)) < 5

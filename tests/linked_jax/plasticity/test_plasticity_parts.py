@@ -355,6 +355,74 @@ def test_a_new_unit_has_the_optimisers_state_of_a_start(inner):
         close(found["b"]["kernel"][np.array(rows)], wanted["b"]["kernel"][np.array(rows)])
 
 
+OTHERS = {
+    "partition": lambda: optax.partition(
+        {"one": optax.adam(0.1), "other": optax.sgd(0.1)}, {"a": "one", "b": "other", "c": "one"}
+    ),
+    "masked": lambda: optax.masked(optax.adam(0.1), {"a": True, "b": True, "c": False}),
+    "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2),
+    "novograd": lambda: optax.novograd(0.1),
+    "muon": lambda: optax.contrib.muon(0.1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_units_start_anew_beside_any_optimiser(name):
+    tx, params = recycle_dormant(OTHERS[name](), UNITS, draw, key=KEY, period=1, tau=0.1), draw(KEY)
+    few = [jnp.array([0.0, 1, 1, 1]), jnp.ones(5)]
+    state = tx.init(params)
+    for _ in range(2):
+        updates, after = jax.jit(tx.update)(gradients(0), state, params, magnitudes=few)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        params, state = optax.apply_updates(params, updates), after
+        assert not params["b"]["kernel"][np.array(rows_of(params["b"]["kernel"], 0, 4))].any()
+
+
+@pytest.mark.slow
+def test_units_of_a_torso_are_cut_from_both_heads():
+    keys = jax.random.split(KEY, 3)
+    shapes = {"torso": (3, 4), "policy": (4, 2), "value": (4, 1)}
+    params = {name: {"kernel": jax.random.normal(k, s)} for k, (name, s) in zip(keys, shapes.items(), strict=True)}
+    units = [Units("torso", ("policy", "value"))]
+    tx = continual_backprop(optax.sgd(0.0), units, lambda _: params, key=KEY, replacement_rate=0.25, maturity=0)
+    sizes = jnp.abs(params["policy"]["kernel"]).sum(1) + jnp.abs(params["value"]["kernel"]).sum(1)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, magnitudes=[jnp.ones(4)])
+    new = optax.apply_updates(params, updates)
+    for head in ("policy", "value"):
+        silent = ~np.asarray(new[head]["kernel"]).any(1)
+        assert silent.tolist() == [i == int(sizes.argmin()) for i in range(4)]
+
+
+def test_one_nan_is_not_remembered():
+    units, params = [Units("a", "b")], {"a": {"kernel": jnp.ones((1, 3))}, "b": {"kernel": jnp.ones((3, 1))}}
+    tx = continual_backprop(optax.sgd(0.0), units, lambda _: params, key=KEY, replacement_rate=0.0)
+    state = tx.init(params)
+    for sizes in ([1.0, 1.0, 1.0], [1.0, jnp.nan, jnp.inf], [1.0, 1.0, 1.0]):
+        _, state = tx.update(params, state, params, magnitudes=[jnp.array(sizes)])
+    assert jnp.isfinite(state.utility[0]).all()
+
+
+@pytest.mark.slow
+def test_a_fresh_nnx_model_is_a_draw_in_flax_optimizer():
+    def net(key):
+        rngs = nnx.Rngs(params=key)
+        return nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), lk_relu, nnx.Linear(8, 2, rngs=rngs))
+
+    def fresh(key):
+        return nnx.state(net(key), nnx.Param)
+
+    units, model = [Units("layers/0", "layers/2")], net(KEY)
+    tx = optax.chain(
+        recycle_dormant(optax.adam(0.1), units, fresh, key=KEY, period=1), shrink_and_perturb(0.1, 0.1, fresh, key=KEY)
+    )
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = nnx.grad(lambda model: model(jnp.ones((1, 3))).sum())(model)
+    before = model.layers[0].kernel[...].copy()
+    optimizer.update(model, grads, magnitudes=[jnp.array([0.0, 1, 1, 1])])
+    assert (jnp.abs(model.layers[0].kernel[...] - before) > 1e-3).all()
+
+
 def trees_like(state, params):
     """The parts of an optimiser's state that are like the parameters."""
     like = jax.tree.structure(params)
@@ -439,6 +507,23 @@ def test_what_is_missing_is_named():
     ):
         with pytest.raises(ValueError, match=said):
             tx.update(params, tx.init(params), params, magnitudes=wrong)
-    wrapped = shrink_and_perturb(0.1, 0.1, lambda key: {"params": draw(key)["a"]}, key=KEY)
-    with pytest.raises(ValueError, match=r"draw gives a tree of 2 arrays .* parameters' of 6"):
-        wrapped.update(params, wrapped.init(params), params)
+    for other, got in (({}, "got none"), ({**draw(KEY), "a": {"bias": 0.0, "kernel": 0.0}}, r"got one of \(\)")):
+        wrong = shrink_and_perturb(0.1, 0.1, lambda _, other=other: other, key=KEY)
+        with pytest.raises(ValueError, match=rf"draw gives an array of \(4,\) at 'a/bias', .*{got}"):
+            wrong.update(params, wrong.init(params), params)
+
+
+def test_what_are_no_units_is_refused(unchecked):
+    sgd = optax.sgd(1.0)
+    for units, said in (
+        (Units("a", "b"), "units are a list of Units, got Units"),
+        (["a"], "units are a list of Units"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            recycle_dormant(sgd, units, draw, key=KEY, period=1)
+    with pytest.raises(TypeError, match="draw is a function"):
+        recycle_dormant(sgd, UNITS, None, key=KEY, period=1)
+    with pytest.raises(TypeError, match="a layer's path is a string"):
+        Units(("a",), "b")
+    with pytest.raises(ValueError, match=r"got 'a' twice; .* Units\('a', \('a', 'b'\)\)"):
+        recycle_dormant(sgd, [Units("a", "b"), Units("a", "c")], draw, key=KEY, period=1)

@@ -223,6 +223,17 @@ def test_bfloat16_in_and_out_with_float32_statistics(estimate):
     np.testing.assert_allclose(y.astype(jnp.float32), exact(x.astype(jnp.float32)), atol=0.05)
 
 
+@FORMS
+def test_a_view_and_the_dtype_are_as_flax_has_them(estimate):
+    norm = BatchChannelNorm(4, 2, estimate=estimate, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    x = jnp.asarray(white(8, 3, 4), jnp.bfloat16)
+    viewed, before = nnx.view(norm, use_running_average=True), norm.batch_norm.mean[...].copy()
+    assert viewed(x).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(norm.batch_norm.mean[...], before)
+    norm(x)  # the view has left the norm in training
+    assert (norm.batch_norm.mean[...] != before).any()
+
+
 @pytest.mark.slow
 @FORMS
 def test_batch_size_one_has_finite_outputs_and_gradients(estimate):

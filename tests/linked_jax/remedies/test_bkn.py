@@ -230,7 +230,7 @@ def test_the_posterior_is_that_of_the_output(predicted, p):
 def test_evaluation_uses_running_statistics_and_changes_nothing(reference):
     norm = made(reference=reference)
     norm(normal(2, 4, 4, 3), some_moments())
-    norm.eval()
+    norm = nnx.view(norm, use_running_average=True)
     before, x = pure(norm), normal(2, 4, 4, 3, seed=3)
     y, posterior = norm(x, some_moments())
     m, v, gamma, beta = (np.asarray(each[...]) for each in (norm.mean, norm.var, norm.scale, norm.bias))

@@ -115,7 +115,11 @@ def test_pooling_is_the_loop(seed, steps):
         h.append(o[:, t] * c)
     with jax.enable_x64(True):
         found = jax.jit(fo_pool)(*map(jnp.asarray, (f, o, z)))
+        one = fo_pool(*(jnp.asarray(x)[0] for x in (f, o, z)))
+        four_axes = fo_pool(*(jnp.asarray(x)[None] for x in (f, o, z)))
     np.testing.assert_allclose(found, np.stack(h, 1), atol=1e-14)
+    np.testing.assert_allclose(one, found[0], atol=1e-14)
+    np.testing.assert_allclose(four_axes[0], found, atol=1e-14)
 
 
 @pytest.mark.slow

@@ -131,7 +131,7 @@ def test_bfloat16():
     ic = fresh(rate=0.0, dtype=jnp.bfloat16)
     x = jnp.asarray(white(16, 4), jnp.bfloat16)
     y = ic(x)
-    assert y.dtype == jnp.bfloat16
+    assert y.dtype == fresh(param_dtype=jnp.bfloat16)(x).dtype == jnp.bfloat16
     assert ic.batch_norm.mean.dtype == jnp.float32
     np.testing.assert_allclose(y.astype(jnp.float32), fresh(rate=0.0)(x.astype(jnp.float32)), atol=0.05)
 

@@ -256,6 +256,25 @@ def test_the_two_parts_go_their_own_ways_in_a_net(make):
     np.testing.assert_allclose(found, desired, atol=1e-7)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [sgd_g, adam_g])
+def test_the_state_keeps_its_structure_in_flax_optimizer(make):
+    net = Net(nnx.Rngs(0))
+    mask = scale_invariant(nnx.state(net, nnx.Param), ["convs"])
+    tx = optax.apply_if_finite(optax.MultiSteps(riemannian(make(0.1), optax.sgd(0.1), mask), 2), 3)
+    optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
+    x = white(4, 6, 6, 1, dtype=np.float32)
+    graph, state = nnx.split((net, optimizer))
+
+    def step(state, _):
+        net, optimizer = nnx.merge(graph, state)
+        optimizer.update(net, nnx.grad(lambda net: (net(x) ** 2).sum())(net))
+        return nnx.state((net, optimizer)), None
+
+    after, _ = jax.lax.scan(step, state, None, length=4)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
 def arrays(state):
     """The state with arrays for variables, as flax.nnx.Optimizer has it."""
     return jax.tree.map(lambda variable: variable[...], state, is_leaf=lambda x: isinstance(x, nnx.Variable))
