@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from flax import nnx
 from jaxtyping import Array, Float
 
+from experiments.engine.flatten import flatten
 from experiments.engine.rows import INITS, Row, batch_norm, normalised, stem_init
 from linked_jax import LinkedConv, LinkedLinear
 
@@ -53,7 +54,7 @@ class ParametersNet(nnx.Module):
         z = normalised(self.conv3(_pool(self.links[1](z))), self.norms[2], train)
         z = normalised(self.conv4(z), self.norms[3], train)
         h = _pool(self.links[3](z))
-        return self.read_out(normalised(self.dense5(h.reshape(len(h), -1)), self.norms[4], train))
+        return self.read_out(normalised(self.dense5(flatten(h, self.links[3].arity)), self.norms[4], train))
 
 
 def _pool(h: Array) -> Array:

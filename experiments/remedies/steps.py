@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from experiments.engine.flatten import flatten
 from experiments.engine.optimizers import adam
 from experiments.engine.rows import identity, normalised
 from experiments.remedies.net import NETS, Context, Place, RemedyNet, Stage
@@ -105,7 +106,7 @@ class Step(nnx.Module):
 
     def flat(self, h: Any) -> Any:
         """A dense layer sees all pixels."""
-        return h.reshape(len(h), -1) if self.stage.kernel_size is None else h
+        return flatten(h, self.link.arity) if self.stage.kernel_size is None else h
 
 
 class DReluStep(Step):

@@ -13,10 +13,11 @@ from flax import nnx
 from experiments.engine import data as data_lib
 from experiments.engine.checkpoints import Checkpoints
 from experiments.engine.errors import UsageError
+from experiments.engine.flatten import flatten
 from experiments.plasticity import __main__ as plasticity
 from experiments.plasticity.kumar import command, problems, runs, table
 from experiments.plasticity.kumar.methods import METHODS, RandomSmoothLeaky, hidden_units
-from experiments.plasticity.kumar.net import Online, Shape, by_patches, flat, max_pool, shape_for
+from experiments.plasticity.kumar.net import Online, Shape, by_patches, max_pool, shape_for
 from experiments.plasticity.kumar.problems import PROBLEMS, batches, task
 from experiments.plasticity.kumar.starts import STARTS
 from linked_jax import lk_relu, lk_swish
@@ -139,10 +140,9 @@ def test_a_product_of_patches_is_the_convolution_and_so_are_its_gradients():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, wanted)
 
 
-def test_pools_and_flattening():
+def test_pools():
     x = np.random.default_rng(0).normal(size=(2, 4, 6, 6)).astype(np.float32)
     np.testing.assert_array_equal(max_pool(x), x.reshape(2, 2, 2, 3, 2, 6).max(axis=(2, 4)))
-    np.testing.assert_array_equal(flat(x, 2), np.concatenate([x[..., :3], x[..., 3:]], axis=1).reshape(2, -1))
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_pools_and_flattening():
 def test_our_start_reads_a_flattened_link_as_its_pre_activations(link):
     kernel = STARTS["ours"](link, False)[0](KEY, (2 * 2 * 2 * 3, 7), jnp.float32)
     z = jax.random.normal(KEY, (40, 2, 2, 3))
-    k, residual, *_ = np.linalg.lstsq(flat(z, 1), flat(link(z), 2) @ kernel)
+    k, residual, *_ = np.linalg.lstsq(flatten(z, 1), flatten(link(z), 2) @ kernel)
     assert residual.max() < 1e-6
     np.testing.assert_allclose(k.T @ k, np.eye(7), atol=1e-4)
 

@@ -68,6 +68,16 @@ def test_every_method_makes_every_network(name, net):
     jax.eval_shape(optimizer.init, nnx.split(model, nnx.Param, ...)[1])  # masks and chains find their layers
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("net", NETS)
+def test_a_linked_net_starts_as_an_odd_function(net):
+    model = METHODS["lk_relu"].build(net, (8, 8, 1), 10, 0)
+    x = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+    logits = jax.jit(lambda x: model(x))(jnp.concatenate([x, -x]))
+    assert jnp.allclose(logits[:3], -logits[3:], atol=1e-5)
+    assert jnp.abs(logits).mean() > 0.1
+
+
 def test_the_rate_is_chosen_by_the_training_loss_alone():
     lines = [line("a", 0.1, 0, loss=0.5, accuracy=0.2), line("a", 0.2, 0, loss=0.9, accuracy=0.99)]
     lines += [line("a", 0.1, 1, accuracy=0.4), {**line("a", 0.3, 0), "stress": "raw", "train_loss": 0.0}]

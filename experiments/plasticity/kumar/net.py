@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from experiments.engine.flatten import flatten
 from experiments.plasticity.kumar.problems import Problem
 from experiments.plasticity.kumar.starts import Start
 from linked_jax.linking import Link
@@ -95,12 +96,6 @@ def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
     return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])
 
 
-def flat(h: Float[Array, "n h w c"], arity: int) -> Float[Array, "n features"]:
-    """Flattened with members outermost: (n, members, height, width, units)."""
-    n, height, width, channels = h.shape
-    return jnp.moveaxis(h.reshape(n, height, width, arity, channels // arity), 3, 1).reshape(n, -1)
-
-
 class Seen(nnx.Variable):
     """What a net has seen since it was last asked: the sum of the accuracies of its batches; mean |h| of its units."""
 
@@ -152,7 +147,7 @@ class Net(nnx.Module):
                 self.magnitudes[place][...] = jax.lax.stop_gradient(magnitudes(h, self.arity))
             x = max_pool(h) if h.ndim == 4 else h
             if h.ndim == 4 and isinstance(self.layers[place + 1], nnx.Linear):
-                x = flat(x, self.arity)
+                x = flatten(x, self.arity)
         return hidden, self.layers[-1](x)
 
 

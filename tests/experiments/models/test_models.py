@@ -13,7 +13,9 @@ from experiments import allcnn, covariate_shift, depth, parameters, resnet50, wi
 from experiments.engine import data as data_lib
 from experiments.engine.errors import UsageError
 from experiments.engine.published import published
+from experiments.engine.rows import Row
 from experiments.engine.settings import NOT_PROTOCOL, Cell
+from experiments.models.parameters_net import ParametersNet
 from linked_jax.probe import observe
 from linked_jax.signal_statistics import mean_square
 from tests.cases import first_fast
@@ -162,9 +164,21 @@ def test_table_3_written_out(act, images):
         h = pool(f(conv(h, model.conv2.conv, padding="VALID")))
         h = f(conv(h, model.conv3))
         h = pool(f(conv(h, model.conv4.conv, padding="VALID")))
-        return dense(f(dense(h.reshape(2, -1), model.dense5)), model.read_out.linear)
+        members = jnp.split(h, model.links[3].arity, axis=-1)
+        h = jnp.concatenate([member.reshape(2, -1) for member in members], axis=-1)
+        return dense(f(dense(h, model.dense5)), model.read_out.linear)
 
     close(model, written_out, images, 5)
+
+
+def test_a_linked_net_starts_as_an_odd_function():
+    """A mirror link and its start make z O of it, also behind a flatten and a pool of each member."""
+    row = Row("lk_relu")
+    model = ParametersNet((16, 16, 1), 10, row, "auto", rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16, 16, 1)), jnp.float32)
+    logits = jax.jit(lambda x: model(x))(jnp.concatenate([x, -x]))
+    np.testing.assert_allclose(logits[:3], -logits[3:], atol=1e-5)
+    assert float(jnp.abs(logits).mean()) > 0.1
 
 
 @pytest.mark.slow
