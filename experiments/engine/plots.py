@@ -134,7 +134,9 @@ def caption(nets: Nets) -> str:
     return "; ".join(said)
 
 
-def table_picture(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], *, title: str) -> bytes:
+def table_picture(
+    rows: Sequence[Mapping[str, Any]], axes: Sequence[str], *, title: str, data: Mapping[str, Any]
+) -> bytes:
     """A table of `numbers` as a PNG: for each net each seed, mean ± deviation, best epoch, and what was printed."""
     shown, y = varying(rows, axes), np.arange(len(rows))
     whole = figure(5.6, 1.6 + 0.24 * len(rows))
@@ -154,7 +156,7 @@ def table_picture(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], *, tit
             keys += panel.plot(*zip(*found, strict=True), marker, color=colour, ms=7, mew=1.6)
             labels.append(f"{edition} edition: CIFAR-10, best epoch")
     panel.set_yticks(y, [_name(row, shown) for row in rows])
-    panel.set(xlabel="test accuracy", xlim=(-0.02, 1.02), ylim=(len(rows) - 0.4, -0.6))
+    panel.set(xlabel=_of_images("test accuracy", data), xlim=(-0.02, 1.02), ylim=(len(rows) - 0.4, -0.6))
     _plain(panel)
     whole.legend(keys, labels, frameon=False, loc="outside lower center", ncols=2, fontsize=7.5)
     whole.suptitle(textwrap.fill(title, 70), fontsize=9)

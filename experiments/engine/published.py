@@ -18,16 +18,17 @@ def _tables() -> dict[str, Any]:
 def published(experiment: str, cell: Mapping[str, Any]) -> dict[str, float | None]:
     """The accuracies that both editions print for a cell of a table; None where they have none.
 
-    A cell has act (a row's name, such as relu_sqrt2 or relu_bn) and the table's other axes.
+    A cell has act (a row's name, such as relu_sqrt2 or relu_bn) and the sizes that the paper's net had: of another net
+    it has no number.
 
     >>> from experiments.engine.published import published
-    >>> published("depth", {"act": "lk_relu", "depth": 50})
+    >>> published("depth", {"act": "lk_relu", "depth": 50, "width": 4})
     {'paper': 0.2014, 'later': 0.5667}
-    >>> published("depth", {"act": "gelu", "depth": 50})
+    >>> published("depth", {"act": "lk_relu", "depth": 50, "width": 8})
     {'paper': None, 'later': None}
     """
     for nets in _tables().get(experiment, {"nets": []})["nets"]:
-        if all(cell[axis] == nets[axis] for axis in nets if axis not in EDITIONS):
+        if all(cell[size] == nets[size] for size in nets if size not in EDITIONS):
             return {edition: nets[edition].get(cell["act"]) for edition in EDITIONS}
     return dict.fromkeys(EDITIONS)
 

@@ -210,8 +210,10 @@ class _Run:
         """The command that resumes this run."""
         settings, again = self.settings, ["python", "-m", f"experiments.{self.experiment.name}"]
         again += ["--resume", str(self.folder), *["--distributed"] * settings.distributed]
-        for name in ("coordinator", "process_id", "process_count"):
-            if (value := getattr(settings, name)) is not None:
+        default = self.experiment.presets["auto"]
+        for name in OF_THIS_COMMAND:
+            value = getattr(settings, name)
+            if name != "distributed" and value != getattr(default, name):
                 again += [option(name), str(value)]
         return shlex.join(again)
 
@@ -273,7 +275,8 @@ class _Run:
 
     def _show(self) -> None:
         nets, data = tables.by_net(self.record.lines, self.experiment.all_axes), self.data.identity
-        rows = tables.summary(tables.numbers(self.experiment.name, data, nets), self.experiment.all_axes)
+        protocol = records.read_config(self.folder)["protocol"]
+        rows = tables.summary(tables.numbers(self.experiment.name, data, protocol, nets), self.experiment.all_axes)
         self.console.table(f"{self.experiment.title}, {self.data.name}. {tables.legend(rows, data)}", rows)
         path = self.folder / f"{self.experiment.name}.png"
         picture = plots.accuracy_picture(nets, path, title=str(self.data), data=data)

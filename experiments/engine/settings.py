@@ -189,7 +189,7 @@ def settle(settings: AnySettings, data: data_lib.Dataset) -> AnySettings:
     """Fill in the defaults that depend on the data, by the rules that --help states."""
     size = len(data.train_labels)
     small = size <= SMALL_SET
-    batch_size = settings.batch_size or (32 if small else 128)
+    batch_size = settings.batch_size or min(32 if small else 128, size)
     if batch_size > size:
         raise UsageError(f"--batch-size is at most the {size:,} training images of {data.name}, got {batch_size:,}")
     if settings.seeds_mode != "spread" and batch_size % settings.devices:

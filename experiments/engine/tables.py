@@ -73,16 +73,17 @@ def legend(rows: Sequence[Mapping[str, str]], data: Mapping[str, Any]) -> str:
 
 
 def numbers(
-    experiment: str, data: Mapping[str, Any], nets: Nets, configured: Sequence[Mapping[str, Any]] = ()
-) -> list[dict[str, Any]]:
+    experiment: str, data: Mapping[str, Any], protocol: Mapping[str, Any], nets: Nets,
+    configured: Sequence[Mapping[str, Any]] = (),
+) -> list[dict[str, Any]]:  # fmt: skip
     """What `summary` shows, as numbers: a row for each net of `by_net`, with the values of each seed.
 
     Returns:
       Rows with all axes; parameters, flops and activation_bytes where `configured`, the nets of config.json, has them;
       seeds, last and best (lists, one value a seed); paper and later (None where the two editions of the paper print
-      none, as on all sets but cifar10, and for held-out images); diverged; skipped; dead (mean), units, dead_from (a
-      layer from 1, or None), first_signal, last_signal and seconds (means). The last six are None if no epoch was
-      evaluated.
+      none, as on all sets but cifar10, for held-out images, and for nets of other sizes); diverged; skipped; dead
+      (mean), units, dead_from (a layer from 1, or None), first_signal, last_signal and seconds (means). The last six
+      are None if no epoch was evaluated.
     """
     axes, guess = list(nets[0][0]) if nets else [], chance(data)
     has_printed = (data["name"], tested_on(data)) == ("cifar10", "test")
@@ -96,7 +97,7 @@ def numbers(
             "best": [
                 max((line["test_accuracy"] for line in run if "test_accuracy" in line), default=guess) for run in runs
             ],
-            **(published(experiment, net) if has_printed else dict.fromkeys(EDITIONS)),
+            **(published(experiment, {**protocol, **net}) if has_printed else dict.fromkeys(EDITIONS)),
             "diverged": sum("diverged" in run[-1] for run in runs),
             "skipped": sum(line.get("skipped", 0) for run in runs for line in run),
             **_layers(runs),

@@ -91,9 +91,13 @@ def builder_of(name: str, folder: Path, splits: tuple[str, ...]) -> Any:
     if not (Path(builder.data_path) / "dataset_info.json").is_file():
         raise UsageError(f"{name} is not prepared in {folder}; {how_to_prepare(name)} with --data-dir")
     features: Any = builder.info.features
-    if features is None or not {"image", "label"} <= set(features) or not set(splits) <= set(builder.info.splits):
-        with_splits = f" with {' and '.join(splits)} splits" if splits else ""
-        raise UsageError(f"{name} is no image-classification set{with_splits}; use e.g. cifar10 or mnist")
+    if features is None or not {"image", "label"} <= set(features):
+        raise UsageError(f"{name} is no image-classification set; use e.g. cifar10")
+    if missing := [split for split in splits if split not in builder.info.splits]:
+        raise UsageError(
+            f"{name} in {folder} has no split {' and '.join(missing)}, only {', '.join(builder.info.splits)}; "
+            f"prepare all of it anew, or use e.g. cifar10"
+        )
     if not hasattr(features["label"], "num_classes"):
         raise UsageError(f"the labels of {name} are no classes; use an image-classification set, e.g. cifar10 or mnist")
     return builder

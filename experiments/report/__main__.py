@@ -105,7 +105,7 @@ def _write_table(folder: Path, group: Group) -> dict[str, bytes]:
     if not group.lines:
         return {}
     data = group.config["data"]
-    table = plots.table_picture(group.numbers, group.axes, title=group.heading)
+    table = plots.table_picture(group.numbers, group.axes, title=group.heading, data=group.config["data"])
     (folder / f"{group.name}.png").write_bytes(table)
     plots.accuracy_picture(group.by_net, folder / f"{group.name}-curves.png", title=group.heading, data=data)
     about = plots.caption(group.by_net)

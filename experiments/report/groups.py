@@ -47,13 +47,16 @@ class Group:
     def numbers(self) -> list[dict[str, Any]]:
         """The table, as numbers."""
         nets = [net for record in self.records for net in record.config["nets"]]
-        return tables.numbers(self.config["experiment"], self.config["data"], self.by_net, nets)
+        return tables.numbers(
+            self.config["experiment"], self.config["data"], self.config["protocol"], self.by_net, nets
+        )
 
     @property
     def heading(self) -> str:
         """Title, data set, how little of it was learnt if not all, and what differs from other tables."""
-        experiment, size = self.config["experiment"], self.config["protocol"].get("train_size")
-        told = ({} if size is None else {"train size": size}) | self.differs
+        experiment, protocol = self.config["experiment"], self.config["protocol"]
+        sizes = {name.replace("_", " "): protocol.get(name) for name in ("train_size", "held_out")}
+        told = {name: size for name, size in sizes.items() if size is not None} | self.differs
         differs = ", ".join(f"{what} {value}" for what, value in told.items())
         title = TABLES[experiment].title if experiment in TABLES else experiment
         return f"{title}. {self.config['data']['name']}" + (f" ({differs})" if differs else "")

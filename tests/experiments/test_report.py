@@ -24,7 +24,7 @@ CONFIG = {
     "command": "python -m experiments.depth --seeds 3",
     "settings": {"seed": 0, "seeds": 3, "epochs": 2, "devices": 1},
     "axes": ["act", "depth", "init", "lr"],
-    "protocol": {"dataset": "digits", "epochs": 2, "batch_size": 32},
+    "protocol": {"dataset": "digits", "epochs": 2, "batch_size": 32, "width": 4},
     "data": {"name": "digits", "fingerprint": "feed", "description": "digits: 1,437 train and 360 test images"},
     "nets": [{"act": act, "depth": 50, "init": "auto", "lr": 0.001, "parameters": 1590} for act in ("lk_relu", "relu")],
     "versions": {"python": "3.11.7", "jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8", "optax": "0.2.8",

@@ -16,7 +16,8 @@ MODULES = {module.TABLE.name: module for module in (width, depth, parameters, al
 def paper_nets(name):
     """The nets of the paper's protocol, once each."""
     table = MODULES[name].TABLE
-    return table.cells(table.check(table.parse(["--preset", "paper", "--act", "all"])))
+    settings = table.check(table.parse(["--preset", "paper", "--act", "all"]))
+    return [{**vars(settings), **cell} for cell in table.cells(settings)]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -33,12 +34,12 @@ def test_each_printed_number_has_its_net(name):
     [
         ("width", {"act": "lk_selu", "width": 400}, 0.5312, 0.599),
         ("width", {"act": "relu", "width": 50}, 0.5706, 0.5767),
-        ("depth", {"act": "relu_bn", "depth": 50}, 0.1205, 0.5202),
-        ("depth", {"act": "selu_sqrt2", "depth": 50}, 0.2386, 0.5707),
+        ("depth", {"act": "relu_bn", "depth": 50, "width": 4}, 0.1205, 0.5202),
+        ("depth", {"act": "selu_sqrt2", "depth": 50, "width": 4}, 0.2386, 0.5707),
         ("parameters", {"act": "relu_sqrt2"}, 0.7394, 0.7581),
         ("parameters", {"act": "swish"}, 0.5766, 0.6961),
         ("parameters", {"act": "lk_swish"}, 0.7146, 0.7368),
-        ("allcnn", {"act": "relu", "schedule": "fixed"}, 0.317, 0.9301),
+        ("allcnn", {"act": "relu", "schedule": "fixed", "width": 96}, 0.317, 0.9301),
         ("resnet50", {"act": "lk_relu", "link": "inside"}, 0.7656, 0.9048),
         ("resnet50", {"act": "lk_relu_bn", "link": "inside"}, 0.7176, 0.9027),
         ("resnet50", {"act": "relu_bn", "link": "inside"}, 0.6479, 0.8973),
@@ -50,7 +51,8 @@ def test_some_numbers(name, cell, paper, later):
 
 OTHERS = {
     "width": {"width": 51},
-    "depth": {"depth": 49},
+    "depth": {"depth": 49, "width": 4},
+    "allcnn": {"schedule": "step", "width": 24},
     "covariate_shift": {"inputs": "raw", "depth": 50},
 }
 

@@ -108,7 +108,7 @@ def test_an_interrupted_run_goes_on_is_interrupted_again_and_ends_as_if_nothing_
         signalled_at(signalling, 9, signal.SIGINT)
         code, _, error = command("--resume", folder, *EVERY_STEP)
     assert code == 130
-    again = shlex.join(["python", "-m", "experiments.depth", "--resume", str(folder)])
+    again = shlex.join(["python", "-m", "experiments.depth", "--resume", str(folder), "--checkpoint-every", "0.0"])
     assert error == f"interrupted by SIGINT. The run is saved; resume it with: {again}\n"
     assert len(metrics(folder)) == 4  # after the last step of the second net's first epoch, before its line
     assert command(*shlex.split(again)[3:])[::2] == (0, "")
