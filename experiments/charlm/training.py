@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,28 +71,30 @@ class Work:
     ) -> dict[str, Any]:  # fmt: skip
         """Train, at this rate at most; the measures after the last iteration, or how the run diverged.
 
-        `unfinished` keeps where it is, so that the same call goes on after it was cut off. `advance` is called with the
+        `unfinished` keeps where it is, so that the same call goes on after it was cut off; seconds are those before
+        that. `advance` is called with the
         number of iterations just done.
         """
         loop, carry = self.start(row, depth, seed)
         last_start, codes = len(self.text.train) - BLOCK - 1, jnp.asarray(self.text.train)
         starts = np.random.default_rng(seed).integers(0, last_start, (self.iterations, BATCH), endpoint=True)
-        losses, key = np.empty(0), jax.random.key(seed)
+        losses, key, before, began = np.empty(0), jax.random.key(seed), 0.0, time.perf_counter()
         if unfinished is not None and (saved := unfinished.load()) is not None:
             losses, arrays = like(saved, (np.empty(saved.facts["done"]), carry))
-            carry = jax.tree.map(jnp.asarray, arrays)
+            carry, before = jax.tree.map(jnp.asarray, arrays), saved.facts["seconds"]
             advance(len(losses))
         for first in range(len(losses), self.iterations, _AT_ONCE):
             batches = starts[first : first + _AT_ONCE].astype(np.int32)
             carry, found = loop_lib.advance(loop, carry, codes, batches, key, first=first, lr=rate)
             losses = np.append(losses, np.asarray(found))
             advance(len(batches))
-            if unfinished is not None and unfinished.due():
-                unfinished.save((losses, carry), {"done": len(losses)})
             if not np.isfinite(losses[-1]):
                 advance(self.iterations - first - len(batches))
-                return {"diverged": int(np.isfinite(losses).argmin()) + 1}
-        return self._measured(loop, carry, losses)
+                return {"diverged": int(np.isfinite(losses).argmin()) + 1, "seconds": before}
+            if unfinished is not None and unfinished.due():
+                seconds = before + time.perf_counter() - began
+                unfinished.save((losses, carry), {"done": len(losses), "seconds": seconds})
+        return self._measured(loop, carry, losses) | {"seconds": before}
 
     def _measured(self, loop: Loop, carry: Carry, losses: np.ndarray) -> dict[str, Any]:
         graph, codes = loop.loss.graph, jnp.asarray(self.text.validation)  # pyright: ignore[reportFunctionMemberAccess]

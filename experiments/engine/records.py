@@ -106,14 +106,16 @@ class Record:
     ) -> list[Line]:
         """The lines with these keys. Those that are missing are made together; each gets its share of the time.
 
-        `make` takes the positions of the keys that are missing, and gives the rest of their lines.
+        `make` takes the positions of the keys that are missing, and gives the rest of their lines. Seconds in a line
+        are those before it was cut off, and are added.
         """
         missing = [place for place, key in enumerate(keys) if self.find(key) is None]
         if missing:
             began = time.perf_counter()
             made = make(missing)
-            seconds = round((time.perf_counter() - began) / len(missing), 1)
-            self.add(*({**keys[i], **line, "seconds": seconds} for i, line in zip(missing, made, strict=True)))
+            share = (time.perf_counter() - began) / len(missing)
+            timed = [{**line, "seconds": round(share + line.get("seconds", 0.0), 1)} for line in made]
+            self.add(*({**keys[i], **line} for i, line in zip(missing, timed, strict=True)))
         return [line for key in keys if (line := self.find(key)) is not None]
 
     def once_all(self, key: Mapping[str, Any], make: Callable[[], Sequence[Mapping[str, Any]]]) -> list[Line]:

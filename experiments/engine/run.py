@@ -40,7 +40,7 @@ from experiments.engine.study import command
 from experiments.engine.timing import step_times
 
 _EACH_EPOCH_UP_TO = 12  # runs in a command; with more, one line a run
-_WHERE = ("epoch", "step", "diverged")  # of a snapshot
+_WHERE = ("epoch", "step", "diverged", "seconds")  # of a snapshot
 _AGREE_EVERY = 4  # updates between questions to all processes: has a signal come, is a checkpoint due?
 
 

@@ -40,6 +40,7 @@ class Snapshot:
     epoch: int = 1  # from 1
     step: int = 0  # updates done in this epoch
     diverged: tuple[int, ...] = ()  # the seeds whose loss is no longer finite
+    seconds: float = 0.0  # spent in this epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +129,12 @@ def fit(
     in_flight = _IN_FLIGHT if place.mesh is None else _IN_FLIGHT_OF_MANY
     whole, steps = size // plan.batch_size, -(-size // plan.batch_size)
     diverged, carry, done = set(snapshot.diverged), snapshot.arrays, snapshot.step
-    losses = [jnp.asarray(snapshot.losses)]
+    losses, spent = [jnp.asarray(snapshot.losses)], snapshot.seconds
 
     for epoch in range(snapshot.epoch, plan.epochs + 1):
         if len(diverged) == len(seeds):
             return
-        began = time.perf_counter()
+        began = time.perf_counter() - spent
         keys = [jax.random.fold_in(jax.random.key(seed), epoch) for seed in seeds]
         epoch_keys = place.of_seeds(jnp.stack(keys) if place.stacked else keys[0])
         order = stack([data_lib.order(key if plan.shuffle else None, size) for key in keys])
@@ -154,7 +155,7 @@ def fit(
                         where = f"epoch {epoch}, {watch.explain(loop, arrays, epoch_keys, lr, number)}"
                         yield [{"seed": seed, "epoch": epoch, "diverged": where}]
                 watch = None
-            on_step(functools.partial(_snapshot, carry, losses, epoch, done, tuple(sorted(diverged))), count)
+            on_step(functools.partial(_snapshot, carry, losses, epoch, done, tuple(sorted(diverged)), began), count)
             if len(diverged) == len(seeds):
                 return
         sizes = np.full(steps, plan.batch_size)
@@ -170,7 +171,7 @@ def fit(
                 timed = {} if "diverged" in line else {"seconds": seconds}
                 lines.append({"seed": seed, "epoch": epoch, **line, **timed})
         yield lines
-        losses, done = [], 0
+        losses, done, spent = [], 0, 0.0
 
 
 def _line(losses: np.ndarray, sizes: np.ndarray, tested: dict[str, Any], epoch: int, skips: bool) -> dict[str, Any]:
@@ -184,8 +185,10 @@ def _line(losses: np.ndarray, sizes: np.ndarray, tested: dict[str, Any], epoch: 
     return {"train_loss": float(np.average(losses[kept], weights=sizes[kept])), **tested, **skipped}
 
 
-def _snapshot(carry: Carry, losses: list[Any], epoch: int, done: int, diverged: tuple[int, ...]) -> Snapshot:
-    return Snapshot(carry, _joined(losses), epoch, done, diverged)
+def _snapshot(
+    carry: Carry, losses: list[Any], epoch: int, done: int, diverged: tuple[int, ...], began: float
+) -> Snapshot:
+    return Snapshot(carry, _joined(losses), epoch, done, diverged, time.perf_counter() - began)
 
 
 def _joined(losses: list[Any]) -> np.ndarray:
