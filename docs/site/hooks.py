@@ -19,13 +19,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import gallery  # noqa: E402, it stands beside this file
 
 BESIDE = ["CHANGELOG.md", "CONTRIBUTING.md", "scripts/table.slurm"]
-UNFINISHED = "results/unfinished"
 
 
 def on_files(files, config):
     """Add the results, what stands beside docs/, and the gallery."""
     paths = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("results/**/*")) if path.is_file()]
-    for path in [*BESIDE, *(path for path in paths if not path.startswith(UNFINISHED))]:
+    for path in [*BESIDE, *paths]:
         files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
     files.remove(files.get_file_from_path("gallery.md"))  # it stands for the page in the repository
     for path, content in gallery.files().items():
