@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from linked_jax.arguments import as_array
 from linked_jax.arrays import wide
 
 LOWEST, HIGHEST = -40, 23
@@ -43,6 +44,9 @@ def log_histogram(x: Float[Array, "*n"], *, where: Bool[Array, "..."] | None = N
     Returns:
       Counts, (BINS,), float32. NaN is in no bin.
 
+    Raises:
+      ValueError: if where has no booleans, or a shape that does not broadcast to that of x.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from linked_jax.histograms import BINS, bin_edges, log_histogram
@@ -51,7 +55,10 @@ def log_histogram(x: Float[Array, "*n"], *, where: Bool[Array, "..."] | None = N
       [(-2.0, 1), (9.094947017729282e-13, 1), (2.0, 2)]
     """
     x = wide(x)
-    kept = ~jnp.isnan(x) if where is None else ~jnp.isnan(x) & where
+    where = jnp.ones((), bool) if where is None else as_array(where)
+    if where.dtype != bool or jnp.broadcast_shapes(where.shape, x.shape) != x.shape:
+        raise ValueError(f"where has booleans that broadcast to {x.shape}, got {where.dtype} of shape {where.shape}")
+    kept = ~jnp.isnan(x) & where
     info = jnp.finfo(x.dtype)
     bits = jax.lax.bitcast_convert_type(jnp.abs(x), f"int{info.bits}")
     exponents = (bits >> info.nmant) - (info.maxexp - 1)  # of what is denormal the lowest of all

@@ -41,11 +41,12 @@ class Layer:
         "params.Dense_0". Lists count from 0: "layers.2".
       link: the activation before this layer. With d members a unit has d input kernels here, in the link's layout.
         For PReLU pass a link with any slopes.
-      stacked: whether the parameters have a leading axis of equal layers, applied one after the other.
+      stacked: whether the parameters have a leading axis of equal layers, applied one after the other. Compiling takes
+        time for each of them.
 
     Raises:
       TypeError: if the link is none.
-      ValueError: if a member of the link is not positively homogeneous, see `linked_jax.members.is_homogeneous`.
+      ValueError: if a member of the link is not positively homogeneous, see `linked_jax.measurements.is_homogeneous`.
 
     Examples:
       >>> from linked_jax import lk_relu

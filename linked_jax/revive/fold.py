@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from linked_jax.arrays import like, wide_dtype
+from linked_jax.remedies.bcn import BatchChannelNorm
+from linked_jax.remedies.ic import IndependentComponent
 from linked_jax.revive.foldable import Foldable, link_and_layer, plain
 from linked_jax.revive.joints import is_activation
 from linked_jax.revive.stack import check_sequential
@@ -67,11 +69,12 @@ def fold_batch_norm(layer: Layer, norm: nnx.BatchNorm) -> Layer:
 
 
 def fold_sequential(model: nnx.Sequential) -> nnx.Sequential:
-    """The model with all computed kernels folded, and each batch norm into the layer right before it.
+    """The model with all computed kernels folded, and each `flax.nnx.BatchNorm` into the layer right before it.
 
     A layer with a method `fold()`, such as those of `linked_jax.remedies`, becomes what that gives; linked
     layers become a link and a plain layer. A batch norm after an activation is refused: its shift does not pass the
-    activation, g(r z + s) is not r g(z) + s, and its scale passes only where g is positively homogeneous.
+    activation, g(r z + s) is not r g(z) + s, and its scale passes only where g is positively homogeneous. Other norms
+    stay.
 
     Args:
       model: trained.
@@ -114,6 +117,8 @@ def _check_before(before: Any, i: int) -> None:
 
 
 def _check_inside(layer: Any, i: int) -> None:
+    if isinstance(layer, BatchChannelNorm | IndependentComponent):
+        return  # norms, whose parts are no layers
     inside = [module for path, module in nnx.iter_modules(layer) if path] if isinstance(layer, nnx.Module) else []
     found = next((type(module).__name__ for module in inside if isinstance(module, (nnx.BatchNorm, Foldable))), None)
     if found:

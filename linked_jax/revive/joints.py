@@ -179,8 +179,18 @@ def is_activation(layer: Any, name: str) -> bool:
 
 def apart(layer: Function) -> Function:
     """The function, compiled by itself: jax.nn.relu alone would join a `jax.vmap` around it."""
+    if isinstance(layer, nnx.Module):
+        graph, state = nnx.split(layer)
+        if not jax.tree.leaves(state):
+            return _of_graph(graph)
     changeable = isinstance(layer, nnx.Module) or layer.__hash__ is None
     return jax.jit((lambda x: layer(x)) if changeable else layer)
+
+
+@functools.lru_cache(maxsize=256)
+def _of_graph(graph: Any) -> Function:
+    """A module without arrays, compiled once for all that are made alike."""
+    return jax.jit(lambda x: nnx.merge(graph, nnx.State({}))(x))
 
 
 def _bends(f: Function, shape: tuple[int, ...]) -> bool:

@@ -68,3 +68,9 @@ def test_edges_are_powers_of_two_in_rising_order():
     assert (np.diff(edges[1:-1]) > 0).all()
     np.testing.assert_array_equal(edges, -edges[::-1])
     assert edges[-2] == 2.0**HIGHEST
+
+
+@pytest.mark.parametrize("where", [jnp.array([1, 0, 2]), jnp.ones((2, 3), bool)])
+def test_a_mask_that_does_not_fit_is_refused(where, unchecked):
+    with pytest.raises(ValueError, match="where has booleans"):
+        log_histogram(jnp.ones(3), where=where)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from linked_jax.activations import lk_relu, relu
 from linked_jax.layers import LinkedLinear
-from linked_jax.remedies import LCWConv, LCWLinear, NormPropConv, NormPropLinear, VPLinear, WSConv
+from linked_jax.remedies import BatchChannelNorm, LCWConv, LCWLinear, NormPropConv, NormPropLinear, VPLinear, WSConv
 from linked_jax.remedies.normprop import normalized
 from linked_jax.revive import fold_batch_norm, fold_sequential
 from tests.arrays import white
@@ -113,3 +113,13 @@ def test_bad_input(unchecked):
         fold_sequential(nnx.Sequential(norm, layer))
     with pytest.raises(ValueError, match=r"nnx\.Sequential, got a Linear"):
         fold_sequential(layer)
+
+
+@pytest.mark.slow
+def test_a_norm_of_several_parts_stays_behind_a_folded_kernel():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(WSConv(3, 4, (3, 3), rngs=rngs), BatchChannelNorm(4, 2, rngs=rngs), jax.nn.relu)
+    model.eval()
+    folded, x = fold_sequential(model), jnp.asarray(white(2, 5, 5, 3, dtype=np.float32))
+    assert [type(layer) for layer in folded.layers[:2]] == [nnx.Conv, BatchChannelNorm]
+    np.testing.assert_allclose(folded(x), model(x), atol=1e-5)

@@ -11,6 +11,7 @@ from linked_jax.activations import fourier, lk_leaky_relu, lk_relu, relu
 from linked_jax.layers import LinkedLinear
 from linked_jax.linking import Link
 from linked_jax.revive import link_sequential, link_sequential_opt_state, redo, warm_up_new
+from linked_jax.revive.joints import apart, is_activation
 from tests.arrays import white
 from tests.cases import first_fast
 
@@ -424,3 +425,19 @@ def test_what_is_of_many_weights_starts_anew_or_is_refused():
     tx = optax.contrib.acprop(1e-3)
     with pytest.raises(ValueError, match=r"would move by .* start the optimiser anew"):
         redo(model, state_of(model, tx), white(64, 3), key=jax.random.key(7), tx=tx)
+
+
+class Relu(nnx.Module):
+    def __call__(self, x):
+        return jax.nn.relu(x)
+
+
+@pytest.mark.slow
+def test_activations_that_are_modules_are_compiled_once():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(3, 5, rngs=rngs), Relu(), nnx.Linear(5, 2, rngs=rngs))
+    x = jnp.asarray(white(8, 3, dtype=np.float32))
+    assert is_activation(Relu(), "layers[1]")
+    compiled = apart(Relu())
+    redo(model, {}, x, key=jax.random.key(0))
+    assert apart(Relu()) is compiled
