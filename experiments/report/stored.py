@@ -102,9 +102,8 @@ def read_record(folder: Path, place: str) -> StoredRecord:
         seeds = range(first, first + config["settings"]["seeds"])
         runs: dict[Run, list[Line]] = {(_key(net, axes), seed): [] for net in config["nets"] for seed in seeds}
         for net in config["nets"]:
-            published(
-                config["experiment"], {**config["protocol"], **{axis: net[axis] for axis in axes}}
-            )  # its sizes are there
+            sizes = {**config["protocol"], **{axis: net[axis] for axis in axes}}
+            published(config["experiment"], sizes)  # it looks them up
         if "act" not in axes:
             raise ValueError(f"axes is {axes}, without act")
     with _explained("metrics.jsonl"):

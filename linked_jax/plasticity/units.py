@@ -1,5 +1,6 @@
 """Hidden units, where their weights are in a tree of parameters, and how they start anew."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,7 +37,7 @@ class Units:
     """
 
     incoming: str
-    outgoing: str | Sequence[str]
+    outgoing: str | tuple[str, ...]
 
     def __post_init__(self) -> None:
         for path in (self.incoming, *self._outgoing):
@@ -45,7 +46,7 @@ class Units:
 
     @property
     def _outgoing(self) -> tuple[str, ...]:
-        return (self.outgoing,) if isinstance(self.outgoing, str) else tuple(self.outgoing)
+        return self.outgoing if isinstance(self.outgoing, tuple) else (self.outgoing,)
 
     @property
     def kernel(self) -> Names:
@@ -155,14 +156,12 @@ class Renewal:
             raise TypeError(f"units are a list of Units, got {brief(self.units)}; pass [Units(...)]")
         if not self.units:
             raise ValueError(f"units are those of one or more hidden layers, got {self.units}; pass [Units(...)]")
-        twice = [
-            layer.incoming for i, layer in enumerate(self.units) if layer.kernel in [u.kernel for u in self.units[:i]]
-        ]
-        if twice:
-            raise ValueError(
-                f"a layer has its units once, got {twice[0]!r} twice; name all that sees them in one: "
-                f"Units({twice[0]!r}, ('a', 'b'))"
-            )
+        for path, times in collections.Counter(layer.incoming for layer in self.units).items():
+            if times > 1:
+                raise ValueError(
+                    f"a layer has its units once, got {path!r} {times} times; name all that see them in one: "
+                    f"Units({path!r}, ('a', 'b'))"
+                )
         if not callable(self.draw):
             raise TypeError(f"draw is a function key -> parameters, got {brief(self.draw)}; pass lambda key: ...")
 

@@ -525,5 +525,5 @@ def test_what_are_no_units_is_refused(unchecked):
         recycle_dormant(sgd, UNITS, None, key=KEY, period=1)
     with pytest.raises(TypeError, match="a layer's path is a string"):
         Units(("a",), "b")
-    with pytest.raises(ValueError, match=r"got 'a' twice; .* Units\('a', \('a', 'b'\)\)"):
+    with pytest.raises(ValueError, match=r"got 'a' 2 times; .* Units\('a', \('a', 'b'\)\)"):
         recycle_dormant(sgd, [Units("a", "b"), Units("a", "c")], draw, key=KEY, period=1)
