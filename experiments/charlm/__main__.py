@@ -86,7 +86,9 @@ class Study:
             def make(missing: list[int]) -> list[dict[str, Any]]:
                 return self.work.costs([(self.settings.rows[i], depth) for i in missing], steps, advance)
 
-            self.record.once_each(keys, make)
+            lines = self.record.once_each(keys, make)
+        if untimed := [line["row"] for line in lines if steps and line["step_seconds"] is None]:
+            self.console.say(f"no times of {', '.join(untimed)}: their line was made without; begin another record")
         jax.clear_caches()
 
     def runs(self, depth: int) -> None:

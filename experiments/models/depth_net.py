@@ -21,7 +21,8 @@ class DepthNet(nnx.Module):
     Args:
       image_shape: (H, W, C) of one image.
       classes: the number of outputs.
-      row: the activation, the norm before it, and the factor of the width.
+      row: the activation, the norm before it, and the factor of the width. PReLU has a slope for each channel, and
+        before the read-out one for each pixel and channel.
       init: where kernels start, a name of `rows.INITS`.
       depth: the number of 3x3 layers, each followed by the activation.
       width: the number of units of every layer.

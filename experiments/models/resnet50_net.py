@@ -30,7 +30,8 @@ class ResNet50(nnx.Module):
     Args:
       image_shape: (H, W, C) of one image.
       classes: the number of outputs.
-      row: the activation, and the norm after every conv.
+      row: the activation, and the norm after every conv. PReLU has a slope for each channel, and before the read-out
+        one for each pixel and channel.
       init: where kernels start, a name of `rows.INITS`. With auto and no norm the last kernel of each bottleneck is
         divided by sqrt(16), as the paper does not: a sum of 16 branches of size 1 has size 2.
       link: where the links are, see above; it decides what an identity shortcut carries.

@@ -12,6 +12,8 @@ from linked_jax import LinkedLinear
 class WidthNet(nnx.Module):
     """The network of table 1. The paper does not fix the padding; ours is SAME.
 
+    PReLU has a slope for each pixel and channel.
+
     Args:
       image_shape: (H, W, C) of one image.
       classes: the number of outputs.
