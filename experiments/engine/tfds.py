@@ -96,7 +96,7 @@ def builder_of(name: str, folder: Path, splits: tuple[str, ...]) -> Any:
     if missing := [split for split in splits if split not in builder.info.splits]:
         raise UsageError(
             f"{name} in {folder} has no split {' and '.join(missing)}, only {', '.join(builder.info.splits)}; "
-            f"prepare all of it anew, or use e.g. cifar10"
+            "prepare all of it anew, or use e.g. cifar10"
         )
     if not hasattr(features["label"], "num_classes"):
         raise UsageError(f"the labels of {name} are no classes; use an image-classification set, e.g. cifar10 or mnist")

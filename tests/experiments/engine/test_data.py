@@ -369,7 +369,7 @@ def test_fewer_examples_than_promised(tmp_path):
 )
 def test_sets_that_are_no_image_classification(kind, tmp_path, own_cache):
     prepare(tmp_path / "tfds", **kind)
-    usage_error(lambda: data.load("tiny", str(tmp_path / "tfds")), "tiny", "cifar10 or mnist")
+    usage_error(lambda: data.load("tiny", str(tmp_path / "tfds")), "tiny", "use e.g. cifar10")
     assert not own_cache.exists()
 
 
@@ -437,4 +437,4 @@ def test_a_half_and_the_whole_set_have_caches_of_their_own(tmp_path, own_cache):
 
 def test_a_set_with_neither_half_is_refused(tmp_path):
     prepare(tmp_path / "tfds", splits={"validation": 4})
-    usage_error(lambda: data.load_split("tiny", str(tmp_path / "tfds")), "tiny", "with test splits")
+    usage_error(lambda: data.load_split("tiny", str(tmp_path / "tfds")), "tiny", "has no split test, only validation")
