@@ -99,7 +99,7 @@ def builder_of(name: str, folder: Path, splits: tuple[str, ...]) -> Any:
             "prepare all of it anew, or use e.g. cifar10"
         )
     if not hasattr(features["label"], "num_classes"):
-        raise UsageError(f"the labels of {name} are no classes; use an image-classification set, e.g. cifar10 or mnist")
+        raise UsageError(f"the labels of {name} are no classes; use e.g. cifar10")
     return builder
 
 
