@@ -94,6 +94,12 @@ def test_the_page_of_costs_shows_the_ratios_of_the_benchmark():
             time = measured[name]["step_seconds"] / plain["step_seconds"]
             memory = measured[name]["temporary_bytes"] / plain["temporary_bytes"]
             assert f"| {mode} | {name} | {time:.2f} | {memory:.2f} |" in page
+    front_page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    plain, linked, lax = (nets["scanned"][name] for name in ("plain", "linked", "lax"))
+    time, memory = (linked[what] / plain[what] for what in ("step_seconds", "temporary_bytes"))
+    assert f"{time:.2f} of the time of `nnx.Conv` after `jax.nn.relu`, and {memory:.2f} of its temporary" in front_page
+    time, memory = (lax[what] / plain[what] for what in ("step_seconds", "temporary_bytes"))
+    assert f"costs {time:.2f} times the plain step and keeps {memory:.2f} of its memory" in front_page
 
 
 def test_the_front_page_quotes_the_record_of_faults():

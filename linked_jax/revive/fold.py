@@ -9,9 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from linked_jax.arrays import like, wide_dtype
-from linked_jax.remedies.bcn import BatchChannelNorm
-from linked_jax.remedies.ic import IndependentComponent
-from linked_jax.revive.foldable import Foldable, link_and_layer, plain
+from linked_jax.revive.foldable import LAYERS, Foldable, link_and_layer, plain
 from linked_jax.revive.joints import is_activation
 from linked_jax.revive.stack import check_sequential
 
@@ -117,9 +115,9 @@ def _check_before(before: Any, i: int) -> None:
 
 
 def _check_inside(layer: Any, i: int) -> None:
-    if isinstance(layer, BatchChannelNorm | IndependentComponent):
-        return  # norms, whose parts are no layers
     inside = [module for path, module in nnx.iter_modules(layer) if path] if isinstance(layer, nnx.Module) else []
+    if type(layer) is not nnx.Sequential and not any(isinstance(module, (*LAYERS, Foldable)) for module in inside):
+        return  # no layer that a norm inside could be folded into, as in a norm of several parts
     found = next((type(module).__name__ for module in inside if isinstance(module, (nnx.BatchNorm, Foldable))), None)
     if found:
         raise ValueError(

@@ -123,3 +123,15 @@ def test_a_norm_of_several_parts_stays_behind_a_folded_kernel():
     folded, x = fold_sequential(model), jnp.asarray(white(2, 5, 5, 3, dtype=np.float32))
     assert [type(layer) for layer in folded.layers[:2]] == [nnx.Conv, BatchChannelNorm]
     np.testing.assert_allclose(folded(x), model(x), atol=1e-5)
+
+
+def test_a_module_with_a_layer_and_its_norm_inside_is_refused():
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.layer, self.norm = nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.layer(x))
+
+    with pytest.raises(ValueError, match=r"layers\[0\], a Block, has a BatchNorm inside"):
+        fold_sequential(nnx.Sequential(Block(nnx.Rngs(0)), jax.nn.relu))
