@@ -102,6 +102,16 @@ def test_the_page_of_costs_shows_the_ratios_of_the_benchmark():
     assert f"costs {time:.2f} times the plain step and keeps {memory:.2f} of its memory" in front_page
 
 
+def test_the_page_of_costs_shows_the_ratios_beside_pytorch():
+    page = (ROOT / "docs" / "costs.md").read_text(encoding="utf-8")
+    records = sorted((RESULTS / "benchmarks").glob("pytorch_*.json"))
+    assert records
+    for record in records:
+        seconds = json.loads(record.read_text(encoding="utf-8"))["results"]
+        ratio = f"{seconds['PyTorch'] / seconds['ours']:.2f}"
+        assert f"[{ratio}](../results/benchmarks/{record.name})" in page
+
+
 def test_the_front_page_quotes_the_record_of_faults():
     rows = json.loads((RESULTS / "faults" / "faults.json").read_text(encoding="utf-8"))["rows"]
     total, kills = rows[-1], [row for row in rows if row["fault"].startswith("SIGKILL: ")]  # of runs that are resumed
