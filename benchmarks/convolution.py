@@ -2,8 +2,8 @@
 
     python -m benchmarks.convolution
 
-narrow    in times out at most 36 channels: a band of kernels (`linked_jax/banded.py`).
-wide      at least 16 x 16 channels: Winograd's form (`linked_jax/winograd.py`).
+narrow    in times out at most 36 channels: a band of kernels (`linked_jax/convolution/banded.py`).
+wide      at least 16 x 16 channels: Winograd's form (`linked_jax/convolution/winograd.py`).
 
 Times are medians of rounds in which ours and lax take turns alone, as a larger program cools the caches for the next;
 `kernel / forward` is the gradient of the kernel over x * K.

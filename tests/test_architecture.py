@@ -225,10 +225,24 @@ def test_a_room_with_one_owner_stands_in_its_owners_folder():
 
 
 def test_local_links_of_the_pages_exist():
-    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("results/*.md")]:
+    """On the site they lead to files only: it has no page for a folder. The README is not on it."""
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("results/**/*.md")]:
         text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         for target in re.findall(r"\]\(([^)#]+)\)", text):
-            assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
+            path = page.parent / target
+            found = path.exists() if page.name == "README.md" and page.parent == ROOT else path.is_file()
+            assert "://" in target or found, f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_files_and_commands_that_texts_name_exist():
+    for page in [*SOURCES, *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("results/**/*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for named in re.findall(r"`((?:linked_jax|experiments|benchmarks|tests|results|docs|scripts)/[\w./-]+)`", text):
+            assert (ROOT / named).exists(), f"{page.relative_to(ROOT)} names {named}"
+        for module in re.findall(r"python -m ((?:linked_jax|experiments|benchmarks|tests)(?:\.[a-z_0-9]+)*)", text):
+            path = ROOT.joinpath(*module.split("."))
+            found = path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+            assert found, f"{page.relative_to(ROOT)} has the command python -m {module}"
 
 
 @pytest.mark.slow
