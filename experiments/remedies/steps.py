@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -159,6 +160,9 @@ class VarianceStep(Step):
         moments = context or calculus.Moments(jnp.zeros(x.shape[-1]), jnp.ones(x.shape[-1]))
         if height * width > 1:
             moments = calculus.through_pool(moments, height * width, kind="max")
-        moments = calculus.through_link(moments, self.link)
-        moments = calculus.through_flatten(moments, self.positions)
+        moments = jax.tree.map(self.of_all_pixels, calculus.through_link(moments, self.link))
         return self.weights(self.flat(self.pool(self.activation(x))), moments)
+
+    def of_all_pixels(self, moment: Any) -> Any:
+        """(d*C,) -> (d*P*C,), in the order that `flat` has for features; P is 1 before a convolution."""
+        return flatten(jnp.broadcast_to(moment, (1, self.positions, moment.size)), self.link.arity)[0]

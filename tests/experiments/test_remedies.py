@@ -1,5 +1,6 @@
 """The comparison of remedies and the claims: every row builds, records resume, tables come from lines alone."""
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -23,7 +24,8 @@ from experiments.remedies import __main__ as remedies
 from experiments.remedies import runs
 from experiments.remedies import table as remedies_table
 from experiments.remedies.methods import METHODS
-from experiments.remedies.net import NETS
+from experiments.remedies.net import NETS, Place, Stage
+from experiments.remedies.steps import VarianceStep
 from linked_jax.probe import observe
 from tests.cases import first_fast
 from tests.children import environment
@@ -76,6 +78,15 @@ def test_a_linked_net_starts_as_an_odd_function(net):
     logits = jax.jit(lambda x: model(x))(jnp.concatenate([x, -x]))
     assert jnp.allclose(logits[:3], -logits[3:], atol=1e-5)
     assert jnp.abs(logits).mean() > 0.1
+
+
+@pytest.mark.parametrize("act", ["relu", "lk_relu"])
+def test_propagated_moments_are_in_the_order_of_flattened_features(act):
+    method = dataclasses.replace(METHODS["variance_propagation"], act=act)
+    step = VarianceStep(method, Place(Stage(5), (2, 3, 4), normed=False), nnx.Rngs(0))
+    of_channels = jnp.arange(step.link.arity * 4.0)
+    image = jnp.broadcast_to(of_channels, (1, 2, 3, of_channels.size))  # each channel is its moment
+    assert step.of_all_pixels(of_channels).tolist() == step.flat(image)[0].tolist()
 
 
 def test_the_rate_is_chosen_by_the_training_loss_alone():
