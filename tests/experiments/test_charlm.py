@@ -1,9 +1,7 @@
 """Characters: nets look back only and are of equal size, the text is split as said, the record resumes run by run."""
 
+import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -20,6 +18,7 @@ from experiments.charlm.net import BLOCK, HEADS, ROWS, STD, WIDTH, CharTransform
 from experiments.engine.errors import UsageError
 from experiments.engine.tfds import tfds_folder
 from tests.cases import first_fast
+from tests.commands import command
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "tis", "nobler", "slings", "arrows"]
@@ -288,17 +287,14 @@ def test_all_rows_and_each_value_once():
     assert (settings.rows, settings.depths, settings.rates) == (tuple(ROWS), (4,), (0.1,))
 
 
-def run(*arguments, **environment):
-    command = [sys.executable, "-m", "experiments.charlm", *arguments]
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 500}
-    return subprocess.run(command, env=os.environ | environment, **options)
+run = functools.partial(command, "experiments.charlm")
 
 
 @pytest.mark.slow
 def test_without_data_the_command_ends_with_one_line_and_code_2(tmp_path):
-    ended = run("--out", str(tmp_path / "run"), TFDS_DATA_DIR=str(tmp_path))
-    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
-    assert ended.stderr.startswith("error: tiny_shakespeare is not in ")
+    code, _, error = run("--out", str(tmp_path / "run"), TFDS_DATA_DIR=str(tmp_path))
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.startswith("error: tiny_shakespeare is not in ")
     assert not (tmp_path / "run").exists()
 
 
@@ -308,13 +304,13 @@ def test_the_command_leaves_a_record_that_resumes_and_grows(tmp_path):
     own.write_text(a_text(), encoding="utf-8")
     arguments = ["--text", str(own), "--depths", "1", "--rates", "1e-3", "--iterations", "8", "--time-steps", "1"]
     arguments += ["--out", str(folder), "--tenfold-seeds", "0"]
-    ended = run(*arguments, "--rows", "layer_norm", "--seeds", "2")
-    assert ended.returncode == 0, ended.stderr
+    code, _, error = run(*arguments, "--rows", "layer_norm", "--seeds", "2")
+    assert code == 0, error
     metrics = folder / "metrics.jsonl"
     whole = metrics.read_text(encoding="utf-8").splitlines()
     assert [json.loads(text).get("seed") for text in whole] == [None, 0, 1]
     metrics.write_text("\n".join(whole[:-1]) + '\n{"kind": "ru', encoding="utf-8")  # killed while it wrote
-    assert run(*arguments, "--rows", "layer_norm", "lk_relu", "--seeds", "2").returncode == 0
+    assert run(*arguments, "--rows", "layer_norm", "lk_relu", "--seeds", "2")[0] == 0
     lines = [json.loads(text) for text in metrics.read_text(encoding="utf-8").splitlines()]
     assert [json.dumps(line) for line in lines[:2]] == whole[:2]
     again = next(line for line in lines if (line["row"], line.get("seed")) == ("layer_norm", 1))
@@ -325,5 +321,5 @@ def test_the_command_leaves_a_record_that_resumes_and_grows(tmp_path):
     page = (folder / "table.md").read_text(encoding="utf-8")
     assert page == table.markdown(json.loads((folder / "config.json").read_text(encoding="utf-8")), lines)
     assert (folder / "charlm.png").stat().st_size > 10_000
-    other = run(*arguments, "--iterations", "9")
-    assert (other.returncode, "another protocol" in other.stderr) == (2, True)
+    code, _, error = run(*arguments, "--iterations", "9")
+    assert (code, "another protocol" in error) == (2, True)

@@ -1,12 +1,9 @@
 """Table 2's command, as a person runs it: real processes for what works, in-process for the many bad inputs."""
 
-import ast
 import dataclasses
+import functools
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -18,41 +15,21 @@ from experiments.engine import settings as settings_lib
 from experiments.engine.errors import UsageError, run_command
 from experiments.engine.rows import Row
 from experiments.engine.run import run as run_table
+from tests.commands import command, in_this_process, metrics
 
 ROOT = Path(__file__).parents[2]
 # 479 * 3 = 1437: one shape to compile
+MODULE = "experiments.depth"
+OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # else they compile twice as fast
 TINY = ["--dataset", "digits", "--depth", "3", "--epochs", "2", "--batch-size", "479"]
 
 
-def command(*arguments, timeout=300, optimised=False):
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "COLUMNS": "100", "TERM": "dumb"}
-    environment |= {} if optimised else {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles twice as fast
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.depth", *map(str, arguments)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=timeout, check=False,
-    )  # fmt: skip
-
-
 @pytest.fixture
-def in_process(monkeypatch, capsys, tmp_path):
+def in_process(tmp_path):
     """The exit code, standard output and standard error of a command, run in tmp_path/here."""
     here = tmp_path / "here"
     here.mkdir()
-
-    def run(*arguments):
-        monkeypatch.chdir(here)
-        monkeypatch.setenv("COLUMNS", "100")
-        monkeypatch.setattr(sys, "argv", ["depth.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            run_command(lambda: run_table(depth.TABLE))
-        return end.value.code, *capsys.readouterr()
-
-    return run
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return functools.partial(in_this_process, lambda: run_table(depth.TABLE), folder=here)
 
 
 # --- a whole run
@@ -61,34 +38,31 @@ def metrics(folder):
 @pytest.fixture(scope="module")
 def a_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    return command(*TINY, "--act", "relu", "lk_relu", "--seeds", 2, "--seed", 7, "--out", folder), folder
+    return command(MODULE, *TINY, "--act", "relu", "lk_relu", "--seeds", 2, "--seed", 7, "--out", folder), folder
 
 
 @pytest.mark.slow
 def test_a_run_says_what_it_does(a_run):
-    run, folder = a_run
-    assert (run.returncode, run.stderr) == (0, "")
+    (code, out, error), folder = a_run
+    assert (code, error) == (0, "")
     config = json.loads((folder / "config.json").read_text())
-    assert (
-        f"1,437 train and 360 test images of 8x8x1, 10 classes (fingerprint {config['data']['fingerprint']})"
-        in run.stdout
-    )
-    assert re.search(r"^device +1 x \S+, jax " + re.escape(jax.__version__), run.stdout, re.MULTILINE)
+    assert f"1,437 train and 360 test images of 8x8x1, 10 classes (fingerprint {config['data']['fingerprint']})" in out
+    assert re.search(r"^device +1 x \S+, jax " + re.escape(jax.__version__), out, re.MULTILINE)
     # stem 49*4+4, first and others 9*4*4+4 (linked: 9*8*4+4), read-out 4*4*4*10+10 (linked: twice the inputs)
-    assert re.search(r"network +relu, layers 3, 1,294 parameters, init auto, learning rate 0.001", run.stdout)
-    assert re.search(r"network +lk_relu, layers 3, 2,222 parameters", run.stdout)
-    epochs = re.findall(r"^(\S+) seed (\d+)  epoch +(\d)/2  loss \d.*test (\d.\d{4})  dead (\d+)", run.stdout, re.M)
+    assert re.search(r"network +relu, layers 3, 1,294 parameters, init auto, learning rate 0.001", out)
+    assert re.search(r"network +lk_relu, layers 3, 2,222 parameters", out)
+    epochs = re.findall(r"^(\S+) seed (\d+)  epoch +(\d)/2  loss \d.*test (\d.\d{4})  dead (\d+)", out, re.M)
     assert epochs == [
         (line["act"], str(line["seed"]), str(line["epoch"]), f"{line['test_accuracy']:.4f}", str(line["dead_units"]))
         for line in metrics(folder)
     ]
-    assert str(folder) in run.stdout
+    assert str(folder) in out
 
 
 @pytest.mark.slow
 def test_the_closing_table_is_the_mean_and_the_deviation_over_seeds(a_run):
-    run, folder = a_run
-    table = run.stdout[run.stdout.index("Table 2") :]
+    (_, out, _), folder = a_run
+    table = out[out.index("Table 2") :]
     for act in ("relu", "lk_relu"):
         lines = [line for line in metrics(folder) if line["act"] == act]
         one, other = (line["test_accuracy"] for line in lines if line["epoch"] == 2)
@@ -138,26 +112,6 @@ def test_the_picture_is_a_picture(a_run):
     assert pixels.shape[0] > 200
     assert pixels.shape[1] > 800
     assert pixels.std() > 0.01
-
-
-@pytest.mark.slow
-def test_help_explains_each_option():
-    run = command("--help")
-    assert (run.returncode, run.stderr) == (0, "")
-    text = " ".join(re.sub("[│╭╮╰╯─]", " ", run.stdout).split())
-    options = {}
-    for module in (settings_lib, depth):
-        (settings,) = (
-            node
-            for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body
-            if isinstance(node, ast.ClassDef) and node.name == "Settings"
-        )
-        fields = settings.body[1:]
-        options |= {field.target.id: doc.value.value for field, doc in zip(fields[::2], fields[1::2], strict=True)}
-    assert set(options) == {field.name for field in dataclasses.fields(depth.Settings)}
-    for name, explanation in options.items():
-        assert f"--{name.replace('_', '-')}" in text
-        assert " ".join(explanation.split()) in text
 
 
 # --- bad input
@@ -217,9 +171,9 @@ def test_bad_input_is_one_short_message_and_leaves_nothing(case, in_process, tmp
 
 @pytest.mark.slow
 def test_bad_input_in_a_process_of_its_own(tmp_path):
-    run = command("--act", "lk_rleu", "--out", tmp_path / "record")
-    assert (run.returncode, run.stdout) == (2, "")
-    assert re.fullmatch(r"error: .*lk_rleu.*did you mean 'lk_relu'.*\n", run.stderr)
+    code, out, error = command(MODULE, "--act", "lk_rleu", "--out", tmp_path / "record")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"error: .*lk_rleu.*did you mean 'lk_relu'.*\n", error)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -324,8 +278,8 @@ def test_the_defaults_that_depend_on_the_data():
 @pytest.mark.slow
 def test_fifty_layers_live_linked_and_die_plain(tmp_path):
     options = ["--dataset", "digits", "--depth", "50", "--epochs", "30", "--act", "relu", "lk_relu"]
-    run = command(*options, "--out", tmp_path / "record", timeout=1800, optimised=True)
-    assert run.returncode == 0, run.stderr
+    code, _, error = command(MODULE, *options, "--out", tmp_path / "record", timeout=1800, **OPTIMISED)
+    assert code == 0, error
     last = {line["act"]: line for line in metrics(tmp_path / "record") if line["epoch"] == 30}
     assert last["lk_relu"]["test_accuracy"] >= 0.93
     assert last["lk_relu"]["dead_units"] == 0
@@ -336,8 +290,8 @@ def test_fifty_layers_live_linked_and_die_plain(tmp_path):
 @pytest.mark.slow
 def test_a_thousand_layers_train(tmp_path):
     options = ["--dataset", "digits", "--depth", "1000", "--epochs", "1"]
-    run = command(*options, "--out", tmp_path / "record", timeout=1800, optimised=True)
-    assert run.returncode == 0, run.stderr
+    code, _, error = command(MODULE, *options, "--out", tmp_path / "record", timeout=1800, **OPTIMISED)
+    assert code == 0, error
     (line,) = metrics(tmp_path / "record")
     assert line["train_loss"] < 2.25  # ln 10 is 2.303
     assert line["dead_units"] == 0

@@ -1,14 +1,9 @@
 """The toy's command and its claims: dead ReLUs stay dead, linked units learn, and the numbers are what they say."""
 
-import ast
 import dataclasses
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +14,6 @@ from flax import nnx
 from experiments.dynamics import __main__ as dynamics
 from experiments.dynamics import links, toy, training
 from experiments.dynamics import plots as dynamics_plots
-from experiments.engine.errors import run_command
 from linked_jax import (
     ACTIVATION_NAMES,
     Certificate,
@@ -29,18 +23,10 @@ from linked_jax import (
     lk_relu,
     lk_tanh,
 )
+from tests.commands import command, in_this_process, metrics
 
-ROOT = Path(__file__).parents[2]
+MODULE = "experiments.dynamics"
 TINY = ["--act", "relu", "lk_prelu", "--steps", "9", "--units", "3"]
-
-
-def command(*arguments):
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "COLUMNS": "100", "TERM": "dumb"}
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "experiments.dynamics", *map(str, arguments)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=600, check=False,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -48,26 +34,11 @@ def in_process():
     """The exit code, standard output and standard error of a command; figure 1 has two links instead of twelve."""
 
     def run(folder, *arguments):
-        out, error = folder / "stdout", folder / "stderr"
-        with pytest.MonkeyPatch.context() as patch, out.open("w") as stdout, error.open("w") as stderr:
-            patch.chdir(folder)
-            patch.setenv("COLUMNS", "100")
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(links, "named_links", lambda: {"lk_relu": lk_relu, "lk_tanh": lk_tanh})
-            patch.setattr(sys, "argv", ["dynamics.py", *map(str, arguments)])
-            patch.setattr(sys, "stdout", stdout)
-            patch.setattr(sys, "stderr", stderr)
-            with pytest.raises(SystemExit) as end:
-                run_command(dynamics.main)
-        texts = out.read_text(), error.read_text()
-        out.unlink()
-        error.unlink()
-        return end.value.code, *texts
+            return in_this_process(dynamics.main, *arguments, folder=folder)
 
     return run
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def trained(act, *, seed=0, **changes):
@@ -150,29 +121,10 @@ def test_the_pictures_are_pictures(a_run, name, height, width):
     assert pixels.std() > 0.05
 
 
-def test_help_explains_each_option(in_process, tmp_path):
-    code, out, error = in_process(tmp_path, "--help")
-    assert (code, error) == (0, "")
-    text = " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())
-    options = {}
-    for module, name in ((dynamics, "Settings"), (toy, "Toy")):
-        (settings,) = (
-            node
-            for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body
-            if isinstance(node, ast.ClassDef) and node.name == name
-        )
-        fields = [node for node in settings.body[1:] if not isinstance(node, ast.FunctionDef)]
-        options |= {field.target.id: doc.value.value for field, doc in zip(fields[::2], fields[1::2], strict=True)}
-    assert set(options) == {field.name for field in dataclasses.fields(dynamics.Settings)}
-    for name, explanation in options.items():
-        assert f"--{name}" in text
-        assert " ".join(explanation.split()) in text
-
-
 @pytest.mark.slow
 def test_the_command_as_the_page_has_it(tmp_path):
-    run = command("--out", tmp_path / "record")
-    assert (run.returncode, run.stderr) == (0, "")
+    code, _, error = command(MODULE, "--out", tmp_path / "record", JAX_DISABLE_MOST_OPTIMIZATIONS="0")
+    assert (code, error) == (0, "")
     last = {line["act"]: line for line in metrics(tmp_path / "record") if line["step"] == 10_000}
     assert last["relu"]["dead_units"] == 8
     assert last["lk_relu"]["accuracy"] >= 0.97
@@ -216,9 +168,9 @@ def test_bad_input_is_one_short_message_and_leaves_nothing(case, in_process, tmp
 
 @pytest.mark.slow
 def test_bad_input_in_a_process_of_its_own(tmp_path):
-    run = command("--act", "lk_rleu", "--out", tmp_path / "record")
-    assert (run.returncode, run.stdout) == (2, "")
-    assert re.fullmatch(r"error: .*lk_rleu.*did you mean 'lk_relu'.*\n", run.stderr)
+    code, out, error = command(MODULE, "--act", "lk_rleu", "--out", tmp_path / "record")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"error: .*lk_rleu.*did you mean 'lk_relu'.*\n", error)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,13 +1,9 @@
 """The load forecast: what a run leaves, what the nets and the errors are, that no future leaks, and bad input."""
 
-import ast
 import dataclasses
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -17,51 +13,23 @@ import pytest
 from flax import nnx
 
 from experiments.engine.console import Console
-from experiments.engine.errors import UsageError, run_command
+from experiments.engine.errors import UsageError
 from experiments.load_forecast import __main__ as load_forecast
 from experiments.load_forecast import forecast as forecasts
 from experiments.load_forecast import net as recurrent_net
 from experiments.load_forecast import series as load_series
 from tests.cases import first_fast
+from tests.commands import command, in_this_process, metrics
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--cells", "lk_relu", "tanh", "--parameters", 250, "--epochs", 2]
 HOURS = 40 * 24
 
 
-def command(*arguments):
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "COLUMNS": "100", "TERM": "dumb"}
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "experiments.load_forecast", *map(str, arguments)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=600, check=False,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def in_process():
     """The exit code, standard output and standard error of a command."""
-
-    def run(folder, *arguments):
-        out, error = folder / "stdout", folder / "stderr"
-        with pytest.MonkeyPatch.context() as patch, out.open("w") as stdout, error.open("w") as stderr:
-            patch.chdir(folder)
-            patch.setenv("COLUMNS", "100")
-            patch.setattr(sys, "argv", ["load_forecast.py", *map(str, arguments)])
-            patch.setattr(sys, "stdout", stdout)
-            patch.setattr(sys, "stderr", stderr)
-            with pytest.raises(SystemExit) as end:
-                run_command(load_forecast.main)
-        texts = out.read_text(), error.read_text()
-        out.unlink()
-        error.unlink()
-        return end.value.code, *texts
-
-    return run
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return lambda folder, *arguments: in_this_process(load_forecast.main, *arguments, folder=folder)
 
 
 def hourly(count=HOURS, start="2023-12-25T05:00"):
@@ -184,27 +152,10 @@ def test_an_out_with_a_name_that_is_too_long_is_refused(in_process, tmp_path):
     assert (code, "too long" in error, len(error.splitlines())) == (2, True, 1)
 
 
-def test_help_explains_each_option(in_process, tmp_path):
-    code, out, error = in_process(tmp_path, "--help")
-    assert (code, error) == (0, "")
-    text = " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())
-    (settings,) = (
-        node
-        for node in ast.parse(Path(load_forecast.__file__).read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef) and node.name == "Settings"
-    )
-    fields = settings.body[1:]
-    options = {field.target.id: doc.value.value for field, doc in zip(fields[::2], fields[1::2], strict=True)}
-    assert set(options) == {field.name for field in dataclasses.fields(load_forecast.Settings)}
-    for name, explanation in options.items():
-        assert f"--{name.replace('_', '-')}" in text
-        assert " ".join(explanation.split()) in text
-
-
 @pytest.mark.slow
 def test_the_command_in_a_process_of_its_own(tmp_path):
-    run = command("--epochs", 2, "--seeds", 1, "--out", tmp_path / "record")
-    assert (run.returncode, run.stderr) == (0, "")
+    code, _, error = command("experiments.load_forecast", "--epochs", 2, "--seeds", 1, "--out", tmp_path / "record")
+    assert (code, error) == (0, "")
     cells = [line["cell"] for line in metrics(tmp_path / "record") if "test_mape" in line]
     assert cells == ["last week", "yesterday", "tanh", "relu", "lk_relu", "drelu"]
 

@@ -1,7 +1,12 @@
 """`python -m experiments`: every command with a line, the data, the runs."""
 
+import ast
+import dataclasses
 import importlib
+import inspect
+import itertools
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -33,12 +38,30 @@ def test_the_help_of_every_command_begins_with_what_it_is_and_an_example(name, c
     package = (HERE / name / "__main__.py").exists()
     module = importlib.import_module(f"experiments.{name}" + ".__main__" * package)
     name = name.partition(".")[0]
+    settings = getattr(module, "Settings", None) or module.Sweep
     with pytest.raises(SystemExit):
-        command_line(getattr(module, "Settings", None) or module.Sweep, f"python -m experiments.{name}", ["--help"])
-    usage, _, what, example, *_ = capsys.readouterr().out.splitlines()
+        command_line(settings, f"python -m experiments.{name}", ["--help"])
+    said = capsys.readouterr().out
+    usage, _, what, example, *_ = said.splitlines()
     assert usage.startswith(f"usage: python -m experiments.{name} [-h]")
     assert what.endswith(". For example:")
     assert example.startswith(f"    python -m experiments.{name}")
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", said).split())
+    for words in explanations(settings):
+        assert words in text
+
+
+def explanations(settings):
+    """`--option` and the text below its field, for all fields of a class of settings and of its bases."""
+    found = {}
+    for each in reversed(settings.__mro__[:-1]):
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
+        for field, doc in itertools.pairwise(body.body):
+            if isinstance(field, ast.AnnAssign):
+                option = "" if "Positional" in ast.unparse(field.annotation) else f"--{field.target.id}"
+                found[field.target.id] = option.replace("_", "-"), " ".join(doc.value.value.split())
+    assert set(found) == {field.name for field in dataclasses.fields(settings)}
+    return itertools.chain(*found.values())
 
 
 def test_what_is_there_is_said_in_80_columns(tmp_path):

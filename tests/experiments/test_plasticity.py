@@ -1,9 +1,8 @@
 """Continual learning: the streams are what they say, nets compare fairly, tables come from lines alone."""
 
 import dataclasses
+import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -26,7 +25,7 @@ from linked_jax import Link
 from linked_jax.diagnostics import unit_statistics
 from linked_jax.probe import observe
 from linked_jax.signal_statistics import feature_moments
-from tests.children import environment
+from tests.commands import command
 
 ROOT = Path(__file__).parents[2]
 DIGITS = data_lib.load("digits")
@@ -306,18 +305,16 @@ def test_all_methods_and_each_name_once():
     assert (settings.streams, settings.methods) == (("permuted",), tuple(METHODS))
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "experiments.plasticity", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
+run = functools.partial(command, "experiments.plasticity")
 
 
 @pytest.mark.slow
 def test_a_bad_command_ends_with_one_line_and_code_2(tmp_path):
     for arguments in (["--tasks", "0"], ["--dataset", "cifar10", "--data-dir", str(tmp_path / "none")]):
-        ended = run(*arguments, "--out", str(tmp_path / "run"))
-        assert ended.returncode == 2
-        assert ended.stderr.startswith("error: ")
-        assert ended.stderr.count("\n") == 1
+        code, _, error = run(*arguments, "--out", str(tmp_path / "run"))
+        assert code == 2
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -326,8 +323,8 @@ def test_the_command_leaves_a_record_that_resumes(tmp_path):
     folder = tmp_path / "run"
     arguments = ["--methods", "relu", "revived", "--streams", "random_labels", "--tasks", "2", "--seeds", "2"]
     arguments += ["--widths", "equal_width", "--out", str(folder)]
-    ended = run(*arguments)
-    assert ended.returncode == 0, ended.stderr
+    code, _, error = run(*arguments)
+    assert code == 0, error
     whole = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     lines = [json.loads(text) for text in whole]
     assert [(each["row"], each["seed"]) for each in lines] == [
@@ -337,8 +334,8 @@ def test_the_command_leaves_a_record_that_resumes(tmp_path):
     assert page == plasticity_plots.markdown(json.loads((folder / "config.json").read_text(encoding="utf-8")), lines)
     assert (folder / "plasticity_equal_width.png").stat().st_size > 10_000
     (folder / "metrics.jsonl").write_text("\n".join(whole[:-1]) + "\n", encoding="utf-8")
-    assert run(*arguments).returncode == 0
+    assert run(*arguments)[0] == 0
     again = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(text) | {"seconds": 0} for text in again] == [each | {"seconds": 0} for each in lines]
-    other = run(*arguments, "--tasks", "3")
-    assert (other.returncode, "another protocol" in other.stderr) == (2, True)
+    code, _, error = run(*arguments, "--tasks", "3")
+    assert (code, "another protocol" in error) == (2, True)

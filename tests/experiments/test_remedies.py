@@ -1,9 +1,9 @@
 """The comparison of remedies and the claims: every row builds, records resume, tables come from lines alone."""
 
 import dataclasses
+import functools
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from experiments.remedies.net import NETS, Place, Stage
 from experiments.remedies.steps import VarianceStep
 from linked_jax.probe import observe
 from tests.cases import first_fast
-from tests.children import environment
+from tests.commands import command
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,26 +148,22 @@ def test_as_many_runs_are_done_as_are_planned(stress, learns, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_leaves_a_record_that_is_resumed(tmp_path):
-    command = [
-        sys.executable, "-m", "experiments.remedies", "--methods", "relu", "--nets", "four_conv",
-        "--seeds", "1", "--epochs", "1", "--time-steps", "2", "--out", str(tmp_path / "run"),
-    ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=500)
+    words = ["--methods", "relu", "--nets", "four_conv", "--seeds", 1, "--epochs", 1, "--time-steps", 2]
+    run = functools.partial(command, "experiments.remedies", *words, "--out", tmp_path / "run")
+    assert run()[0] == 0
     metrics = tmp_path / "run" / "metrics.jsonl"
     whole = metrics.read_text(encoding="utf-8").splitlines()
     assert {json.loads(each)["stress"] for each in whole} == {"none", *remedies_table.STRESSES}
     page = (tmp_path / "run" / "table.md").read_text(encoding="utf-8")
     assert (tmp_path / "run" / "remedies.png").stat().st_size > 10_000
     metrics.write_text("\n".join(whole[:-1]) + "\n", encoding="utf-8")
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=500)
+    assert run()[0] == 0
     again = metrics.read_text(encoding="utf-8").splitlines()
     assert len(again) == len(whole)
     assert json.loads(again[-1]) | {"seconds": 0} == json.loads(whole[-1]) | {"seconds": 0}
     assert (tmp_path / "run" / "table.md").read_text(encoding="utf-8") == page
-    other = subprocess.run(
-        [*command, "--epochs", "2"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500
-    )
-    assert (other.returncode, "another protocol" in other.stderr) == (2, True)
+    code, _, error = run("--epochs", 2)
+    assert (code, "another protocol" in error) == (2, True)
 
 
 @pytest.mark.parametrize(

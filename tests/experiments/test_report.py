@@ -3,10 +3,10 @@
 import base64
 import copy
 import csv
+import functools
 import io
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from experiments.engine import plots, tables
-from experiments.engine.errors import run_command
 from experiments.report import __main__ as report
+from tests.commands import in_this_process
 
 LAYERS = 3
 CONFIG = {
@@ -80,17 +80,9 @@ def the_groups(*folders):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
+def command(tmp_path):
     """The exit code, standard output and standard error of the command, run in tmp_path."""
-
-    def run(*arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            run_command(report.main)
-        return end.value.code, *capsys.readouterr()
-
-    return run
+    return functools.partial(in_this_process, report.main, folder=tmp_path)
 
 
 # --- what is averaged

@@ -1,8 +1,7 @@
 """The revival of a dead net: what is compared is what is said, and the tables come from lines alone."""
 
+import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -15,7 +14,7 @@ from experiments.engine.errors import UsageError
 from experiments.revive import __main__ as revive
 from experiments.revive import plots as revive_plots
 from experiments.revive import ways
-from tests.children import environment
+from tests.commands import command
 
 ROOT = Path(__file__).parents[2]
 TASK = ways.shifted(data_lib.load("digits"))
@@ -127,9 +126,7 @@ def test_bad_options_are_refused(options, said):
         revive.check(revive.Settings(**options))
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "experiments.revive", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
+run = functools.partial(command, "experiments.revive")
 
 
 def without_seconds(folder):
@@ -142,8 +139,8 @@ def without_seconds(folder):
 def test_the_command_leaves_a_record_that_resumes(tmp_path):
     folder = tmp_path / "run"
     arguments = ["--seeds", "1", "--harmful-epochs", "2", "--epochs", "1", "--out", str(folder)]
-    ended = run(*arguments)
-    assert ended.returncode == 0, ended.stderr
+    code, _, error = run(*arguments)
+    assert code == 0, error
     whole = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     lines = without_seconds(folder)
     assert len(lines) == len(ways.HARMS) * (1 + len(ways.WAYS))
@@ -154,7 +151,7 @@ def test_the_command_leaves_a_record_that_resumes(tmp_path):
     assert page == revive_plots.markdown(json.loads((folder / "config.json").read_text(encoding="utf-8")), lines)
     assert (folder / "revive.png").stat().st_size > 10_000
     (folder / "metrics.jsonl").write_text("".join(text + "\n" for text in whole.splitlines()[:-2]), encoding="utf-8")
-    assert run(*arguments).returncode == 0
+    assert run(*arguments)[0] == 0
     assert without_seconds(folder) == lines
-    other = run(*arguments, "--epochs", "2")
-    assert (other.returncode, "another protocol" in other.stderr, other.stderr.count("\n")) == (2, True, 1)
+    code, _, error = run(*arguments, "--epochs", "2")
+    assert (code, "another protocol" in error, error.count("\n")) == (2, True, 1)

@@ -1,5 +1,6 @@
 """Sweeps: which commands run, what is skipped, resumed and named as failed; one with a real process."""
 
+import functools
 import json
 import os
 import re
@@ -12,26 +13,17 @@ import pytest
 from filelock import FileLock
 
 from experiments import depth, sweep
-from experiments.engine.errors import run_command
 from experiments.engine.settings import recorded
+from tests.commands import in_this_process
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--dataset", "digits", "--depth", "2", "--epochs", "1", "--batch-size", "479"]
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
+def command(tmp_path):
     """The exit code, standard output and standard error of a sweep, run in tmp_path."""
-
-    def run(*arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("COLUMNS", "100")
-        monkeypatch.setattr(sys, "argv", ["sweep.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            run_command(sweep.main)
-        return end.value.code, *capsys.readouterr()
-
-    return run
+    return functools.partial(in_this_process, sweep.main, folder=tmp_path)
 
 
 class Process:
