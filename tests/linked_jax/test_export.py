@@ -103,3 +103,18 @@ def test_one_program_for_three_platforms_runs_on_this_one(link):
     exported = jax.export.export(jax.jit(link), platforms=["cpu", "cuda", "tpu"])(X)
     assert exported.platforms == ("cpu", "cuda", "tpu")
     np.testing.assert_array_equal(exported.call(X), jax.jit(link)(X))
+
+
+CONVS = {"narrow": (2, 3, 1), "wide": (32, 32, 1), "strided": (48, 48, 2)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONVS)
+def test_a_batch_may_be_left_open(name):
+    c, c_out, strides = CONVS[name]
+    layer = LinkedConv(c, c_out, (3, 3), strides=strides, rngs=nnx.Rngs(0))
+    (batch,) = jax.export.symbolic_shape("b")
+    open_batch = jax.ShapeDtypeStruct((batch, 6, 6, c), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda z: layer(z)))(open_batch)
+    z = np.random.default_rng(0).normal(size=(5, 6, 6, c)).astype(np.float32)
+    np.testing.assert_allclose(exported.call(z), layer(z), rtol=1e-4, atol=1e-4)
