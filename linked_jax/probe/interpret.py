@@ -18,7 +18,7 @@ from linked_jax.probe.names import module_of, named_calls
 from linked_jax.probe.recognise import activations
 from linked_jax.probe.regions import Region
 from linked_jax.probe.taps import Tap, all_times, is_tap, kept, measure, nothing_yet, together, whole
-from linked_jax.probe.values import CUSTOM, Atom, Graph, Op, Value, goes_on, is_float, loop_parts, shape_of, where_on
+from linked_jax.probe.values import CUSTOM, Atom, Graph, Op, Value, goes_on, has_steps, is_float, loop_parts, where_on
 
 Key = tuple[int, ...]
 """Where an activation begins: the number of the operation, after those of the operations that it is inside."""
@@ -104,7 +104,7 @@ class Trace:
 
     def evaluate(self, watch: "Watch") -> tuple[Any, Taps]:
         """The outputs and the taps; ValueError if the mask has steps that the model has not."""
-        if watch.mask is not None and watch.mask.ndim > 1 and not _has_steps(self.graph, *watch.mask.shape[:2]):
+        if watch.mask is not None and watch.mask.ndim > 1 and not has_steps(self.graph, *watch.mask.shape[:2]):
             n, steps = watch.mask.shape[:2]
             raise ValueError(
                 f"mask has {steps} steps, and no array in the model has an axis of {steps}; pass booleans ({n}, T), T "
@@ -144,14 +144,6 @@ class Gradients(NamedTuple):
 def with_gradients(taps: Taps, gradients: Mapping[Key, Gradients]) -> Taps:
     """The taps with these statistics, by their keys."""
     return Taps(taps | {key: dataclasses.replace(taps[key], **found._asdict()) for key, found in gradients.items()})
-
-
-def _has_steps(graph: Graph, n: int, steps: int) -> bool:
-    """Whether some value has an axis of the steps, or of samples and steps; else a mask would leave nothing out."""
-    values = [*graph.inputs, *(x for op in graph.ops for x in op.outputs)]
-    if any({steps, n * steps} & {*shape_of(x)} for x in values):
-        return True
-    return any(_has_steps(inner, n, steps) for op in graph.ops for inner in op.graphs)
 
 
 def _twice(x: Any) -> Any:

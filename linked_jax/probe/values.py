@@ -199,6 +199,14 @@ def where_on(on: Any, new: list[Any], old: list[Any]) -> list[Any]:
     return [jnp.where(on.reshape(on.shape + (1,) * (x.ndim - on.ndim)), x, y) for x, y in zip(new, old, strict=True)]
 
 
+def has_steps(graph: Graph, n: int, steps: int) -> bool:
+    """Whether some value has an axis of the steps, or of n samples and steps; else a mask would leave nothing out."""
+    values = [*graph.inputs, *(x for op in graph.ops for x in op.outputs)]
+    if any({steps, n * steps} & {*shape_of(x)} for x in values):
+        return True
+    return any(has_steps(inner, n, steps) for op in graph.ops for inner in op.graphs)
+
+
 def is_float(value: Value) -> bool:
     """Whether its elements are real floating-point numbers."""
     return jnp.issubdtype(getattr(value.aval, "dtype", bool), jnp.floating)

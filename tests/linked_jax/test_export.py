@@ -12,6 +12,7 @@ from linked_jax.activations import lk_gelu, lk_relu, lk_swish
 from linked_jax.layers import LinkedConv, LinkedLinear
 from linked_jax.learned import LinkedPReLU
 from linked_jax.linking import Link, fourier, min_max
+from tests.arrays import white
 from tests.cases import first_fast
 
 LINKS = {"lk_relu": lk_relu, "lk_swish": lk_swish, "lk_gelu": lk_gelu, "min_max": min_max, "fourier": fourier}
@@ -116,5 +117,5 @@ def test_a_batch_may_be_left_open(name):
     (batch,) = jax.export.symbolic_shape("b")
     open_batch = jax.ShapeDtypeStruct((batch, 6, 6, c), jnp.float32)
     exported = jax.export.export(jax.jit(lambda z: layer(z)))(open_batch)
-    z = np.random.default_rng(0).normal(size=(5, 6, 6, c)).astype(np.float32)
+    z = white(5, 6, 6, c)
     np.testing.assert_allclose(exported.call(z), layer(z), rtol=1e-4, atol=1e-4)
