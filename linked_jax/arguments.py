@@ -21,6 +21,13 @@ def brief(value: Any) -> str:
     return line if len(line) <= 100 else f"{line[:97]}..."
 
 
+def whole_number(name: str, value: Any) -> int:
+    """The value; TypeError if it is no integer."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} is an integer, got {brief(value)}; pass e.g. 3")
+    return int(value)
+
+
 def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
     """The value, an integer or several, as a tuple; TypeError if it is neither."""
     numbers = tuple(value) if isinstance(value, list | tuple) else (value,)

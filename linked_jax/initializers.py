@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from linked_jax.arguments import as_array
+from linked_jax.arguments import as_array, whole_number
 from linked_jax.linking import Activation, join, link_of
 from linked_jax.measurements import weights_of_z
 from linked_jax.moments import mean_square
@@ -289,7 +289,8 @@ def embed_plain_kernel(
 
 
 def check_groups(link: Activation, feature_group_count: int) -> None:
-    """Raise ValueError if a grouped convolution would put the members of a unit into different groups."""
+    """Raise ValueError if a grouped convolution would put the members of a unit into different groups, or TypeError."""
+    whole_number("feature_group_count", feature_group_count)
     if feature_group_count < 1:
         raise ValueError(f"feature_group_count is at least 1, got {feature_group_count}")
     if feature_group_count > 1 < link.arity and getattr(link, "layout", "blocked") != "interleaved":

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from linked_jax.activations import lk_relu
-from linked_jax.arguments import brief, whole_numbers
+from linked_jax.arguments import brief, whole_number, whole_numbers
 from linked_jax.convolution import conv_general_dilated
 from linked_jax.initializers import Initializer, Padding, check_groups, default_kernel_init
 from linked_jax.linking import Activation, floating
@@ -290,10 +290,8 @@ def _check_sizes(
     in_features: int, out_features: int, rngs: nnx.Rngs, paddings: Sequence[str] = _PADDINGS, **sizes: Any
 ) -> None:
     """Refuse what Flax would fail on later, or in words about its own layers."""
-    for features in (in_features, out_features):
-        if isinstance(features, list | tuple):
-            raise TypeError(f"in_features and out_features are integers, got {brief(features)}; pass counts")
-        whole_numbers("in_features or out_features", features)
+    for name, features in {"in_features": in_features, "out_features": out_features}.items():
+        whole_number(name, features)
     if min(in_features, out_features) < 1:
         raise ValueError(f"in_features and out_features are at least 1, got {in_features} and {out_features}")
     if not callable(getattr(rngs, "params", None)):

@@ -34,6 +34,15 @@ class _StartsAsItsLinkAsks(nn.Module):
     def _start(self) -> Initializer:
         raise NotImplementedError
 
+    @nn.nowrap
+    def _check_channels(self, z: Array, link: Activation, groups: int = 1) -> None:
+        """Refuse other channels than those at init, in z's own number: the kernel has d times as many rows."""
+        if self.has_variable("params", "kernel"):
+            kernel: Any = nn.unbox(self.get_variable("params", "kernel"))
+            if groups * kernel.shape[-2] != link.arity * z.shape[-1]:
+                channels = groups * kernel.shape[-2] // link.arity
+                raise ValueError(f"z has {channels} channels on its last axis, as at init, got shape {z.shape}")
+
 
 class LinkedDense(_StartsAsItsLinkAsks, nn.Dense):
     """A dense layer on linked pre-activations: z (..., C) -> f(z) K + b (..., features).
@@ -45,6 +54,7 @@ class LinkedDense(_StartsAsItsLinkAsks, nn.Dense):
         Wrap that one for a partitioned kernel: nn.with_partitioning(default_kernel_init(link), names).
 
     Raises:
+      ValueError: when called, if z has other channels than at init.
       TypeError: if link is not a link.
 
     Examples:
@@ -74,6 +84,7 @@ class LinkedDense(_StartsAsItsLinkAsks, nn.Dense):
     @nn.compact
     def __call__(self, z: Float[Array, "... c"]) -> Float[Array, "... c_out"]:
         """z (..., C) -> (..., features)."""
+        self._check_channels(z, self.link)
         return super().__call__(self.link(z))
 
 
@@ -90,7 +101,7 @@ class LinkedConv(_StartsAsItsLinkAsks, nn.Conv):
         `default_kernel_init` of the link and the geometry if None.
 
     Raises:
-      ValueError: if groups would split the members of a unit.
+      ValueError: if groups would split the members of a unit; when called, if z has other channels than at init.
       TypeError: if link is not a link.
 
     Examples:
@@ -127,6 +138,7 @@ class LinkedConv(_StartsAsItsLinkAsks, nn.Conv):
         """z (N, *space, C) -> (N, *space', features)."""
         if z.shape[-1] % self.feature_group_count:
             raise ValueError(f"{self.feature_group_count} groups divide the channels of z, got shape {z.shape}")
+        self._check_channels(z, self.link, self.feature_group_count)
         return super().__call__(self.link(z))
 
 

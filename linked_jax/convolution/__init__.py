@@ -130,7 +130,8 @@ def _form(x: Any, kernel: Any, at: Geometry) -> Any:
 def _covered(x: Any, kernel: Any, strides: Sequence[int], padding: Any, options: dict[str, Any]) -> Geometry | None:
     """The geometry of a convolution that may have a form here; None of any other."""
     numbers = options.get("dimension_numbers")
-    if numbers is None or not 3 <= x.ndim == kernel.ndim or not x.size:
+    is_known = all(isinstance(n, int) for n in (*x.shape, *kernel.shape))  # an export may leave the batch open
+    if numbers is None or not 3 <= x.ndim == kernel.ndim or not is_known or not x.size:
         return None
     numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, numbers)
     space = "DHW"[5 - x.ndim :]

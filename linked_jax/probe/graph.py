@@ -134,6 +134,8 @@ def _op(body: Jaxpr, equation: JaxprEqn, same: JaxprEqn | None, operands: list[A
         output.op = op
     if len(outputs) == 1 and from_data and (axes := axes_of(op)) and len(axes) == len(outputs[0].shape):
         outputs[0].axes = axes
+        if same is None and axes and any(f.is_unit for f in axes[0]):
+            outputs[0].samples = ()  # else they are along the first axis
     return op
 
 

@@ -18,7 +18,7 @@ from linked_jax.probe.names import module_of, named_calls
 from linked_jax.probe.recognise import activations
 from linked_jax.probe.regions import Region
 from linked_jax.probe.taps import Tap, all_times, is_tap, kept, measure, nothing_yet, together, whole
-from linked_jax.probe.values import CUSTOM, Atom, Graph, Op, Value, goes_on, loop_parts, shape_of
+from linked_jax.probe.values import CUSTOM, Atom, Graph, Op, Value, goes_on, has_steps, is_float, loop_parts, where_on
 
 Key = tuple[int, ...]
 """Where an activation begins: the number of the operation, after those of the operations that it is inside."""
@@ -104,7 +104,7 @@ class Trace:
 
     def evaluate(self, watch: "Watch") -> tuple[Any, Taps]:
         """The outputs and the taps; ValueError if the mask has steps that the model has not."""
-        if watch.mask is not None and watch.mask.ndim > 1 and not _has_steps(self.graph, *watch.mask.shape[:2]):
+        if watch.mask is not None and watch.mask.ndim > 1 and not has_steps(self.graph, *watch.mask.shape[:2]):
             n, steps = watch.mask.shape[:2]
             raise ValueError(
                 f"mask has {steps} steps, and no array in the model has an axis of {steps}; pass booleans ({n}, T), T "
@@ -144,14 +144,6 @@ class Gradients(NamedTuple):
 def with_gradients(taps: Taps, gradients: Mapping[Key, Gradients]) -> Taps:
     """The taps with these statistics, by their keys."""
     return Taps(taps | {key: dataclasses.replace(taps[key], **found._asdict()) for key, found in gradients.items()})
-
-
-def _has_steps(graph: Graph, n: int, steps: int) -> bool:
-    """Whether some value has an axis of the steps, or of samples and steps; else a mask would leave nothing out."""
-    values = [*graph.inputs, *(x for op in graph.ops for x in op.outputs)]
-    if any({steps, n * steps} & {*shape_of(x)} for x in values):
-        return True
-    return any(_has_steps(inner, n, steps) for op in graph.ops for inner in op.graphs)
 
 
 def _twice(x: Any) -> Any:
@@ -251,8 +243,10 @@ def _scan(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], Taps]:
 
 
 def scanned_data(op: Op) -> list[Value]:
-    """The data that a scan goes over."""
-    return [x for x in loop_parts(op, op.operands)[2] if isinstance(x, Value) and x.from_data]
+    """The data that a scan goes over; none where it goes over kernels too, for these are layers with data for each."""
+    values = [x for x in loop_parts(op, op.operands)[2] if isinstance(x, Value)]
+    has_kernels = any(len(x.shape) > 2 and not x.from_data and is_float(x) for x in values)
+    return [] if has_kernels else [x for x in values if x.from_data]
 
 
 def step_masks(op: Op, mask: Array | None) -> Array | None:
@@ -288,18 +282,26 @@ def _cond(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], dict[Ke
 
 
 def _while(op: Op, operands: list[Any], watch: Watch) -> tuple[list[Any], dict[Key, Any]]:
-    """The iterations of a loop are times of one layer; the gradient of an unbounded loop does not exist."""
+    """The iterations of a loop are times of one layer; the gradient of an unbounded loop does not exist.
+
+    Where a vmap over samples lets it end at other times for each, those that have ended do not count.
+    """
     consts, carry, _ = loop_parts(op, operands)
+    by_sample = any(isinstance(x, Value) and x.from_data and 0 in x.samples for x in loop_parts(op, op.operands)[1])
 
     def body(carry: list[Any]) -> tuple[list[Any], Taps]:
-        return _evaluate(op.graphs[0], [*consts, *carry], Watch(watch.mask))
+        on, mask = goes_on(op, operands, carry), watch.mask
+        if on.ndim and by_sample:
+            mask = on if mask is None else mask & on.reshape(on.shape + (1,) * (mask.ndim - on.ndim))
+        outputs, taps = _evaluate(op.graphs[0], [*consts, *carry], Watch(mask))
+        return where_on(on, outputs, carry), taps
 
     def step(state: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
         carry, taps = body(state[0])
         return carry, jax.tree.map(together, state[1], taps, is_leaf=is_tap)
 
     start = nothing_yet(jax.eval_shape(body, carry)[1])
-    carry, taps = jax.lax.while_loop(lambda state: goes_on(op, operands, state[0]), step, (carry, start))
+    carry, taps = jax.lax.while_loop(lambda state: goes_on(op, operands, state[0]).any(), step, (carry, start))
     return carry, taps
 
 

@@ -10,15 +10,31 @@ import flax.linen
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core.scope import DenyList
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Bound:
-    """A Linen module that is bound to its variables, as a pytree."""
+    """A Linen module that is bound to its variables and random streams, as a pytree."""
 
     module: Any = dataclasses.field(metadata={"static": True})
+    mutable: Any = dataclasses.field(metadata={"static": True})
     variables: Any
+    rngs: Any
+
+    @classmethod
+    def of(cls, model: flax.linen.Module) -> "_Bound":
+        """What `bind` was given."""
+        scope: Any = model.scope
+        mutable = scope.mutable if isinstance(scope.mutable, (bool, str, DenyList)) else tuple(scope.mutable)
+        rngs = {name: rng.as_jax_rng() for name, rng in scope.rngs.items()}
+        module, variables = model.unbind()
+        return cls(module, mutable, variables, rngs)
+
+    def bind(self) -> flax.linen.Module:
+        """The module again."""
+        return self.module.bind(self.variables, rngs=self.rngs, mutable=self.mutable)
 
 
 def split(model: Any) -> tuple[nnx.GraphDef[Any], Any]:
@@ -32,7 +48,7 @@ def split(model: Any) -> tuple[nnx.GraphDef[Any], Any]:
       Array([100., 900.], dtype=float32)
     """
     if isinstance(model, flax.linen.Module) and model.scope is not None:
-        model = _Bound(*model.unbind())
+        model = _Bound.of(model)
     if isinstance(model, functools.partial):
         model = jax.tree_util.Partial(model.func, *model.args, **model.keywords)
     return nnx.split([model])  # it takes any pytree, with modules in it and without
@@ -41,7 +57,7 @@ def split(model: Any) -> tuple[nnx.GraphDef[Any], Any]:
 def merge(static: nnx.GraphDef[Any], arrays: Any) -> Any:
     """The model of `split`, with other arrays; a copy."""
     (model,) = nnx.merge(static, arrays)
-    return model.module.bind(model.variables) if isinstance(model, _Bound) else model
+    return model.bind() if isinstance(model, _Bound) else model
 
 
 def check_model(model: Any, call: Callable[[Any, Any], Any] | None) -> None:

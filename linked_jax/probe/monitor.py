@@ -29,7 +29,7 @@ class Monitor:
       history: for each report {"step", "not_finite_first", "layers": [{"name", "dead", "drift", ...}]}, ready for JSON;
         of a layer it has its name and `LayerReport.scalars`. `linked_jax.probe.overview` makes a table of it.
       report: the last `Report`; None before the first. Its layers have a `drift` and the times for which units were
-        dead, `dead_checks` and `dead_share`.
+        dead, `dead_checks` and `dead_share`; these begin anew where a model has other layers than before.
       not_finite_first: the step of the first report with NaN or infinity in an activation, or NaN or inf in the outputs
         of the model, and where they come from, an `Origin`. It is sought once, when they appear, and slowly: operation
         by operation. None while all are finite.
@@ -73,6 +73,7 @@ class Monitor:
         self.history: list[dict[str, Any]] = []
         self.report: Report | None = None
         self.not_finite_first: tuple[int, Origin] | None = None
+        self._checks = 0  # of these layers
         self._probe = Probe(call, loss_fn, tau, mask)
 
     def __call__(self, step: int, model: Any) -> Report | None:
@@ -80,7 +81,10 @@ class Monitor:
         if step % self.every:
             return None
         report = self._probe(model, self.batches, explain=self.not_finite_first is None)
-        report = _after(self.report, report, len(self.history))
+        if self.report is None or _widths(self.report) != _widths(report):
+            self.report, self._checks = None, 0  # the first, or of a model that has changed its layers
+        report = _after(self.report, report, self._checks)
+        self._checks += 1
         if report.not_finite_first is not None:
             self.not_finite_first = int(step), report.not_finite_first
         self.history.append(record_of(step, report))
@@ -88,6 +92,10 @@ class Monitor:
         for writer in self.writers:
             writer(int(step), report)
         return report
+
+
+def _widths(report: Report) -> list[tuple[str, int]]:
+    return [(layer.name, layer.units) for layer in report.layers]
 
 
 def _after(before: Report | None, report: Report, checks: int) -> Report:

@@ -14,7 +14,18 @@ from linked_jax.probe.names import module_of
 from linked_jax.probe.recognise import activations, name_of
 from linked_jax.probe.regions import Region
 from linked_jax.probe.taps import kept
-from linked_jax.probe.values import CUSTOM, Atom, Graph, Op, Value, goes_on, inner_jaxprs, loop_parts, open_jaxpr
+from linked_jax.probe.values import (
+    CUSTOM,
+    Atom,
+    Graph,
+    Op,
+    Value,
+    goes_on,
+    inner_jaxprs,
+    loop_parts,
+    open_jaxpr,
+    where_on,
+)
 
 OUTPUTS = "the outputs of the model"
 _GRAVEST = ("NaN", "inf", "-inf")  # first: -inf may be a mask
@@ -200,6 +211,9 @@ def _stack(value: Value, steps: list[Marked], params: dict[str, Any]) -> Marked:
 
 def _while(op: Op, operands: list[Marked], mask: Array | None, index: str) -> list[Marked]:
     consts, carry, _ = loop_parts(op, operands)
-    while goes_on(op, [x for x, _ in operands], [x for x, _ in carry]):
-        carry = _walk(op.graphs[0], [*consts, *carry], mask, index)
+    while (on := goes_on(op, [x for x, _ in operands], [x for x, _ in carry])).any():
+        new = _walk(op.graphs[0], [*consts, *carry], mask, index)
+        values = where_on(on, [x for x, _ in new], [x for x, _ in carry])
+        origins = [a or b for (_, a), (_, b) in zip(new, carry, strict=True)]
+        carry = [(x, made if made and _not_finite(x) else None) for x, made in zip(values, origins, strict=True)]
     return carry

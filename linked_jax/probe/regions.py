@@ -7,11 +7,12 @@ pre-activation z. What leaves it and is not affine in z is an activation; a link
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import jax.numpy as jnp
 
 from linked_jax.probe.uses import MOVEMENT, Uses
-from linked_jax.probe.values import Graph, Op, Value, is_number
+from linked_jax.probe.values import Graph, Op, Value, is_float, is_number
 
 _AFFINE = {"add", "add_any", "sub", "neg", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint",
            "stop_gradient", "optimization_barrier", "transpose"}  # fmt: skip
@@ -100,7 +101,7 @@ class _Finder:
             self._begin(output)
             return
         (root,), (order,) = roots, orders
-        if _is_float(output) and not _is_float(root):  # pixels, labels
+        if _kind(output) not in (None, _kind(root)):  # pixels, labels; quantised, or to be transformed by Fourier
             self._begin(output)
             return
         permutation = op.equation.params["permutation"] if op.kind == "transpose" else range(len(order))
@@ -113,7 +114,7 @@ class _Finder:
     def regions(self, root: Value, values: list[Value]) -> Iterable[Region]:
         if not root.from_data or len(values) == 1:
             return
-        exits = [v for v in values if _is_float(v) and any(True for _ in self._outside(v))]
+        exits = [v for v in values if is_float(v) and any(True for _ in self._outside(v))]
         curved = [v for v in exits if self.core[v] is not root and not self._is_summed(v)]
         for group in self._links(curved):
             members = list(dict.fromkeys(map(self._member, group)))
@@ -196,18 +197,21 @@ class _Finder:
             assert v.op is not None
             on_all_ways[v] = set.intersection(*(on_all_ways[x] for x in v.op.data)) | {v}
         common = set.intersection(*(on_all_ways[v] for v in curved))
-        return [v for v in values if v in common and self.core[v] is root and _is_float(v)]
+        return [v for v in values if v in common and self.core[v] is root and is_float(v)]
 
 
-def _is_float(value: Value) -> bool:
-    return jnp.issubdtype(getattr(value.aval, "dtype", bool), jnp.floating)
+def _kind(value: Value) -> Any:
+    """Of numbers; None of truth values, which belong to the numbers that they are made of."""
+    dtype = getattr(value.aval, "dtype", bool)
+    kinds = (jnp.floating, jnp.complexfloating, jnp.integer)
+    return next((kind for kind in kinds if jnp.issubdtype(dtype, kind)), None)
 
 
 def _is_affine(op: Op) -> bool:
     """Whether the output is affine in the operands that are data."""
     kind, data = op.kind, op.data
     if kind == "convert_element_type":
-        return _is_float(op.outputs[0]) and _is_float(data[0])
+        return is_float(op.outputs[0]) and is_float(data[0])
     if kind == "mul":
         return len(data) == 1
     if kind == "div":

@@ -47,10 +47,11 @@ def probe(
     (N, H, W, C) -> (N, H*W*C) has C units. Experts, ensembles and seeds, made by vmap over parameters or by einsum,
     have units of their own. All else are samples and positions, and z of shape (N,) is one unit. To know the axes that
     grow, the model is traced a second time, for twice the batch; if it fails there, the samples are along the first
-    axis. A scan over layers gives a layer for each iteration; a scan over the data (time), or a while loop, gives one
-    layer. Each branch of a cond is a layer, without samples if it was never taken. `Report.not_seen` names the rest
-    that has activations inside (shard_map, a Pallas kernel), and what chooses between values by more than one of them
-    (the k largest, `jnp.piecewise`). What holds no jaxpr (a callback, a kernel in C) cannot be named.
+    axis. A scan over layers, whose kernels it goes over, gives a layer for each iteration; a scan over the data (time),
+    or a while loop, gives one layer. Each branch of a cond is a layer, without samples if it was never taken.
+    `Report.not_seen` names the rest that has activations inside (shard_map, a Pallas kernel), and what chooses between
+    values by more than one of them (the k largest, `jnp.piecewise`). What holds no jaxpr (a callback, a kernel in C)
+    cannot be named.
 
     The model is run as it is and is not changed: its batch statistics and random streams are copies. Call `.eval()`
     first, unless you want to see it train. One pass, in constant memory; one compile for each shape of a batch.
@@ -72,8 +73,8 @@ def probe(
 
     Raises:
       ValueError: if no activation is found, there is no batch, a batch is no array or pair or its arrays differ in N,
-        the loss is no scalar, the model cannot be called, the mask is of another shape or has steps that the model has
-        not, or tau is negative.
+        the loss is no scalar, the model cannot be called, the mask is of another shape, has steps that the model has
+        not or samples that a layer has not, or tau is negative.
 
     Examples:
       >>> import jax, jax.numpy as jnp

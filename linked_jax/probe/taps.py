@@ -117,6 +117,8 @@ def unstack(taps: Iterable[Tap]) -> list[Tap]:
 
 def all_times(tap: Tap) -> Tap:
     """The taps of one recurrent layer, stacked over all times, as one."""
+    if not len(tap.stats.count):
+        return nothing_yet(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tap))
     first, rest = jax.tree.map(lambda x: x[0], tap), jax.tree.map(lambda x: x[1:], tap)
     return jax.lax.scan(lambda a, b: (together(a, b), None), first, rest)[0]
 
@@ -131,8 +133,10 @@ def measure(region: Region, env: dict[Value, Any], mask: Array | None = None) ->
 
     The statistics need z, h = f(z) and f'(z); f is the operations of the region. See `kept` for the mask.
     """
-    by_unit = rows_of(region.z)
-    where = None if mask is None else by_unit(kept(region.z, mask))[:, 0]
+    by_unit, where = rows_of(region.z), None
+    if mask is not None:
+        _check_samples(region, mask)
+        where = by_unit(kept(region.z, mask))[:, 0]
 
     def f(z: Array) -> Array:
         inside = {region.z: z}
@@ -178,31 +182,58 @@ def rows_of(z: Value) -> Callable[[Array], Array]:
     return lambda x: x.reshape(sizes).transpose(units_last).reshape(-1, count)
 
 
-def _factors(z: Value) -> tuple[list[Factor], list[bool]]:
-    """Of all axes, in order, and which are of samples."""
-    axes = [(Factor(n, False),) if k in z.samples else z.axes[k] for k, n in enumerate(z.shape)]
+def _factors(z: Value, *, apart: bool = False) -> tuple[list[Factor], list[bool]]:
+    """Of all axes, in order, and which are of samples; apart: with those merged with them, where these are known."""
+    axes = []
+    for k, n in enumerate(z.shape):
+        known = math.prod(f.size for f in z.axes[k]) == n and not any(f.is_unit for f in z.axes[k])
+        axes.append(z.axes[k] if k not in z.samples or (apart and known) else (Factor(n, False),))
     return [f for axis in axes for f in axis], [k in z.samples for k, axis in enumerate(axes) for _ in axis]
 
 
 def kept(z: Value, mask: Array) -> Array:
     """A mask of samples and steps, (N, T), as one of the shape of z.
 
-    Its axes are those of z that are no units and have their sizes, in order; samples and steps may be one axis. Where
-    z has no axis of steps, for it was pooled over them, all of a sample count if one does.
+    Its axes are those of z that are no units and have their sizes, in order; those that a flatten has merged with the
+    samples come before others. Where z has no axis of steps, for it was pooled over them, all of a sample count if one
+    does.
     """
-    factors, of_samples = _factors(z)
-    if any(f.size == mask.size and not f.is_unit for f in factors):
-        mask = mask.reshape(-1)
+    factors, of_samples = _factors(z, apart=True)
+    mask, merged = _as_merged(mask, factors, of_samples), sum(of_samples) > len(z.samples)
     places: list[int] = []
     for i, size in enumerate(mask.shape):
         free = [k for k, f in enumerate(factors) if f.size == size and not f.is_unit and k not in places]
-        free.sort(key=lambda k: of_samples[k] == (i > 0))  # N and T may be equal
+        free.sort(key=lambda k: of_samples[k] == (i > 0 and not merged))  # N and T may be equal
         places.append(free[0] if free else -1)
     mask = mask.any(axis=tuple(k for k, place in enumerate(places) if place < 0))
     places = [place for place in places if place >= 0]
     sizes = [f.size for f in factors]
     shape = [size if k in places else 1 for k, size in enumerate(sizes)]
     return jnp.broadcast_to(mask.transpose(np.argsort(places)).reshape(shape), sizes).reshape(z.shape)
+
+
+def _as_merged(mask: Array, factors: list[Factor], of_samples: list[bool]) -> Array:
+    """The mask of an axis of samples that were merged with others, and no one knows how: they are taken to come first.
+
+    It is that of samples and steps, or of samples alone where z has steps elsewhere; each is repeated for the others.
+    """
+    rows = [f.size for f, along in zip(factors, of_samples, strict=True) if along]
+    if not mask.ndim or len(mask) in rows or not (rows := [size for size in rows if size % len(mask) == 0]):
+        return mask
+    elsewhere = [f.size for f, along in zip(factors, of_samples, strict=True) if not along and not f.is_unit]
+    if rows[0] == mask.size or (rows[0] % mask.size == 0 and mask.shape[-1] not in elsewhere):
+        mask = mask.reshape(-1)
+    return jnp.repeat(mask, rows[0] // len(mask), axis=0)
+
+
+def _check_samples(region: Region, mask: Array) -> None:
+    rows = [n for k, n in enumerate(region.z.shape) if k in region.z.samples]
+    if mask.ndim and rows and not any(n % len(mask) == 0 for n in rows):
+        where = region.ops[0].where
+        raise ValueError(
+            f"mask is of {len(mask)} samples, and {module_of(where.scope) or where.source or name_of(region)} has "
+            f"{rows[0]} rows, which are no multiple; pass mask=None, or call= a part of the model without that layer"
+        )
 
 
 def _with_slopes(f: Callable[[Array], Array], z: Array, region: Region) -> tuple[Array, Array]:

@@ -97,9 +97,20 @@ class Uses:
     def _averages(self, user: Op, value: Value) -> bool:
         """Whether all that it makes of a value ends in sums over samples: by elementwise operations and other sums."""
         if user.kind in REDUCTIONS and set(value.samples) & _reduced_axes(user, value):
-            return True
+            return not any(map(self._has_weights, user.outputs))  # a sum of points or nodes may be a feature
         passes = user.is_elementwise or user.kind in REDUCTIONS | MOVEMENT
         return passes and all(self._averaged[x] for x in user.outputs)
+
+    def _has_weights(self, total: Value) -> bool:
+        """Whether a sum over samples goes into a linear layer, and not back to the samples, as a norm's does."""
+        for op in self.of(total):
+            if op is None or any(x.samples for x in op.outputs):
+                continue
+            if op.kind in ("dot_general", "conv_general_dilated"):
+                return len(op.data) == 1
+            if (op.is_elementwise or op.kind in MOVEMENT) and any(map(self._has_weights, op.outputs)):
+                return True
+        return False
 
     def _sums_up(self, user: Op) -> bool:
         """The same of any sums."""

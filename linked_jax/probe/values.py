@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
@@ -186,9 +187,29 @@ def _of_equal_rank(outer: list[Any], inner: list[Any]) -> int:
 
 
 def goes_on(op: Op, operands: list[Any], carry: list[Any]) -> Any:
-    """Whether a while loop takes another step."""
+    """Whether a while loop takes another step, (); (B,) in a vmap over B, where it may go on for some alone."""
     cond, consts = op.equation.params["cond_jaxpr"], operands[: op.equation.params["cond_nconsts"]]
     return eval_jaxpr(cond.jaxpr, cond.consts, *consts, *carry)[0]
+
+
+def where_on(on: Any, new: list[Any], old: list[Any]) -> list[Any]:
+    """What a loop carries after a step: of those for which it has ended, what it carried before."""
+    if not on.ndim:
+        return new
+    return [jnp.where(on.reshape(on.shape + (1,) * (x.ndim - on.ndim)), x, y) for x, y in zip(new, old, strict=True)]
+
+
+def has_steps(graph: Graph, n: int, steps: int) -> bool:
+    """Whether some value has an axis of the steps, or of n samples and steps; else a mask would leave nothing out."""
+    values = [*graph.inputs, *(x for op in graph.ops for x in op.outputs)]
+    if any({steps, n * steps} & {*shape_of(x)} for x in values):
+        return True
+    return any(has_steps(inner, n, steps) for op in graph.ops for inner in op.graphs)
+
+
+def is_float(value: Value) -> bool:
+    """Whether its elements are real floating-point numbers."""
+    return jnp.issubdtype(getattr(value.aval, "dtype", bool), jnp.floating)
 
 
 def is_number(x: Atom) -> bool:

@@ -12,6 +12,7 @@ from linked_jax.activations import lk_gelu, lk_relu, lk_swish
 from linked_jax.layers import LinkedConv, LinkedLinear
 from linked_jax.learned import LinkedPReLU
 from linked_jax.linking import Link, fourier, min_max
+from tests.arrays import white
 from tests.cases import first_fast
 
 LINKS = {"lk_relu": lk_relu, "lk_swish": lk_swish, "lk_gelu": lk_gelu, "min_max": min_max, "fourier": fourier}
@@ -103,3 +104,18 @@ def test_one_program_for_three_platforms_runs_on_this_one(link):
     exported = jax.export.export(jax.jit(link), platforms=["cpu", "cuda", "tpu"])(X)
     assert exported.platforms == ("cpu", "cuda", "tpu")
     np.testing.assert_array_equal(exported.call(X), jax.jit(link)(X))
+
+
+CONVS = {"narrow": (2, 3, 1), "wide": (32, 32, 1), "strided": (48, 48, 2)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONVS)
+def test_a_batch_may_be_left_open(name):
+    c, c_out, strides = CONVS[name]
+    layer = LinkedConv(c, c_out, (3, 3), strides=strides, rngs=nnx.Rngs(0))
+    (batch,) = jax.export.symbolic_shape("b")
+    open_batch = jax.ShapeDtypeStruct((batch, 6, 6, c), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda z: layer(z)))(open_batch)
+    z = white(5, 6, 6, c)
+    np.testing.assert_allclose(exported.call(z), layer(z), rtol=1e-4, atol=1e-4)

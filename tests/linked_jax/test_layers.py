@@ -704,8 +704,14 @@ def test_features_are_integers(unchecked, features):
         lambda: LinkedConv(3, features, 3, rngs=nnx.Rngs(0)),
         lambda: LinkedConvTranspose(features, 3, 3, rngs=nnx.Rngs(0)),
     ):
-        with pytest.raises(TypeError, match=f"is an integer or .*, got {features!r}"):
+        with pytest.raises(TypeError, match=f"is an integer, got {features!r}"):
             make()
+
+
+@pytest.mark.parametrize("groups", [None, 2.0, (2,)])
+def test_groups_are_an_integer(unchecked, groups):
+    with pytest.raises(TypeError, match="feature_group_count is an integer, got"):
+        LinkedConv(4, 4, 3, feature_group_count=groups, rngs=nnx.Rngs(0))
 
 
 def test_strides_that_do_not_fit_the_kernel_are_refused():

@@ -179,6 +179,10 @@ def test_a_linen_net_trains():
     assert (variables["params"]["layers_1"]["link"]["positive"] != 0.25).all()
 
 
+def after_init(layer, channels, others):
+    return layer.apply(layer.init(KEY, white(2, 8, channels)), white(2, 8, others))
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("make", "error", "words"),
@@ -190,6 +194,9 @@ def test_a_linen_net_trains():
         (lambda: linen.LinkedConv(4, 3, feature_group_count=2), ValueError, "layout='interleaved'"),
         (lambda: linen.LinkedConv(4, 3, link=GROUPED, feature_group_count=2).init(KEY, white(2, 5, 3)), ValueError,
          "2 groups divide the channels of z, got shape"),
+        (lambda: after_init(linen.LinkedDense(3), 5, 6), ValueError, r"z has 5 channels .* got shape \(2, 8, 6\)"),
+        (lambda: after_init(linen.LinkedConv(4, 3, link=GROUPED, feature_group_count=2), 4, 8), ValueError,
+         "z has 4 channels on its last axis, as at init"),
         (lambda: linen.ChannelPReLU(share="pixel"), ValueError, "'pixel'"),
         (lambda: linen.LinkedPReLU(layout="sideways"), ValueError, "'sideways'"),
         (lambda: linen.ChannelPReLU().apply({"params": {"negative_slope": jnp.ones(3)}}, white(2, 1)), Exception,

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from linked_jax.activations import lk_relu, lk_swish
 from linked_jax.linking import Link
-from linked_jax.probe import Monitor, probe
+from linked_jax.probe import Monitor, observe, probe
 from tests.arrays import white
 from tests.linked_jax.probe.common import KILL, WEIGHTS, agrees, mean_of_squares, mlp, same
 from tests.linked_jax.probe.test_forms import surrogate_jvp, surrogate_vjp
@@ -141,3 +141,101 @@ def test_dropout_is_no_part_of_an_activation():
     (layer,) = probe(net, [X]).layers
     agrees(layer, net.layers[0](X))
     assert layer.activation == "relu"
+
+
+WEIGHT, READ_OUT = white(5, 4), white(4, 3, seed=1)
+DEAD = jnp.zeros(4).at[2].set(KILL)
+
+
+def hidden(x):
+    return jax.nn.relu(x @ WEIGHT + DEAD)
+
+
+def quantised(x):
+    codes = jnp.clip(jnp.round(hidden(x) * 20), -127, 127).astype(jnp.int8)
+    return jnp.einsum("nc,ck->nk", codes, jnp.ones((4, 3), jnp.int8), preferred_element_type=jnp.int32)
+
+
+def modulus_relu(x):
+    c = jax.lax.complex(x @ WEIGHT, x[:, ::-1] @ WEIGHT)
+    return (jax.nn.relu(jnp.abs(c) + DEAD) * c / jnp.abs(c)).real @ READ_OUT
+
+
+READ_BY = {
+    "a pool over points": (lambda x: hidden(x).max(0) @ READ_OUT, ["relu"]),
+    "a mean over nodes": (lambda x: (x @ x.T @ hidden(x)).mean(0) @ READ_OUT, ["relu"]),
+    "a scaled pool": (lambda x: jnp.tanh((2 * hidden(x).sum(0)[None] + 1) @ READ_OUT), ["relu", "tanh"]),
+    "a cast to integers": (quantised, ["unknown"]),
+    "a Fourier transform": (lambda x: jnp.fft.fft(hidden(x)).real @ READ_OUT, ["relu"]),
+    "complex numbers": (modulus_relu, ["relu"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+@pytest.mark.parametrize("name", READ_BY)
+def test_what_reads_an_activation_does_not_hide_it(name):
+    forward, names = READ_BY[name]
+    layers = probe(forward, [X]).layers
+    assert [layer.activation for layer in layers] == names
+    assert layers[0].dead.tolist() == [False, False, True, False]
+
+
+@pytest.mark.slow
+def test_a_loss_and_a_norm_over_the_batch_are_no_activations_still():
+    def net(x):
+        h = x @ WEIGHT
+        h = jax.nn.relu((h - h.mean(0)) / jnp.sqrt(jnp.square(h - h.mean(0)).mean(0) + 1e-5)) @ READ_OUT
+        return h, jnp.abs(h).mean(), jnp.logaddexp(0.0, -h).mean(0) * 2
+
+    assert [layer.activation for layer in probe(net, [X]).layers] == ["relu"]
+
+
+def conditioned(params, x):
+    """A scan over layers, each of which gets a scale of its own that is made of the data."""
+    scales = jnp.moveaxis((x @ params["scales"]).reshape(len(x), 3, 5), 1, 0)
+
+    def layer(h, each):
+        kernel, bias, scale = each
+        return jax.nn.relu(h @ kernel * (1 + 0.01 * scale) + bias), None
+
+    return jax.lax.scan(layer, x, (params["kernel"], params["bias"], scales))[0]
+
+
+@pytest.mark.slow
+def test_a_scan_over_kernels_is_one_over_layers_whatever_data_they_get():
+    bias = jnp.zeros((3, 5)).at[1, 2].set(KILL)
+    params = {"scales": white(5, 15), "kernel": white(3, 5, 5, seed=2), "bias": bias}
+    layers = probe(params, [X], call=conditioned).layers
+    assert [(layer.samples, layer.dead[2]) for layer in layers] == [(64, False), (64, True), (64, False)]
+
+
+def until_large(r):
+    def on(state):
+        return (state[0] < 3) & (state[1].sum() < 6)
+
+    return jax.lax.while_loop(on, lambda state: (state[0] + 1, jax.nn.relu(state[1] @ jnp.eye(5) + 0.5)), (0, r))
+
+
+@pytest.mark.slow
+def test_a_loop_that_ends_at_other_times_for_each_sample():
+    rows = jnp.zeros((4, 5)).at[:, 0].set(jnp.array([-10.0, 1.0, 5.0, 7.0]))
+    steps, outputs = jax.vmap(until_large)(rows)
+    assert steps.tolist() == [3, 2, 1, 0]
+    report = probe(lambda x: jax.vmap(until_large)(x), [rows])
+    assert [(layer.activation, layer.samples) for layer in report.layers] == [("relu", 6)]
+    (again, _), taps = observe(lambda _, x: (jax.vmap(until_large)(x)[1], 0), None, rows)
+    np.testing.assert_array_equal(again, outputs)
+    assert taps[0].stats.count == 6
+    monitor = Monitor([rows], every=1, call=lambda w, x: jax.vmap(until_large)(x / w))
+    monitor(0, 0.0)
+    assert monitor.not_finite_first[1].name == "div"
+
+
+@pytest.mark.slow
+def test_a_scan_over_no_data_counts_none():
+    def forward(x):
+        return jax.lax.scan(lambda h, x: (jnp.tanh(h + x), None), x @ WEIGHT, jnp.zeros((0, 64, 4)) * x[0, 0])[0]
+
+    (layer,) = probe(lambda x: jax.nn.relu(forward(x)), [X]).layers[1:]
+    assert layer.samples == 64

@@ -81,6 +81,42 @@ def test_a_recurrent_net_and_its_gradients():
     np.testing.assert_allclose(report.layers[0].gradient_mean_square, wanted, rtol=1e-4)
 
 
+FRAMES = white(2, 4, 8, 2, 3)
+OF_FRAMES = jnp.array([[1, 1, 0, 0], [0, 1, 0, 0]], bool)
+V = white(3, 5)
+KEPT = FRAMES[OF_FRAMES].reshape(-1, 3) @ V
+MERGED = {
+    "eight steps in all, and eight rows of pixels": lambda w, x: jax.nn.relu(x @ w),
+    "samples with steps": lambda w, x: jax.nn.relu(x.reshape(8, 8, 2, 3) @ w),
+    "with steps and pixels": lambda w, x: jax.nn.relu(x.reshape(-1, 3) @ w),
+    "with pixels before the steps": lambda w, x: jax.nn.relu(x.transpose(0, 3, 2, 1, 4).reshape(-1, 4, 3) @ w),
+    "with steps, time first": lambda w, x: jax.nn.relu(x.swapaxes(0, 1).reshape(-1, 3) @ w),
+    "one after the other": lambda w, x: jax.nn.relu(jnp.concatenate(list(x.reshape(2, -1, 3))) @ w),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+@pytest.mark.parametrize("name", MERGED)
+def test_steps_that_are_merged_with_samples_are_left_out(name):
+    (layer,) = probe(V, [FRAMES], call=MERGED[name], mask=lambda _: OF_FRAMES).layers
+    agrees(layer, KEPT)
+
+
+def test_samples_that_are_merged_with_others_are_left_out():
+    for mask in (jnp.array([False, True]), jnp.array([[False] * 4, [True] * 4])):
+        (layer,) = probe(V, [FRAMES], call=MERGED["with steps and pixels"], mask=lambda _, mask=mask: mask).layers
+        assert layer.samples == FRAMES[1].size / 3
+
+
+def test_a_mask_that_cannot_be_laid_on_a_layer_is_refused():
+    def with_one_more(w, x):
+        return jnp.tanh(jnp.concatenate([x, jnp.ones((1, 4))]) @ w)
+
+    with pytest.raises(ValueError, match=r"mask is of 6 samples, and .* has 7 rows, which are no multiple"):
+        probe(W, [X[:, 0]], call=with_one_more, mask=lambda _: MASK[:, 0])
+
+
 @pytest.mark.slow
 def test_a_mask_in_observe():
     _, (tap,) = jax.jit(lambda x: observe(lambda w, x: jnp.tanh(x @ w), W, x, mask=MASK))(PADDED)

@@ -138,6 +138,23 @@ def test_a_linen_net_has_its_scopes_for_names():
     agrees(report.layers[1], state["intermediates"]["head"]["Dense_0"]["__call__"][0], [jnp.tanh])
 
 
+@pytest.mark.slow
+def test_a_bound_linen_net_keeps_its_random_streams_and_what_it_may_change():
+    class Net(flax.linen.Module):
+        @flax.linen.compact
+        def __call__(self, x):
+            z = flax.linen.BatchNorm(use_running_average=False)(flax.linen.Dense(4)(x))
+            return flax.linen.relu(flax.linen.Dropout(0.5, deterministic=False)(z))
+
+    x, keys = white(8, 5), {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    net = Net().bind(Net().init(keys, x), rngs={"dropout": jax.random.key(2)}, mutable=["batch_stats"])
+    before = jax.tree.map(np.asarray, net.variables)
+    dropped = probe(net, [x]).layers[0].mean
+    np.testing.assert_array_equal(dropped, probe(net, [x]).layers[0].mean)  # the streams are copies
+    assert (dropped != 0).any()
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, net.variables))
+
+
 @pytest.mark.parametrize("layout", ["blocked", "interleaved"])
 @pytest.mark.slow
 def test_linked_convolutions(layout):

@@ -81,6 +81,16 @@ def test_a_branch_that_was_not_taken_changes_nothing():
     assert [layer["dead_share"] for layer in relus] == [1.0, 1.0, 1.0, 1.0]
 
 
+def test_a_model_that_grows_begins_anew():
+    monitor = Monitor([jnp.ones((4, 3))], every=1, call=lambda w, x: jax.nn.relu(x @ w))
+    for step, (units, sign) in enumerate([(2, -1.0), (2, -1.0), (5, -1.0), (5, 1.0)]):
+        monitor(step, jnp.full((3, units), sign))
+    found = [entry["layers"][0] for entry in monitor.history]
+    assert [layer["drift"] for layer in found] == [None, 0.0, None, 6.0]
+    assert [layer["dead_checks"] for layer in found] == [1.0, 2.0, 1.0, 0.0]
+    assert [layer["dead_share"] for layer in found] == [1.0, 1.0, 1.0, 0.5]
+
+
 @pytest.mark.slow
 def test_a_monitor_of_infinite_values_stays_ready_for_json():
     monitor = Monitor([white(8, 4)], every=1, call=lambda w, x: jax.nn.relu(x / w))

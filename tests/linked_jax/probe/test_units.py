@@ -75,6 +75,15 @@ def test_a_model_of_one_batch_size_is_looked_at_still():
 
 
 @pytest.mark.slow
+def test_units_on_the_first_axis_of_a_model_of_one_batch_size():
+    def forward(w, x):
+        return jax.nn.relu(jnp.einsum("nd,kd->kn", x.reshape(32, 6), w) + jnp.zeros((len(w), 1)))
+
+    (layer,) = probe(MATRIX, ROWS[:2], call=forward).layers
+    agrees(layer, jnp.concatenate(ROWS[:2]) @ MATRIX.T)
+
+
+@pytest.mark.slow
 def test_slopes_of_each_channel():
     prelu = ChannelPReLU(3)
     prelu.negative_slope[...] = jnp.array([0.0, 0.001, 2.0])
