@@ -50,7 +50,7 @@ def prelu(z: Float[Array, "..."], negative_slope: Float[ArrayLike, "..."]) -> Fl
     slope = as_array(negative_slope).astype(z.dtype)
     if 0 < slope.ndim < z.ndim:
         slope = like(slope, z)
-    return jnp.where(z > 0, z, slope * z)
+    return jnp.where(z > 0, z, slope * jnp.where(z > 0, 0, z))  # 0 * inf in the derivative for a slope would be NaN
 
 
 def linked_prelu(
@@ -117,9 +117,9 @@ def smooth_leaky(
 
 def _gelu(z: Array) -> Array:
     # Beyond |z| = 10 the tanh is exactly +-1, so gelu is exactly max(z, 0); jax.nn.gelu computes z**3 there and its
-    # derivative becomes 0 * inf.
-    inside = jnp.abs(z) < 10
-    return jnp.where(inside, jax.nn.gelu(jnp.where(inside, z, 0)), jnp.where(z > 0, z, 0))
+    # derivative becomes 0 * inf. NaN is not outside, and stays NaN.
+    outside = jnp.abs(z) >= 10
+    return jnp.where(outside, jnp.where(z > 0, z, 0), jax.nn.gelu(jnp.where(outside, 0, z)))
 
 
 _gelu.__name__ = "gelu"  # as a link and a report show it

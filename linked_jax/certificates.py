@@ -183,8 +183,12 @@ def _derivatives(link: Callable, dtype: np.dtype) -> Callable[[Array], list[Arra
         h = jax.eval_shape(lambda z: link(z), z)
     except jax.errors.TracerArrayConversionError as error:
         raise TypeError(f"certify needs a function built from jax.numpy, got NumPy's {brief(link)}") from error
-    except jax.errors.ConcretizationTypeError as error:
-        raise TypeError(f"certify needs a function that jax.jit can trace, got {brief(link)}, which cannot") from error
+    except (jax.errors.ConcretizationTypeError, ValueError) as error:
+        if isinstance(error, ValueError) and "truth value of an array" not in str(error):
+            raise
+        raise TypeError(
+            f"certify needs a function that jax.jit can trace, got {brief(link)}; write jnp.where(z > 0, ...) for an if"
+        ) from error
     shape = getattr(h, "shape", None)
     if shape is None or shape[:-1] != (8,) or not _keeps_rows_apart(link, shape[-1]):
         raise ValueError(

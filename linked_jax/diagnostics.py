@@ -8,7 +8,7 @@ mean is NaN. `not_finite_units` finds it.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -146,19 +146,28 @@ def combine(a: UnitStatistics, b: UnitStatistics) -> UnitStatistics:
 
     Reference: Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983.
     """
-    count = a.count + b.count
-    share = b.count / jnp.maximum(count, 1)
-    delta = b.mean - a.mean
+    count, share, delta, mean = combined_mean(a, b)
     return UnitStatistics(
         count=count,
         live=a.live | b.live,
         steepest=jnp.maximum(a.steepest, b.steepest),
         negative=a.negative | b.negative,
         active=a.active + b.active,
-        mean=a.mean + delta * share,
+        mean=mean,
         m2=a.m2 + b.m2 + delta**2 * a.count * share,
         magnitude=a.magnitude + b.magnitude,
     )
+
+
+def combined_mean(a: Any, b: Any) -> tuple[Array, Array, Array, Array]:
+    """n, n_b / n, delta and the mean of two batches with a count and a mean; see `combine`.
+
+    delta is 0 where one has no data, or the means are equal: infinite ones too, of which inf - inf would make NaN.
+    """
+    count = a.count + b.count
+    share = b.count / jnp.maximum(count, 1)
+    delta = jnp.where((a.count > 0) & (b.count > 0) & (a.mean != b.mean), b.mean - a.mean, 0)
+    return count, share, delta, jnp.where(a.count > 0, a.mean + delta * share, b.mean)
 
 
 def live_units(h: Float[Array, "... c_linked"], *, arity: int = 1, layout: Layout = "blocked") -> Bool[Array, " c"]:

@@ -54,9 +54,10 @@ def log_histogram(x: Float[Array, "*n"], *, where: Bool[Array, "..."] | None = N
       >>> [(float(edge), int(n)) for edge, n in zip(bin_edges()[1:], counts) if n]
       [(-2.0, 1), (9.094947017729282e-13, 1), (2.0, 2)]
     """
-    x = wide(x)
+    x = wide(as_array(x))
     where = jnp.ones((), bool) if where is None else as_array(where)
-    if where.dtype != bool or jnp.broadcast_shapes(where.shape, x.shape) != x.shape:
+    pairs = zip(reversed(where.shape), reversed(x.shape), strict=False)
+    if where.dtype != bool or where.ndim > x.ndim or any(n not in (1, m) for n, m in pairs):
         raise ValueError(f"where has booleans that broadcast to {x.shape}, got {where.dtype} of shape {where.shape}")
     kept = ~jnp.isnan(x) & where
     info = jnp.finfo(x.dtype)

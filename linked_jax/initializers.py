@@ -37,13 +37,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from linked_jax.arguments import as_array, whole_number
+from linked_jax.arguments import as_array, whole_number, whole_numbers
 from linked_jax.linking import Activation, join, link_of
 from linked_jax.measurements import weights_of_z
 from linked_jax.moments import mean_square
 
 Initializer = Callable[..., Array]
 Padding = str | int | np.integer | Sequence[Any]
+PADDINGS = ("SAME", "VALID", "CAUSAL", "CIRCULAR", "REFLECT", "SAME_LOWER")
 """As Flax' convolutions take it: a name, rows, or rows or (low, high) for each axis."""
 
 _READ_OUT_TOLERANCE = 1e-6
@@ -97,8 +98,8 @@ def variance_preserving(
       init(key, shape, dtype) for a kernel of shape (*window, d*C_in / G, C_out).
 
     Raises:
-      ValueError: if groups would split the members of a unit; by the init, if d does not divide the input channels
-        or G the output channels.
+      ValueError: if groups would split the members of a unit, or a stride is below 1; by the init, if d does not divide
+        the input channels or G the output channels.
 
     Examples:
       >>> import jax
@@ -109,6 +110,7 @@ def variance_preserving(
     link = link_of(link)
     scale = gain(link)
     check_groups(link, feature_group_count)
+    _check_strides(strides)
 
     def init(
         key: PRNGKeyArray, shape: Sequence[int], dtype: Any = jnp.float32
@@ -173,15 +175,16 @@ def looks_linear(
       strides: those of the convolution, an integer or one per spatial axis.
       feature_group_count: the number of groups G that the convolution splits the channels into.
       transpose: whether the kernel is that of a transposed convolution.
-      padding: the convolution's, which says where in the window the first rows of the image are.
+      padding: the convolution's, which says where in the window the first rows of the image are; that of a transposed
+        convolution is taken for SAME.
       kernel_dilation: the convolution's, an integer or one per spatial axis; it matters where padding is in numbers.
 
     Returns:
       init(key, shape, dtype) for a kernel of shape (*window, d*C_in / G, C_out).
 
     Raises:
-      ValueError: if the link has no read-out (elu, selu, tanh, relu unlinked), or groups would split the members of a
-        unit; by the init, if the shape does not fit.
+      ValueError: if the link has no read-out (elu, selu, tanh, relu unlinked), groups would split the members of a
+        unit, a stride is below 1 or the padding unknown; by the init, if the shape does not fit.
 
     Reference: Balduzzi et al., The shattered gradients problem, 2017; Xiao et al., Dynamical isometry and a mean field
     theory of CNNs, 2018 (the delta in space). The treatment of strides is ours.
@@ -196,6 +199,9 @@ def looks_linear(
     link = link_of(link)
     coefficients = read_out(link)
     check_groups(link, feature_group_count)
+    _check_strides(strides)
+    if isinstance(padding, str) and padding.upper() not in PADDINGS:
+        raise ValueError(f"padding is one of {', '.join(PADDINGS)}, or numbers, got {padding!r}")
 
     def init(
         key: PRNGKeyArray, shape: Sequence[int], dtype: Any = jnp.float32
@@ -298,6 +304,11 @@ def check_groups(link: Activation, feature_group_count: int) -> None:
             f"{feature_group_count} groups split a unit's members in the blocked layout of {link!r}; build the link "
             f"with layout='interleaved'"
         )
+
+
+def _check_strides(strides: int | Sequence[int]) -> None:
+    if min(whole_numbers("strides", strides), default=0) < 1:
+        raise ValueError(f"strides are at least 1, got {strides}")
 
 
 def _unit_columns(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from linked_jax.activations import lk_relu
 from linked_jax.arguments import brief, whole_number, whole_numbers
 from linked_jax.convolution import conv_general_dilated
-from linked_jax.initializers import Initializer, Padding, check_groups, default_kernel_init
+from linked_jax.initializers import PADDINGS, Initializer, Padding, check_groups, default_kernel_init
 from linked_jax.linking import Activation, floating
 
 
@@ -277,7 +277,6 @@ def check_link(link: Activation) -> Activation:
     return link
 
 
-_PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
 _TRANSPOSED = ("SAME", "VALID", "CIRCULAR")
 
 
@@ -287,7 +286,7 @@ def _plain(size: Any) -> Any:
 
 
 def _check_sizes(
-    in_features: int, out_features: int, rngs: nnx.Rngs, paddings: Sequence[str] = _PADDINGS, **sizes: Any
+    in_features: int, out_features: int, rngs: nnx.Rngs, paddings: Sequence[str] = PADDINGS, **sizes: Any
 ) -> None:
     """Refuse what Flax would fail on later, or in words about its own layers."""
     for name, features in {"in_features": in_features, "out_features": out_features}.items():

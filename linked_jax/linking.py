@@ -223,13 +223,13 @@ def from_the_right(g: Member) -> Member:
 
     The derivative is taken at z + 2 tiny [z == 0]. The shift is added, not substituted, so that the chain
     rule still sees z and second derivatives survive. Denormals count as zero, since compilers may flush them to zero
-    in g and not here; not those of float16, which are computed as ordinary float32 numbers: there tiny is the least of
-    them, for 2 tiny of the normal ones, 1.2e-4, would show in sums of g's derivatives for parameters.
+    in g and not here; not those of float16 and float8, which are computed as ordinary float32 numbers: there tiny is
+    the least of them, for 2 tiny of the normal ones, 1.2e-4, would show in sums of g's derivatives for parameters.
     """
 
     def shifted(z: Array) -> Array:
-        is_half, numbers = z.dtype == jnp.float16, jnp.finfo(z.dtype)
-        tiny = numbers.smallest_subnormal if is_half else numbers.tiny
+        is_small, numbers = z.dtype == jnp.float16 or z.dtype.itemsize == 1, jnp.finfo(z.dtype)
+        tiny = numbers.smallest_subnormal if is_small else numbers.tiny
         is_zero = jnp.abs(z) < tiny
         return _value_of_derivative_of(g(z), g(z + 2 * float(tiny) * is_zero.astype(z.dtype)))
 

@@ -22,6 +22,8 @@ from linked_jax.arguments import brief
 from linked_jax.members import Member, formula, member_key
 
 Answer = TypeVar("Answer")
+_KEPT = 256
+"""Members whose answers are kept, and with them what their closures hold; each takes a compile to measure again."""
 
 _UNMEASURABLE = (
     TypeError,  # g is not hashable, closes over traced values (JAX' errors are TypeErrors), or has no forward mode
@@ -49,7 +51,7 @@ def _measured(otherwise: Any) -> Callable[[Callable[..., Answer]], Callable[...,
     """A question that is asked once of each hashable member; `otherwise` answers for one that cannot be measured."""
 
     def decorate(question: Callable[..., Answer]) -> Callable[..., Answer]:
-        cached = functools.lru_cache(maxsize=4096)(question)
+        cached = functools.lru_cache(maxsize=_KEPT)(question)
 
         @functools.wraps(question)
         def ask(member: Member) -> Answer:
@@ -90,7 +92,8 @@ def is_elementwise(member: Member) -> bool:
 
 
 _PLACES = (4, 6)
-_MIXING = ("cum", "sort", "rev", "dot", "conv_", "gather", "scatter", "dynamic", "fft", "reduce", "triangular", "while")
+_MIXING = ("cum", "sort", "rev", "dot", "conv_", "gather", "scatter", "dynamic", "fft", "reduce", "triangular", "while",
+           "top_k", "approx_top_k", "pad")  # fmt: skip
 
 
 def keeps_apart(f: Member, shape: tuple[int, ...], here: Any) -> bool:
@@ -120,6 +123,16 @@ def _is_elementwise(equation: Any) -> bool:
     return not equation.primitive.name.startswith(_MIXING) and (set(made) == {_PLACES} or set(given) <= {()})
 
 
+@_measured(otherwise=False)
+def has_branches(member: Member) -> bool:
+    """Whether it asks for the truth of z in Python, with an if or a while, which JAX cannot trace."""
+    try:
+        jax.eval_shape(member, jax.ShapeDtypeStruct((), jnp.float32))
+    except jax.errors.TracerBoolConversionError:
+        return True
+    return False
+
+
 def check_member(member: Any) -> None:
     """TypeError if it is no hashable function of JAX or has arrays of its own, ValueError if it is not elementwise."""
     if not callable(member) or isinstance(member, type):
@@ -141,6 +154,10 @@ def check_member(member: Any) -> None:
         raise TypeError(
             f"every member of a link is hashable, got {name}; define __hash__, or make its dataclass frozen"
         ) from None
+    if has_branches(member):
+        raise TypeError(
+            f"every member of a link is traced by JAX, got {name} with an if on z; write jnp.where(z > 0, ...)"
+        )
     if not is_elementwise(member):
         raise ValueError(f"a link's members are elementwise and keep z's shape, got {name}; pass e.g. jax.nn.relu")
 
@@ -181,7 +198,7 @@ def _slopes(member: Member, *, rtol: float, atol: float) -> tuple[float, float] 
     return (a, b) if close(positive, a * z) and close(negative, -b * z) else None
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=_KEPT)
 def weights_of_z(members: tuple[Member, ...]) -> tuple[Float[np.ndarray, " d"], float]:
     """The weights that read z back from its members, and by how much the best weights miss z.
 

@@ -126,7 +126,7 @@ def member_name(member: Any) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(member))
 
 
-def formula(member: Member) -> str:
+def formula(member: Member, z: str = "z") -> str:
     """The member applied to z, in words.
 
     >>> import functools, jax
@@ -135,8 +135,8 @@ def formula(member: Member) -> str:
     'leaky_relu(-z, negative_slope=0.1)'
     """
     if isinstance(member, Mirrored):
-        return formula(member.g).replace("(z", "(-z", 1)
+        return formula(member.g, "-z" if z == "z" else "z")
     if not isinstance(member, functools.partial):
-        return f"{member_name(member)}(z)"
-    arguments = [*map(member_name, member.args), *(f"{key}={member_name(v)}" for key, v in member.keywords.items())]
-    return f"{member_name(member.func)}({', '.join(['z', *arguments])})"
+        return f"{member_name(member)}({z})"
+    named = (f"{key}={member_name(value)}" for key, value in member.keywords.items())
+    return f"{member_name(member.func)}({', '.join([*map(member_name, member.args), z, *named])})"

@@ -65,7 +65,7 @@ def _known(name: str) -> str:
         raise TypeError(f"an activation has a name such as 'lk_relu', got {brief(name)}; make a link: Link((g,))")
     known = SYNONYMS.get(name, name)
     if known not in ACTIVATION_NAMES:
-        nearest = difflib.get_close_matches(name, [*ACTIVATION_NAMES, *SYNONYMS], n=1, cutoff=0.0)
+        nearest = difflib.get_close_matches(name.lower(), [*ACTIVATION_NAMES, *SYNONYMS], n=1, cutoff=0.0)
         names = ", ".join(sorted(ACTIVATION_NAMES))
         raise ValueError(f"no activation {name!r}; did you mean {nearest[0]!r}? The names are: {names}")
     return known

@@ -9,8 +9,10 @@ from typing import Any
 
 import optax
 
+from linked_jax.arrays import Number, is_number
 
-def inverse_time_decay(init_value: float, decay: float) -> optax.Schedule:
+
+def inverse_time_decay(init_value: Number, decay: Number) -> optax.Schedule:
     """Keras' `decay`: the rate falls with the inverse of the number of updates.
 
         lr(count) = init_value / (1 + decay * count)
@@ -24,6 +26,7 @@ def inverse_time_decay(init_value: float, decay: float) -> optax.Schedule:
 
     Raises:
       ValueError: if init_value is not positive and finite, or decay is negative or not finite.
+      TypeError: if one is no number.
 
     Examples:
       >>> from linked_jax.schedules import inverse_time_decay
@@ -33,11 +36,14 @@ def inverse_time_decay(init_value: float, decay: float) -> optax.Schedule:
 
     Reference: keras/optimizers.py, Keras 2.0 (2017).
     """
-    if not 0 < init_value < math.inf:
+    for name, value in {"init_value": init_value, "decay": decay}.items():
+        if not is_number(value) and not hasattr(value, "dtype"):
+            raise TypeError(f"{name} is a number, got {value!r}; pass e.g. 0.01")
+    if is_number(init_value) and not 0 < init_value < math.inf:
         raise ValueError(
             f"init_value is positive and finite, got {init_value!r}; pass the rate at the start, e.g. 0.01"
         )
-    if not 0 <= decay < math.inf:
+    if is_number(decay) and not 0 <= decay < math.inf:
         raise ValueError(f"decay is finite and at least 0, got {decay!r}; pass 0.0 for a constant rate")
 
     def schedule(count: Any) -> Any:

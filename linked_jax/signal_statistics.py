@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from linked_jax.arguments import as_array
 from linked_jax.arrays import wide
-from linked_jax.diagnostics import UnitStatistics, kept_rows
+from linked_jax.diagnostics import UnitStatistics, combined_mean, kept_rows
 
 
 class ActivationShift(NamedTuple):
@@ -175,7 +176,7 @@ def feature_moments(h: Float[Array, "n k"], *, where: Bool[Array, " n"] | None =
       A `FeatureMoments`.
 
     Raises:
-      ValueError: if where does not fit.
+      ValueError: if h has other than two axes, or where does not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -184,7 +185,9 @@ def feature_moments(h: Float[Array, "n k"], *, where: Bool[Array, " n"] | None =
       Array([[2., 0.],
              [0., 0.]], dtype=float32)
     """
-    h = wide(h)
+    h = wide(as_array(h))
+    if h.ndim != 2:
+        raise ValueError(f"features are of shape (n, k), got {h.shape}; pass h.reshape(-1, h.shape[-1])")
     rows = kept_rows(where, h)
     count = rows.sum(dtype=h.dtype)
     mean = h.sum(axis=0, where=rows) / jnp.maximum(count, 1)
@@ -202,11 +205,9 @@ def combine_features(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:
       >>> combine_features(*halves).scatter
       Array([[2.]], dtype=float32)
     """
-    count = a.count + b.count
-    share = b.count / jnp.maximum(count, 1)
-    delta = b.mean - a.mean
+    count, share, delta, mean = combined_mean(a, b)
     scatter = a.scatter + b.scatter + jnp.outer(delta, delta) * a.count * share
-    return FeatureMoments(count, a.mean + delta * share, scatter)
+    return FeatureMoments(count, mean, scatter)
 
 
 def effective_rank(features: FeatureMoments) -> Float[Array, ""]:

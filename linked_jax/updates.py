@@ -56,5 +56,6 @@ def _ratio(update: Array, weight: Array) -> Float[Array, ""]:
 def _norm(x: Array) -> Float[Array, ""]:
     x = wide(jnp.abs(x))
     largest = x.max(initial=0)
-    unit = jnp.where((largest == 0) | ~jnp.isfinite(largest), 1, largest)
+    most = jnp.finfo(x.dtype).max / 8  # of more the reciprocal, by which XLA may divide, is denormal
+    unit = jnp.where((largest == 0) | ~jnp.isfinite(largest), 1, jnp.minimum(largest, most))
     return unit * jnp.sqrt(jnp.square(x / unit).sum())

@@ -189,3 +189,19 @@ def test_smooth_leaky_is_its_formula_and_its_mirror_reads_z_back(slope):
     assert float(jax.grad(smooth_leaky)(0.0, slope)) == pytest.approx((1 + slope) / 2)
     mirror = linked(functools.partial(smooth_leaky, negative_slope=slope))
     np.testing.assert_allclose(read_out(mirror), [1 / (1 + slope), -1 / (1 + slope)], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", first_fast(["gelu", "lk_gelu", *ACTIVATIONS]))
+def test_nan_goes_in_and_comes_out(name):
+    values = ACTIVATIONS[name](jnp.array([[jnp.nan, 1.0]]))
+    assert jnp.isnan(values).sum() == ACTIVATIONS[name].arity
+    assert not jnp.isnan(ACTIVATIONS[name](jnp.array([[0.0, 30.0]]))).any()
+
+
+def test_the_derivative_of_gelu_at_nan_is_nan():
+    assert jnp.isnan(jax.jacobian(ACTIVATIONS["gelu"])(jnp.nan))
+
+
+def test_the_slope_of_an_infinite_z_gets_no_nan():
+    for z, wanted in ((jnp.inf, 0.0), (-jnp.inf, -jnp.inf), (0.0, 0.0), (-2.0, -2.0)):
+        assert jax.grad(prelu, argnums=1)(jnp.array(z), 0.25) == wanted

@@ -224,6 +224,7 @@ def test_a_link_that_is_not_callable_is_refused():
         (lambda z: jnp.concatenate([jax.nn.relu(z - z.mean(0)), -z], -1), ValueError, "each row on its own, got <lam"),
         (lambda z: jnp.concatenate([-z, jnp.cumsum(z, 0)], -1), ValueError, "each row on its own"),
         (lambda z: z if z.sum() > 0 else 0 * z, TypeError, "that jax.jit can trace, got <lambda>"),
+        (lambda z: z if z > 0 else -z, TypeError, r"that jax.jit can trace, got <lambda>; write jnp.where"),
         (lambda z: (z > 0).astype(jnp.int32), TypeError, "floating-point outputs, got <lambda> with int32"),
         (np.tanh, TypeError, "from jax.numpy, got NumPy's tanh"),
         (LinkedPReLU, TypeError, "LinkedPReLU"),

@@ -23,7 +23,7 @@ from linked_jax.diagnostics import (
     unit_statistics,
 )
 from linked_jax.linking import Link, fourier, linked
-from linked_jax.signal_statistics import feature_moments
+from linked_jax.signal_statistics import combine_features, feature_moments
 from linked_jax.slopes import slope_statistics
 from tests.cases import first_fast
 
@@ -353,6 +353,27 @@ def test_an_output_alone_may_not_be_finite():
     z = jnp.zeros((2, 1))
     assert not_finite_units(unit_statistics(z, jnp.array([[0.0], [jnp.inf]]), z)).all()
     assert not not_finite_units(unit_statistics(z, z, z)).any()
+
+
+def nothing_like(statistics):
+    return jax.tree.map(jnp.zeros_like, statistics)
+
+
+@pytest.mark.parametrize("z", [1e20, jnp.inf, -jnp.inf])
+def test_no_data_and_more_of_the_same_change_no_verdict(z):
+    for link in (relu, linked(jnp.tanh)):
+        one = statistics(link, jnp.full((3, 2), z))
+        for stats in (combine(one, nothing_like(one)), combine(nothing_like(one), one), combine(one, one)):
+            np.testing.assert_array_equal(stats.mean, one.mean)
+            np.testing.assert_array_equal(stats.m2, one.m2)
+            for verdict in (dead_units, dead_links, not_finite_units):
+                np.testing.assert_array_equal(verdict(stats), verdict(one))
+    features = feature_moments(jnp.full((3, 2), 1e17).at[0].set(0))
+    for both in (
+        combine_features(features, nothing_like(features)),
+        combine_features(nothing_like(features), features),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, both, features)
 
 
 def test_nan_is_no_verdict():

@@ -70,7 +70,13 @@ def test_edges_are_powers_of_two_in_rising_order():
     assert edges[-2] == 2.0**HIGHEST
 
 
-@pytest.mark.parametrize("where", [jnp.array([1, 0, 2]), jnp.ones((2, 3), bool)])
+@pytest.mark.parametrize("where", [jnp.array([1, 0, 2]), jnp.ones((2, 3), bool), jnp.ones(2, bool)])
 def test_a_mask_that_does_not_fit_is_refused(where, unchecked):
     with pytest.raises(ValueError, match="where has booleans"):
         log_histogram(jnp.ones(3), where=where)
+
+
+def test_numpys_float64_is_counted_as_jax_has_it(unchecked):
+    x = np.array([1.0, 3.0, -5.0, 1e-3])
+    for given in (x, x.tolist()):
+        np.testing.assert_array_equal(log_histogram(given), log_histogram(jnp.array(x, jnp.float32)))

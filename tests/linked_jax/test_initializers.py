@@ -674,3 +674,17 @@ def test_a_module_is_taken_for_the_link_that_it_starts_as(unchecked, call):
     if callable(found):
         found, wanted = found(KEY, (4, 3)), wanted(KEY, (4, 3))
     np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("make", [looks_linear, variance_preserving])
+@pytest.mark.parametrize(
+    ("strides", "error"), [(0, ValueError), ((2, 0), ValueError), (None, TypeError), (1.5, TypeError)]
+)
+def test_strides_are_whole_and_positive(unchecked, make, strides, error):
+    with pytest.raises(error, match="strides"):
+        make(lk_relu, strides=strides)
+
+
+def test_a_padding_has_a_known_name():
+    with pytest.raises(ValueError, match=r"padding is one of SAME, .*, or numbers, got 'SAM'"):
+        looks_linear(lk_relu, padding="SAM")

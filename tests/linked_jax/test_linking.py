@@ -272,6 +272,17 @@ def test_linked_unwraps_links_of_one_member():
             (lambda: linked(jnp.sin, axis=True), TypeError, "axis is an integer, got True"),
             (lambda: linked(jnp.sin, axis=None), TypeError, "axis is an integer, got None"),
             (lambda: linked(jnp.sin, layout="rows"), ValueError, "'interleaved', got 'rows'"),
+            (
+                lambda: linked(lambda z: z if z > 0 else -z),
+                TypeError,
+                r"with an if on z; write jnp.where\(z > 0, ...\)",
+            ),
+            (lambda: linked(lambda z: jax.lax.top_k(z, z.shape[-1])[0]), ValueError, "members are elementwise"),
+            (
+                lambda: linked(lambda z: jax.lax.pad(z, 0.0, [(0, 0, 0)] * (z.ndim - 1) + [(1, -1, 0)])),
+                ValueError,
+                "members are elementwise",
+            ),
         ]
     ),
 )
@@ -317,7 +328,7 @@ class FrozenLeaky:
         (linked(jax.nn.relu).__call__, ValueError, "elementwise"),
         (np.tanh, TypeError, "built from jax.numpy, got NumPy's tanh(z); pass jax.numpy's"),
         (np.sinc, TypeError, "NumPy's sinc(z)"),
-        (functools.partial(np.maximum, 0), TypeError, "NumPy's maximum(z, 0)"),
+        (functools.partial(np.maximum, 0), TypeError, "NumPy's maximum(0, z)"),
         (Leaky(), TypeError, "is hashable, got Leaky.*frozen"),
         (nnx.PReLU(), TypeError, "got PReLU with arrays of its own; .*LinkedPReLU"),
         (nnx.BatchNorm(3, rngs=nnx.Rngs(0)), TypeError, "got BatchNorm with arrays"),

@@ -60,6 +60,12 @@ def test_slopes_need_the_number_of_features(name):
     assert get_activation(name, 3) is not get_activation(name, 3)  # each layer has its own slopes
 
 
+@pytest.mark.parametrize(("name", "meant"), [("ReLU", "relu"), ("LK-ReLU", "lk_relu"), ("lk_gleu", "lk_gelu")])
+def test_a_wrong_name_is_answered_with_the_nearest(name, meant):
+    with pytest.raises(ValueError, match=f"no activation '{name}'; did you mean '{meant}'"):
+        get_activation(name)
+
+
 def test_the_table_holds_links_whatever_is_imported():
     assert {type(link) for link in ACTIVATIONS.values()} == {Link}
     assert set(ACTIVATION_NAMES) == {*ACTIVATIONS, "prelu", "lk_prelu"}

@@ -56,6 +56,16 @@ def test_bad_settings_are_refused_when_the_schedule_is_built(init_value, decay, 
         inverse_time_decay(init_value, decay)
 
 
+@pytest.mark.parametrize(("init_value", "decay"), [(None, 1.0), ("0.1", 0.1), (0.1, None)])
+def test_numbers_are_numbers(init_value, decay, unchecked):
+    with pytest.raises(TypeError, match=r"(init_value|decay) is a number, got (None|'0.1'); pass"):
+        inverse_time_decay(init_value, decay)
+
+
+def test_the_rate_may_be_traced():
+    np.testing.assert_allclose(jax.jit(lambda lr: inverse_time_decay(lr, 0.5)(2))(1.0), 0.5)
+
+
 def test_a_schedule_does_not_retrace():
     traces = []
     schedule = inverse_time_decay(0.1, 1e-3)

@@ -36,6 +36,12 @@ def test_no_square_overflows_or_underflows(scale):
     np.testing.assert_allclose(RATIOS(u, w), 0.1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("ratio", [jax.jit(update_ratios), update_ratios], ids=["jit", "eager"])
+def test_norms_near_the_largest_float_are_measured(ratio):
+    u, w = jnp.full(4, 1e35), jnp.full(4, 1e38)
+    np.testing.assert_allclose([ratio(u, w), ratio(w, w), ratio(w, u)], [1e-3, 1, 1e3], rtol=1e-6)
+
+
 def test_nan_and_infinity_are_not_hidden():
     assert np.isnan(RATIOS(jnp.array([jnp.nan, 1.0]), jnp.ones(2)))
     assert not np.isfinite(RATIOS(jnp.array([jnp.inf, 1.0]), jnp.ones(2)))
