@@ -44,8 +44,8 @@ from linked_jax.moments import mean_square
 
 Initializer = Callable[..., Array]
 Padding = str | int | np.integer | Sequence[Any]
-PADDINGS = ("SAME", "VALID", "CAUSAL", "CIRCULAR", "REFLECT", "SAME_LOWER")
 """As Flax' convolutions take it: a name, rows, or rows or (low, high) for each axis."""
+PADDINGS = ("SAME", "VALID", "CAUSAL", "CIRCULAR", "REFLECT", "SAME_LOWER")
 
 _READ_OUT_TOLERANCE = 1e-6
 
@@ -295,7 +295,7 @@ def embed_plain_kernel(
 
 
 def check_groups(link: Activation, feature_group_count: int) -> None:
-    """Raise ValueError if a grouped convolution would put the members of a unit into different groups, or TypeError."""
+    """TypeError if there is no whole number of groups, ValueError if they would split the members of a unit."""
     whole_number("feature_group_count", feature_group_count)
     if feature_group_count < 1:
         raise ValueError(f"feature_group_count is at least 1, got {feature_group_count}")

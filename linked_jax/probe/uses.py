@@ -106,8 +106,8 @@ class Uses:
         for op in self.of(total):
             if op is None or any(x.samples for x in op.outputs):
                 continue
-            if op.kind in ("dot_general", "conv_general_dilated"):
-                return len(op.data) == 1
+            if op.kind in ("dot_general", "conv_general_dilated") and len(op.data) == 1:
+                return True
             if (op.is_elementwise or op.kind in MOVEMENT) and any(map(self._has_weights, op.outputs)):
                 return True
         return False
