@@ -31,6 +31,21 @@ def is_whole(record: records.Record, runs: Sequence[tuple[Cell, Sequence[int]]])
     return len(done) == sum(len(seeds) for _, seeds in runs)
 
 
+def whole_runs(record: records.Record, runs: Sequence[tuple[Cell, Sequence[int]]]) -> tuple[int, int]:
+    """How many of the first runs are whole, and how many lines they have: these stay where no checkpoint is left."""
+    axes, epochs = record.config["axes"], record.config["settings"]["epochs"]
+    first, lines = 0, 0
+    for cell, seeds in runs:
+        own = {(seed, *(cell[axis] for axis in axes)) for seed in seeds}
+        end = lines
+        while end < len(record.lines) and (record.lines[end]["seed"], *map(record.lines[end].get, axes)) in own:
+            end += 1
+        if len({line["seed"] for line in record.lines[lines:end] if tables.is_last(line, epochs)}) < len(seeds):
+            break
+        first, lines = first + 1, end
+    return first, lines
+
+
 def check_data(folder: Path, begun_on: Mapping[str, Any], data: data_lib.Dataset) -> None:
     """Refuse another data set than the run's."""
     if begun_on["fingerprint"] != data.fingerprint:
