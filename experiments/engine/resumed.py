@@ -31,7 +31,7 @@ def is_whole(record: records.Record, runs: Sequence[tuple[Cell, Sequence[int]]])
     return len(done) == sum(len(seeds) for _, seeds in runs)
 
 
-def whole_runs(record: records.Record, runs: Sequence[tuple[Cell, Sequence[int]]]) -> tuple[int, int]:
+def finished(record: records.Record, runs: Sequence[tuple[Cell, Sequence[int]]]) -> tuple[int, int]:
     """How many of the first runs are whole, and how many lines they have: these stay where no checkpoint is left."""
     axes, epochs = record.config["axes"], record.config["settings"]["epochs"]
     first, lines = 0, 0

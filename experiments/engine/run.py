@@ -137,16 +137,13 @@ class _Run:
 
     def _train_all(self, checkpoints: Checkpoints, interrupts: Interrupts) -> None:
         saved = processes.everywhere(checkpoints.load)
-        whole = resumed.whole_runs(self.record, self.runs)
-        first, lines = (saved.facts["run"], saved.facts["lines"]) if saved else whole
+        first, lines = (saved.facts["run"], saved.facts["lines"]) if saved else resumed.finished(self.record, self.runs)
         resumed.check_lines(self.record, lines)
         if first == len(self.runs) or (not saved and resumed.is_whole(self.record, self.runs)):
             self.console.say(f"the run {self.folder} is complete")
             return
         if self.record.lines and not saved:
-            self.console.say(
-                f"no checkpoint is left: {first} of {len(self.runs)} runs are whole; the next begins again"
-            )
+            self.console.say(f"no checkpoint is left: {first} of {len(self.runs)} runs are whole, the next begins anew")
         self.record.keep(lines)
         latest: Callable[[], training.Snapshot] | None = None
         for number, (cell, seeds) in enumerate(self.runs[first:], start=first):

@@ -132,7 +132,7 @@ def test_without_a_checkpoint_a_run_that_is_not_whole_begins_again_and_says_so(f
     shutil.rmtree(folder / "checkpoint")
     code, out, error = command("--resume", folder)
     assert (code, error) == (0, "")
-    assert "no checkpoint is left: 0 of 2 runs are whole; the next begins again" in out
+    assert "no checkpoint is left: 0 of 2 runs are whole, the next begins anew" in out
     same(folder, whole_here)
 
 
@@ -144,7 +144,7 @@ def test_without_a_checkpoint_whole_runs_stay(command, whole_here, tmp_path):
     (folder / "metrics.jsonl").write_text("".join(lines[:6]), encoding="utf-8")  # of the second net two of four
     code, out, error = command("--resume", folder)
     assert (code, error) == (0, "")
-    assert "no checkpoint is left: 1 of 2 runs are whole; the next begins again" in out
+    assert "no checkpoint is left: 1 of 2 runs are whole, the next begins anew" in out
     assert (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:4] == lines[:4]
     same(folder, whole_here)
 
