@@ -14,10 +14,11 @@ import pytest
 
 from experiments import allcnn, depth, width
 from experiments.engine.checkpoints import Checkpoints
-from experiments.engine.errors import InterruptedRunError, run_command
+from experiments.engine.errors import InterruptedRunError
 from experiments.engine.interrupts import Ended, Interrupts
 from experiments.engine.records import Record
 from experiments.engine.run import run as run_table
+from tests import commands
 
 SMALL = shlex.split(
     "--dataset digits --depth 1 --width 2 --act lk_relu_bn --lr 0.01 0.02 --epochs 4 --batch-size 479 --augment"
@@ -25,18 +26,13 @@ SMALL = shlex.split(
 EVERY_STEP = ["--checkpoint-every", "0"]
 
 
-def in_this_process(*arguments, table=depth.TABLE):
-    """The exit code."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(sys, "argv", [table.name, *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            run_command(lambda: run_table(table))
-    return end.value.code
+def run(*arguments, table=depth.TABLE):
+    """The exit code, standard output and standard error of a table's command."""
+    return commands.in_this_process(lambda: run_table(table), *arguments)
 
 
 def metrics(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in commands.metrics(folder)]
 
 
 def saved(folder):
@@ -51,17 +47,6 @@ def same(folder, whole):
     ours, theirs = saved(folder), saved(whole)
     assert len(ours) == len(theirs) > 10
     assert ours == theirs
-
-
-@pytest.fixture
-def command(capsys):
-    """The exit code, standard output and standard error of a table's command."""
-
-    def run(*arguments, table=depth.TABLE):
-        code = in_this_process(*arguments, table=table)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def signalled_at(monkeypatch, number, signum):
@@ -82,7 +67,7 @@ def interrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "interrupted"
     with pytest.MonkeyPatch.context() as monkeypatch:
         signalled_at(monkeypatch, 4, signal.SIGTERM)
-        assert in_this_process(*SMALL, *EVERY_STEP, "--out", folder) == 143
+        assert run(*SMALL, *EVERY_STEP, "--out", folder)[0] == 143
     assert len(metrics(folder)) == 1
     return folder
 
@@ -91,7 +76,7 @@ def interrupted(tmp_path_factory):
 def whole_here(tmp_path_factory):
     """The same run in this process, beside runs that are interrupted in this process."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert in_this_process(*SMALL, "--out", folder) == 0
+    assert run(*SMALL, "--out", folder)[0] == 0
     return folder
 
 
@@ -102,47 +87,47 @@ def folder(interrupted, tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_is_interrupted_again_and_ends_as_if_nothing_had_been(
-    folder, command, monkeypatch, whole_here
+    folder, monkeypatch, whole_here
 ):
     with monkeypatch.context() as signalling:
         signalled_at(signalling, 9, signal.SIGINT)
-        code, _, error = command("--resume", folder, *EVERY_STEP)
+        code, _, error = run("--resume", folder, *EVERY_STEP)
     assert code == 130
     again = shlex.join(["python", "-m", "experiments.depth", "--resume", str(folder), "--checkpoint-every", "0.0"])
     assert error == f"interrupted by SIGINT. The run is saved; resume it with: {again}\n"
     assert len(metrics(folder)) == 4  # after the last step of the second net's first epoch, before its line
-    assert command(*shlex.split(again)[3:])[::2] == (0, "")
+    assert run(*shlex.split(again)[3:])[::2] == (0, "")
     same(folder, whole_here)
 
     before = saved(folder), metrics(folder), (folder / "config.json").read_bytes()
-    code, out, error = command("--resume", folder)
+    code, out, error = run("--resume", folder)
     assert (code, error) == (0, "")
     assert f"the run {folder} is complete" in out
     assert (saved(folder), metrics(folder), (folder / "config.json").read_bytes()) == before
 
     shutil.rmtree(folder / "checkpoint")  # as in a record that was kept without it
-    code, out, error = command("--resume", folder)
+    code, out, error = run("--resume", folder)
     assert (code, error) == (0, "")
     assert f"the run {folder} is complete" in out
     assert metrics(folder) == before[1]
 
 
 @pytest.mark.slow
-def test_without_a_checkpoint_a_run_that_is_not_whole_begins_again_and_says_so(folder, command, whole_here):
+def test_without_a_checkpoint_a_run_that_is_not_whole_begins_again_and_says_so(folder, whole_here):
     shutil.rmtree(folder / "checkpoint")
-    code, out, error = command("--resume", folder)
+    code, out, error = run("--resume", folder)
     assert (code, error) == (0, "")
     assert "no checkpoint is left: 0 of 2 runs are whole, the next begins anew" in out
     same(folder, whole_here)
 
 
 @pytest.mark.slow
-def test_without_a_checkpoint_whole_runs_stay(command, whole_here, tmp_path):
+def test_without_a_checkpoint_whole_runs_stay(whole_here, tmp_path):
     folder = shutil.copytree(whole_here, tmp_path / "run")
     shutil.rmtree(folder / "checkpoint")
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(lines[:6]), encoding="utf-8")  # of the second net two of four
-    code, out, error = command("--resume", folder)
+    code, out, error = run("--resume", folder)
     assert (code, error) == (0, "")
     assert "no checkpoint is left: 1 of 2 runs are whole, the next begins anew" in out
     assert (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:4] == lines[:4]
@@ -194,11 +179,11 @@ REFUSED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_go_on_is_refused_in_one_line(case, folder, command):
+def test_what_cannot_go_on_is_refused_in_one_line(case, folder):
     damage, why = REFUSED[case]
     damage(folder)
     before = (folder / "metrics.jsonl").read_bytes()
-    code, _, error = command("--resume", folder)
+    code, _, error = run("--resume", folder)
     assert code == 2
     assert re.fullmatch(r"error: .*\n", error)
     assert why in error
@@ -208,10 +193,10 @@ def test_what_cannot_go_on_is_refused_in_one_line(case, folder, command):
 
 
 @pytest.mark.slow
-def test_a_record_is_gone_on_with_by_its_own_table_and_as_it_is(folder, command, tmp_path):
-    assert "is a run of depth, not of width" in command("--resume", folder, table=width.TABLE)[2]
+def test_a_record_is_gone_on_with_by_its_own_table_and_as_it_is(folder, tmp_path):
+    assert "is a run of depth, not of width" in run("--resume", folder, table=width.TABLE)[2]
     for options in (["--epochs", "9"], ["--out", tmp_path / "other"], ["--preset", "quick"], ["--seeds", "2"]):
-        code, _, error = command("--resume", folder, *options)
+        code, _, error = run("--resume", folder, *options)
         assert code == 2
         assert re.fullmatch(
             rf"error: --resume takes the settings .*, got {options[0]} too; leave {options[0]} out\n", error
@@ -219,30 +204,30 @@ def test_a_record_is_gone_on_with_by_its_own_table_and_as_it_is(folder, command,
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("mine")
     for other in ("nowhere", "file", "empty"):
-        code, _, error = command("--resume", tmp_path / other)
+        code, _, error = run("--resume", tmp_path / other)
         assert code == 2
         assert re.fullmatch(r"error: .*\n", error)
     assert sorted(path.name for path in tmp_path.rglob("*") if folder not in (path, *path.parents)) == ["empty", "file"]
 
 
-def test_a_run_that_is_held_is_let_alone(folder, command):
+def test_a_run_that_is_held_is_let_alone(folder):
     holder = Record.reopen(folder)
     try:
         for option in ("--resume", "--out"):
-            code, _, error = command(option, folder)
+            code, _, error = run(option, folder)
             assert code == 2
             assert f"is being written by process {os.getpid()} on " in error
         holder.add({"epoch": 2})
     finally:
         holder.close()
     assert len(metrics(folder)) == 2
-    code, _, error = command("--out", folder, "--dataset", "digits")
+    code, _, error = run("--out", folder, "--dataset", "digits")
     assert (code, "resume it with --resume" in error) == (2, True)
 
 
-def test_a_schedule_that_does_not_fit_leaves_nothing(command, tmp_path):
+def test_a_schedule_that_does_not_fit_leaves_nothing(tmp_path):
     options = ["--preset", "quick", "--width", "2", "--epochs", "2", "--batch-size", "1437"]
-    code, _, error = command(*options, "--out", tmp_path / "run", table=allcnn.TABLE)
+    code, _, error = run(*options, "--out", tmp_path / "run", table=allcnn.TABLE)
     assert code == 2
     assert re.fullmatch(r"error: --schedule step: .*\n", error)
     assert list(tmp_path.iterdir()) == []
