@@ -23,14 +23,6 @@ def settings_of(experiment: Experiment, folder: Path, config: Mapping[str, Any],
         raise UsageError(f"the settings in {folder}/{folders.CONFIG} are damaged ({error}); start anew") from error
 
 
-def is_whole(record: records.Record, runs: Sequence[tuple[Cell, Sequence[int]]]) -> bool:
-    """Whether each net and seed has its last epoch, or diverged."""
-    axes, epochs = record.config["axes"], record.config["settings"]["epochs"]
-    ends = [line for line in record.lines if tables.is_last(line, epochs)]
-    done = {(line["seed"], *(line[axis] for axis in axes)) for line in ends}
-    return len(done) == sum(len(seeds) for _, seeds in runs)
-
-
 def finished(record: records.Record, runs: Sequence[tuple[Cell, Sequence[int]]]) -> tuple[int, int]:
     """How many of the first runs are whole, and how many lines they have: these stay where no checkpoint is left."""
     axes, epochs = record.config["axes"], record.config["settings"]["epochs"]

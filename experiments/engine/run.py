@@ -139,7 +139,7 @@ class _Run:
         saved = processes.everywhere(checkpoints.load)
         first, lines = (saved.facts["run"], saved.facts["lines"]) if saved else resumed.finished(self.record, self.runs)
         resumed.check_lines(self.record, lines)
-        if first == len(self.runs) or (not saved and resumed.is_whole(self.record, self.runs)):
+        if first == len(self.runs):
             self.console.say(f"the run {self.folder} is complete")
             return
         if self.record.lines and not saved:
