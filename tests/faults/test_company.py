@@ -18,7 +18,7 @@ from experiments.engine import environment as environment_of_runs
 from experiments.engine import folders
 from experiments.report.stored import read_records
 from tests.children import ROOT, environment, finish, start
-from tests.experiments.engine.test_resume import in_this_process
+from tests.experiments.engine.test_resume import run as run_here
 from tests.faults.test_kills import left
 
 pytestmark = pytest.mark.slow
@@ -94,7 +94,8 @@ def test_a_clock_that_jumps_back(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: started.timestamp() - 7200 * next(looks))
     monkeypatch.chdir(tmp_path)
     for _ in range(2):  # the second one's folder is named after an earlier time
-        assert in_this_process(*TINY, "--checkpoint-every", "0") == 0
+        code, _, _ = run_here(*TINY, "--checkpoint-every", "0")
+        assert code == 0
     second, first = sorted((tmp_path / "runs").iterdir())
     assert left(first) == left(second)
     told = json.loads((first / "config.json").read_text(encoding="utf-8"))["time"]

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import depth
 from experiments.engine import loop
 from experiments.engine.records import read_lines
 from tests.children import finish, start
-from tests.experiments.engine.test_resume import in_this_process
+from tests.experiments.engine.test_resume import run as run_here
 
 pytestmark = pytest.mark.slow
 fault = pytest.mark.fault
@@ -46,7 +45,8 @@ def test_memory_and_open_files_do_not_grow(tmp_path):
 def test_nothing_is_compiled_again(tmp_path):
     def programs(epochs):
         loop.step.clear_cache()
-        assert in_this_process(*TINY, "30", "--epochs", epochs, "--out", tmp_path / str(epochs), table=depth.TABLE) == 0
+        code, _, _ = run_here(*TINY, "30", "--epochs", epochs, "--out", tmp_path / str(epochs))
+        assert code == 0
         return loop.step._cache_size()
 
     assert programs(1) == programs(30) == 2  # one for whole batches, one for the last of an epoch
@@ -55,7 +55,8 @@ def test_nothing_is_compiled_again(tmp_path):
 @fault("length", "a record of 200,000 lines is read and reported")
 def test_a_long_record(tmp_path):
     run, count = tmp_path / "runs" / "long", 200_000
-    assert in_this_process(*TINY, "64", "--epochs", "1", "--out", run, table=depth.TABLE) == 0
+    code, _, _ = run_here(*TINY, "64", "--epochs", "1", "--out", run)
+    assert code == 0
     config = json.loads((run / "config.json").read_text())
     for part in ("settings", "protocol"):
         config[part]["epochs"] = count
