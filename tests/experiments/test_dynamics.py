@@ -23,6 +23,7 @@ from linked_jax import (
     lk_relu,
     lk_tanh,
 )
+from tests.children import ROOT
 from tests.commands import command, in_this_process, metrics
 
 MODULE = "experiments.dynamics"
