@@ -1,9 +1,9 @@
-"""All benchmarks that this machine can run, one after the other, each in a process of its own.
+"""The benchmarks that this machine can run, one after the other, each in a process of its own.
 
     python -m benchmarks
     python -m benchmarks --rounds 5 --out runs/benchmarks
 
-The second is quicker, and keeps the records.
+The second is quicker, and keeps the records. Not among them: `benchmarks.scaling`, which is about many devices.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ ALL: tuple[tuple[str, ...], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Run all benchmarks that this machine can."""
+    """Run the benchmarks that this machine can."""
 
     rounds: int | None = None
     """Timed rounds of each; by default its own number."""
@@ -64,6 +64,10 @@ def why_not(name: str, options: Sequence[str]) -> str | None:
 def main() -> None:
     """Run them, and say which were left out or failed."""
     settings = tyro.cli(Settings, prog="python -m benchmarks")
+    if settings.rounds is not None and settings.rounds < 1:
+        raise UsageError(f"--rounds is at least 1, got {settings.rounds}")
+    if settings.out and settings.out.is_file():
+        raise UsageError(f"--out is a folder for the records, got the file {settings.out}")
     failed = []
     for name, *options in ALL:
         if reason := why_not(name, options):

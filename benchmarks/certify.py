@@ -7,6 +7,8 @@ is timed, times 16. `certify` also finds where a link is dead or not finite. Sec
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ import numpy as np
 from benchmarks import turns
 from experiments.engine.console import Console
 from experiments.engine.errors import run_command
-from linked_jax import certify, get_activation
+from linked_jax import certify
 
 _CHUNK, _SHARE = 2**20, 16
 
@@ -30,9 +32,8 @@ class Settings(turns.Settings):
     """Names of links."""
 
 
-def share_by_hand(name: str) -> None:
-    """Some of the values, in the plain way."""
-    link = get_activation(name, 1)
+def by_hand(link: Callable[[jax.Array], jax.Array]) -> Callable[[], None]:
+    """A function that tries some of the values in the plain way, compiled once."""
 
     @jax.jit
     def least(first: jax.Array) -> jax.Array:
@@ -41,16 +42,18 @@ def share_by_hand(name: str) -> None:
         gradients = jnp.abs(jax.jvp(link, (z,), (jnp.ones_like(z),))[1])
         return jnp.nanmin(gradients.max(axis=-1))
 
-    for first in range(0, 2**32, _SHARE * _CHUNK):
-        least(np.uint32(first)).block_until_ready()
+    def share() -> None:
+        for first in range(0, 2**32, _SHARE * _CHUNK):
+            least(np.uint32(first)).block_until_ready()
+
+    return share
 
 
 def main() -> None:
     """Measure, print seconds, and write the record."""
     settings, console, results = turns.parse(Settings, "certify"), Console(), {}
-    for name in settings.links:
-        link = get_activation(name, 1)
-        ways = {"certify": lambda link=link: certify(link).seconds, "by hand": lambda name=name: share_by_hand(name)}
+    for name, link in turns.links(settings.links, 1).items():
+        ways = {"certify": functools.partial(certify, link), "by hand": by_hand(link)}
         found = turns.medians(ways, settings.rounds, console, name)
         results[name] = {"certify": found["certify"], "by hand": _SHARE * found["by hand"]}
     rows = [

@@ -48,7 +48,7 @@ class Settings(turns.Settings):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of parameters, images and activations, on both sides; the loss is in float32."""
     compiled: bool = False
-    """PyTorch's step goes through torch.compile; ours is always compiled."""
+    """PyTorch's loss and its gradient go through torch.compile, its optimiser does not; our whole step is compiled."""
 
 
 # --- the nets in PyTorch --------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +15,9 @@ import tyro
 from experiments.engine.console import Console
 from experiments.engine.environment import environment
 from experiments.engine.errors import UsageError
+from experiments.engine.files import write_whole, writing
 from experiments.engine.timing import in_turns
+from linked_jax import get_activation
 
 S = TypeVar("S", bound="Settings")
 
@@ -32,13 +36,34 @@ def parse(kind: type[S], name: str) -> S:
     """The settings of the command `python -m benchmarks.NAME`.
 
     Raises:
-      UsageError: if an integer is below 1.
+      UsageError: if an integer is below 1, a real number is not positive, or the record cannot be written.
     """
     settings = tyro.cli(kind, prog=f"python -m benchmarks.{name}")
     for option, value in dataclasses.asdict(settings).items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise UsageError(f"--{option.replace('_', '-')} is at least 1, got {value}")
+        if isinstance(value, float) and not 0 < value < math.inf:
+            raise UsageError(f"--{option.replace('_', '-')} is a positive number, got {value}")
+    if settings.out:
+        _writable(settings.out)
     return settings
+
+
+def _writable(path: Path) -> None:
+    """Refuse, before anything is measured, a file that cannot be written."""
+    if path.is_dir():
+        raise UsageError(f"--out is a file for the record, got the folder {path}; try {path / 'record.json'}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def links(names: Sequence[str], features: int) -> dict[str, Callable[[Any], Any]]:
+    """The links of these names for so many features; a UsageError for a name that is none."""
+    try:
+        return {name: get_activation(name, features) for name in names}
+    except ValueError as error:
+        raise UsageError(f"--links: {error}") from error
 
 
 def seconds(action: Callable[[], Any]) -> float:
@@ -59,5 +84,4 @@ def save(settings: Settings, name: str, results: Any) -> None:
     if settings.out:
         config = {key: value for key, value in dataclasses.asdict(settings).items() if key != "out"}
         record = {"benchmark": name, "settings": config, "results": results, **environment()}
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        settings.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_whole(settings.out, json.dumps(record, indent=2) + "\n")

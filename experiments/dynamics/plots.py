@@ -56,7 +56,7 @@ def picture(
     steps = [line["step"] for line in lines if line["act"] == acts[0] and "parameters" in line]
     reach = float(np.abs(data.points).max())
     reach = min(max(1.15 * reach, 1.25 * abs(toy.bias)), 2 * reach)
-    top = 10 * max(max(line["gradient_norms"]) for line in lines)
+    top = 10 * max(_FLOOR, *(max(line["gradient_norms"]) for line in lines))
     sheet = figure(2.2 * len(steps) + 4.4, 2.2 * len(acts) + 1.2)
     sheet.suptitle(title, fontsize=13)
     panels = sheet.subplots(

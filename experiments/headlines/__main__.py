@@ -23,7 +23,7 @@ from experiments.engine.errors import UsageError, run_command
 from experiments.engine.files import write_whole
 from experiments.engine.records import Record
 from experiments.headlines import apr, batch_one, bcn, bkn, enorm, ic, lcw, noise_aware, riemannian
-from experiments.headlines.claim import Claim, page, table
+from experiments.headlines.claim import EARLY, Claim, page, table
 
 CLAIMS: dict[str, Claim] = {
     each.CLAIM.name: each.CLAIM for each in (lcw, batch_one, bcn, enorm, ic, bkn, riemannian, noise_aware, apr)
@@ -39,7 +39,7 @@ class Settings:
     seeds: int = 3
     """How many seeds, from 0."""
     epochs: int | None = None
-    """Passes over the training set; by default the claim's own."""
+    """Passes over the training set, 2 or more; by default the claim's own."""
     out: str = "runs/headlines"
     """The folder; each claim has a record in it. The same command resumes a record that is there."""
 
@@ -52,7 +52,7 @@ def main() -> None:
         if name not in CLAIMS:
             wrong = f"there is no claim {name!r}" if name else "no claim was named"
             raise UsageError(f"{wrong}; take one of {', '.join(CLAIMS)}, or all")
-    in_range(settings, {"seeds": (1, math.inf)} | ({} if settings.epochs is None else {"epochs": (1, math.inf)}))
+    in_range(settings, {"seeds": (1, math.inf)} | ({} if settings.epochs is None else {"epochs": (EARLY, math.inf)}))
     data = data_lib.load("digits")
     for name in names:
         _test(CLAIMS[name], settings, data)

@@ -55,7 +55,7 @@ def corruptions(images: np.ndarray) -> dict[str, np.ndarray]:
     weights = np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25])
     blurred = sum(weights[i, j] * padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3))
     mean = images.mean((1, 2, 3), keepdims=True)
-    moves = rng.permuted(np.tile([[0, 1], [0, -1], [1, 0], [-1, 0]], (len(images), 1, 1)), axis=1)[:, 0]
+    moves = rng.choice([[0, 1], [0, -1], [1, 0], [-1, 0]], len(images))
     shifted = np.stack([np.roll(image, move, (0, 1)) for image, move in zip(images, moves, strict=True)])
     dropped = np.where(rng.random(images.shape) < 0.2, 0, images)
     contrast = mean + 0.3 * (images - mean)

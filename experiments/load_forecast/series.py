@@ -110,7 +110,7 @@ def read_csv(path: str, time_column: str, load_column: str) -> Series:
         raise UsageError(f"{path} has {len(rows):,} hours; a forecast needs {LEAST_HOURS:,} at least, four weeks")
     time: Any = pd.to_datetime(rows[time_column].str.strip(), format="ISO8601", errors="coerce", utc=True)
     time = time.where(time.dt.year >= 1)  # the year 0 is none of Python's
-    has_offset = rows[time_column].str.contains(r":.*(?:Z|[+-]\d\d:?\d\d)\s*$")
+    has_offset = rows[time_column].str.contains(r":.*(?:Z|[+-]\d\d(?::?\d\d)?)\s*$")
     if not has_offset.any():
         time = time.dt.tz_localize(None)
     step = time.diff() / pd.Timedelta(hours=1)  # nan in the first row

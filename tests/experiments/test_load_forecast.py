@@ -422,6 +422,7 @@ BAD_ROWS = {
     "no time": (put(9, 0, "yesterday"), "row 9: time is a time such as 2024-01-31 23:00, got 'yesterday'"),
     "a time before all": (put(2, 0, "0001-01-01T00:00+05:00"), "row 2: time is a time such as 2024-01-31 23:00"),
     "mixed offsets": (put(9, 0, "2023-12-25T12:00+01:00"), "row 9: some times have an offset", "write all alike"),
+    "mixed offsets, hours": (put(9, 0, "2023-12-25T12:00+00"), "row 9: some times have an offset", "write all alike"),
     "text": (put(700, 1, "n/a"), "row 700: load is a number such as 1234.5, got 'n/a'"),
     "empty": (put(700, 1, ""), "row 700: load is a number such as 1234.5, got ''"),
     "zero": (put(8, 1, "0"), "row 8: load is positive, since errors are in per cent of it", "got 0"),

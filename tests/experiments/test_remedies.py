@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -16,9 +17,9 @@ from experiments.engine import data as data_lib
 from experiments.engine.errors import UsageError
 from experiments.engine.records import Record
 from experiments.headlines import __main__ as headlines
-from experiments.headlines import batch_one, bcn, bkn, ic, riemannian
+from experiments.headlines import apr, batch_one, bcn, bkn, ic, riemannian
 from experiments.headlines.__main__ import CLAIMS
-from experiments.headlines.claim import Claim
+from experiments.headlines.claim import Claim, table
 from experiments.headlines.net import WIDTHS
 from experiments.remedies import __main__ as remedies
 from experiments.remedies import runs
@@ -248,8 +249,23 @@ def test_a_claim_keeps_the_rate_that_has_the_least_loss_with_seed_0(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments", [["nope"], [], ["lcw", "--seeds", "0"]])
+@pytest.mark.parametrize("arguments", [["nope"], [], ["lcw", "--seeds", "0"], ["lcw", "--epochs", "1"]])
 def test_bad_claims_are_refused(arguments, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["headlines", *arguments])
-    with pytest.raises(UsageError, match=r"no claim 'nope'|no claim was named|at least 1"):
+    with pytest.raises(UsageError, match=r"no claim 'nope'|no claim was named|at least 1|at least 2"):
         headlines.main()
+
+
+def test_a_claims_time_is_the_median_of_its_runs():
+    claim = Claim("toy", "Toy", "It is so.", "Any.", ("a",), {"loss": "loss"}, 2, lambda *_: {})
+    lines = [{"row": "a", "seed": seed, "loss": 1.0, "seconds": s} for seed, s in enumerate((30.0, 2.0, 3.0))]
+    assert table(claim, lines)[0]["time"] == "3.0 s"
+
+
+def test_shifted_images_are_shifted_by_one_pixel_in_each_direction():
+    images = np.random.default_rng(0).random((40, 8, 8, 1)).astype(np.float32)
+    shifted, seen = apr.corruptions(images)["shift"], set()
+    for image, moved in zip(images, shifted, strict=True):
+        (move,) = [m for m in ((0, 1), (0, -1), (1, 0), (-1, 0)) if (np.roll(image, m, (0, 1)) == moved).all()]
+        seen.add(move)
+    assert len(seen) == 4
