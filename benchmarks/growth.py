@@ -21,7 +21,7 @@ from benchmarks import turns
 from benchmarks.steps import Step, noise
 from experiments import depth
 from experiments.engine.console import Console
-from experiments.engine.errors import run_command
+from experiments.engine.errors import UsageError, run_command
 from experiments.engine.plots import COLOURS, figure, save
 
 BASE = {"depth": 50, "width": 4, "batch_size": 32}
@@ -118,6 +118,8 @@ def _line(points: list[dict[str, Any]], axis: str, act: str) -> list[dict[str, A
 def main() -> None:
     """Measure, print the exponents, and write the record and its picture."""
     settings, console = turns.parse(Settings, "growth"), Console()
+    if settings.out and settings.out.suffix == ".png":
+        raise UsageError(f"--out is the record, got {settings.out}, which its picture will be; try .json")
     shapes = {tuple({**BASE, axis: value}.items()) for axis, values in AXES.items() for value in values}
     points = []
     for shape in sorted(shapes):

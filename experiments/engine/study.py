@@ -48,7 +48,7 @@ def open_record(
     Within it SIGTERM and Ctrl-C end the process with the line that says how to go on.
 
     Args:
-      experiment: the study's name.
+      experiment: the study's name; of one with parts "name.part", and the command is that of the name.
       folder: of the record.
       protocol: what determines the runs, as JSON values.
       data: with an `identity`, such as a `Dataset`.
@@ -57,7 +57,7 @@ def open_record(
     """
     made_by = {"experiment": experiment, "command": command(experiment)}
     config = {**made_by, **more, "protocol": protocol, "data": data.identity}
-    again = shlex.join(["python", "-m", f"experiments.{experiment}", *sys.argv[1:]])
+    again = shlex.join(["python", "-m", f"experiments.{experiment.partition('.')[0]}", *sys.argv[1:]])
     with (
         Record.open(Path(folder), config, same=same) as record,
         Ended(f"What was done is saved in {record.folder}; go on with the same command: {again}"),

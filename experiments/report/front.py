@@ -75,7 +75,7 @@ def picture(path: Path) -> Path:
     left.axhline(CHANCE, color="0.5", lw=1, ls=":")
     left.text(10, CHANCE - 0.01, "chance", color="0.4", fontsize=9, ha="right", va="top")
     title = "CIFAR-100, new classes again and again: online accuracy"
-    draw(right, {c: continual(c.row) for c in CONTINUAL}, title, "task")
+    draw(right, {c: continual(c.row) for c in CONTINUAL}, title, "hard task (five new classes)")
     return save(sheet, path)
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import bandwidth, certify, turns, warm_up
+from benchmarks import bandwidth, certify, growth, turns, warm_up
 from tests.commands import in_this_process
 
 
@@ -20,6 +20,7 @@ from tests.commands import in_this_process
         (certify.main, ["--out", "taken/record.json"], "cannot write taken/record.json"),
         (warm_up.main, ["--rate", "-1"], "--rate is a positive number, got -1.0"),
         (warm_up.main, ["--rate", "nan"], "--rate is a positive number, got nan"),
+        (growth.main, ["--out", "growth.png"], "--out is the record, got growth.png, which its picture will be"),
         (benchmarks.main, ["--rounds", "0"], "--rounds is at least 1, got 0"),
         (benchmarks.main, ["--rounds", "-3"], "--rounds is at least 1, got -3"),
         (benchmarks.main, ["--out", "taken"], "--out is a folder for the records, got the file taken"),

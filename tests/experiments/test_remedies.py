@@ -1,5 +1,6 @@
 """The comparison of remedies and the claims: every row builds, records resume, tables come from lines alone."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -14,6 +15,7 @@ import pytest
 from flax import nnx
 
 from experiments.engine import data as data_lib
+from experiments.engine import study
 from experiments.engine.errors import UsageError
 from experiments.engine.records import Record
 from experiments.headlines import __main__ as headlines
@@ -254,6 +256,15 @@ def test_bad_claims_are_refused(arguments, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["headlines", *arguments])
     with pytest.raises(UsageError, match=r"no claim 'nope'|no claim was named|at least 1|at least 2"):
         headlines.main()
+
+
+def test_a_claim_that_was_interrupted_goes_on_by_the_command_of_all_claims(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["headlines", "apr", "--out", str(tmp_path)])
+    said = []
+    monkeypatch.setattr(study, "Ended", lambda text: said.append(text) or contextlib.nullcontext())
+    with study.open_record("headlines.apr", tmp_path / "apr", protocol={}, data=data_lib.load("digits")):
+        pass
+    assert said[0].endswith(f"go on with the same command: python -m experiments.headlines apr --out {tmp_path}")
 
 
 def test_a_claims_time_is_the_median_of_its_runs():
