@@ -94,7 +94,7 @@ def certify(
 
     Args:
       link: a `Link`, an elementwise function, or any function of z (N, 1) to (N, d).
-      dtype: float32 (all 2^32 bit patterns: 6 to 30 seconds on two CPU cores), bfloat16 or float16 (65,536).
+      dtype: float32 (all 2^32 bit patterns: up to half a minute on two CPU cores), bfloat16 or float16 (65,536).
       progress: called with the share done, from 0 to 1.
 
     Returns:

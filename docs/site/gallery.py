@@ -25,7 +25,7 @@ unit gets no gradient.
 - **gain**: the factor of the kernel's standard deviation that keeps a layer's mean square, for standard normal
   pre-activations.
 - **bfloat16, float16**: the certificate, over every finite value. Linked: the least gradient. Not linked: the share of
-  [-10, 10] in which every derivative is below 0.001 in size. float32 takes 6 to 30 seconds each:
+  [-10, 10] in which every derivative is below 0.001 in size. float32 takes half a minute each at most:
   `python -m linked_jax certify lk_relu`.
 - **cost**: what XLA counts for a pre-activation on this platform, forward: floating-point operations and
   transcendental functions.
