@@ -238,6 +238,12 @@ def test_a_record_takes_more_runs_and_none_of_another_protocol(a_run, in_process
 
 
 @pytest.mark.slow
+def test_nets_whose_gradients_are_all_zero_are_drawn_without_a_warning(in_process, tmp_path):
+    code, _, error = in_process(tmp_path, "--act", "relu", "--steps", "9", "--units", "3", "--out", "run")
+    assert (code, error) == (0, "")
+
+
+@pytest.mark.slow
 def test_the_committed_record_can_be_read():
     folder = ROOT / "results" / "records" / "dynamics"
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
