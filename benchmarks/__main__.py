@@ -8,14 +8,15 @@ The second is quicker, and keeps the records. Not among them: `benchmarks.scalin
 
 import dataclasses
 import importlib.util
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import tyro
 
+from experiments.engine.checks import command_line, in_range
 from experiments.engine.errors import UsageError, run_command
 
 ALL: tuple[tuple[str, ...], ...] = (
@@ -63,9 +64,8 @@ def why_not(name: str, options: Sequence[str]) -> str | None:
 
 def main() -> None:
     """Run them, and say which were left out or failed."""
-    settings = tyro.cli(Settings, prog="python -m benchmarks")
-    if settings.rounds is not None and settings.rounds < 1:
-        raise UsageError(f"--rounds is at least 1, got {settings.rounds}")
+    settings = command_line(Settings, "python -m benchmarks")
+    in_range(settings, {} if settings.rounds is None else {"rounds": (1, math.inf)})
     if settings.out and settings.out.is_file():
         raise UsageError(f"--out is a folder for the records, got the file {settings.out}")
     failed = []

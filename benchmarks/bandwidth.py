@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from benchmarks import turns
+from experiments.engine.checks import known
 from experiments.engine.console import Console
 from experiments.engine.errors import run_command
+from linked_jax import ACTIVATION_NAMES, get_activation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,8 @@ def main() -> None:
     # One more add is free, and unlike a mere copy it is not optimised away.
     actions: dict[str, Callable[[], Any]] = {"copy": functools.partial(jax.jit(lambda z: z + 1), z)}
     nbytes = {"copy": 2 * z.nbytes}
-    for name, link in turns.links(settings.links, settings.channels).items():
+    for name in known("links", settings.links, ACTIVATION_NAMES):
+        link = get_activation(name, settings.channels)
         cotangent = jnp.ones_like(link(z))
         actions[name] = functools.partial(jax.jit(functools.partial(both_ways, link)), z, cotangent)
         nbytes[name] = 2 * (z.nbytes + cotangent.nbytes)

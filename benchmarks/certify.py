@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import turns
+from experiments.engine.checks import known
 from experiments.engine.console import Console
 from experiments.engine.errors import run_command
-from linked_jax import certify
+from linked_jax import ACTIVATION_NAMES, certify, get_activation
 
 _CHUNK, _SHARE = 2**20, 16
 
@@ -52,7 +53,8 @@ def by_hand(link: Callable[[jax.Array], jax.Array]) -> Callable[[], None]:
 def main() -> None:
     """Measure, print seconds, and write the record."""
     settings, console, results = turns.parse(Settings, "certify"), Console(), {}
-    for name, link in turns.links(settings.links, 1).items():
+    for name in known("links", settings.links, ACTIVATION_NAMES):
+        link = get_activation(name, 1)
         ways = {"certify": functools.partial(certify, link), "by hand": by_hand(link)}
         found = turns.medians(ways, settings.rounds, console, name)
         results[name] = {"certify": found["certify"], "by hand": _SHARE * found["by hand"]}

@@ -5,19 +5,18 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import tyro
 
+from experiments.engine.checks import command_line, in_range, option
 from experiments.engine.console import Console
 from experiments.engine.environment import environment
 from experiments.engine.errors import UsageError
 from experiments.engine.files import write_whole, writing
 from experiments.engine.timing import in_turns
-from linked_jax import get_activation
 
 S = TypeVar("S", bound="Settings")
 
@@ -38,12 +37,12 @@ def parse(kind: type[S], name: str) -> S:
     Raises:
       UsageError: if an integer is below 1, a real number is not positive, or the record cannot be written.
     """
-    settings = tyro.cli(kind, prog=f"python -m benchmarks.{name}")
-    for option, value in dataclasses.asdict(settings).items():
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise UsageError(f"--{option.replace('_', '-')} is at least 1, got {value}")
+    settings = command_line(kind, f"python -m benchmarks.{name}")
+    numbers = {field: value for field, value in dataclasses.asdict(settings).items() if not isinstance(value, bool)}
+    in_range(settings, {field: (1, math.inf) for field, value in numbers.items() if isinstance(value, int)})
+    for field, value in numbers.items():
         if isinstance(value, float) and not 0 < value < math.inf:
-            raise UsageError(f"--{option.replace('_', '-')} is a positive number, got {value}")
+            raise UsageError(f"{option(field)} is a positive number, got {value}")
     if settings.out:
         _writable(settings.out)
     return settings
@@ -56,14 +55,6 @@ def _writable(path: Path) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
-
-
-def links(names: Sequence[str], features: int) -> dict[str, Callable[[Any], Any]]:
-    """The links of these names for so many features; a UsageError for a name that is none."""
-    try:
-        return {name: get_activation(name, features) for name in names}
-    except ValueError as error:
-        raise UsageError(f"--links: {error}") from error
 
 
 def seconds(action: Callable[[], Any]) -> float:

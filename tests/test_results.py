@@ -112,6 +112,18 @@ def test_the_page_of_costs_shows_the_ratios_beside_pytorch():
         assert f"[{ratio}](../results/benchmarks/{record.name})" in page
 
 
+def test_the_page_of_costs_shows_the_times_of_certificates():
+    page = " ".join((ROOT / "docs" / "costs.md").read_text(encoding="utf-8").split())
+    links = json.loads((RESULTS / "benchmarks" / "certify.json").read_text(encoding="utf-8"))["results"]
+    for name in ("lk_relu", "lk_swish", "fourier"):
+        assert f"{links[name]['certify']:.1f} s for `{name}`" in page
+    ratios = [seconds["by hand"] / seconds["certify"] for seconds in links.values()]
+    assert f"takes {min(ratios):.1f} to {max(ratios):.1f} times as long" in page
+    times = [seconds["certify"] for seconds in links.values()]
+    front_page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"float32 takes {min(times):.0f} to {max(times):.0f} s" in front_page
+
+
 def test_the_front_page_quotes_the_record_of_faults():
     rows = json.loads((RESULTS / "faults" / "faults.json").read_text(encoding="utf-8"))["rows"]
     total, kills = rows[-1], [row for row in rows if row["fault"].startswith("SIGKILL: ")]  # of runs that are resumed

@@ -13,8 +13,8 @@ from tests.commands import in_this_process
 @pytest.mark.parametrize(
     ("main", "arguments", "says"),
     [
-        (bandwidth.main, ["--links", "relu", "foo"], "--links: "),
-        (certify.main, ["--links", "lk_relu", "foo"], "--links: "),
+        (bandwidth.main, ["--links", "relu", "foo"], "--links: there is no 'foo'; take of "),
+        (certify.main, ["--links", "lk_relu", "foo"], "--links: there is no 'foo'; take of "),
         (certify.main, ["--rounds", "0"], "--rounds is at least 1, got 0"),
         (certify.main, ["--out", "."], "--out is a file for the record, got the folder ."),
         (certify.main, ["--out", "taken/record.json"], "cannot write taken/record.json"),
